@@ -9,7 +9,11 @@ does not exist for the reader.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +77,35 @@ class Step:
 class Table:
     """The speculation cache of one request and round: predicted outcome (k, t*) -> the next drafts.
 
-    `accepted[i]`, `bonus[i]` name branch i; `drafts[i]` are its tokens so far. Branches grow together, so every
-    `drafts[i]` has the same length, the depth: it reaches K when the round is finished and is a valid, shorter
-    speculation before.
+    `accepted[i]`, `bonus[i]` name branch i. `drafts[d][i]` is its d-th token: branches grow together, so the depth
+    `len(drafts)` is the same for all; it reaches K when the round is finished and is a valid, shorter speculation before.
+    `seconds` is the time from the outcome that began the round to the newest depth.
     """
 
     stamp: Stamp
-    accepted: list[int]
-    bonus: list[int]
-    drafts: list[list[int]]
-
-    @property
-    def depth(self) -> int:
-        return len(self.drafts[0]) if self.drafts else 0
+    accepted: Sequence[int]
+    bonus: Sequence[int]
+    drafts: Sequence[Sequence[int] | np.ndarray]
+    seconds: float = 0.0
 
     def find(self, accepted: int, bonus: int) -> int | None:
         """The branch that predicted the outcome (accepted, bonus), or None: a miss."""
-        for branch, outcome in enumerate(zip(self.accepted, self.bonus, strict=True)):
-            if outcome == (accepted, bonus):
+        for branch, (k, token) in enumerate(zip(self.accepted, self.bonus, strict=True)):
+            if token == bonus and k == accepted:
                 return branch
         return None
+
+    def speculation(self, branch: int) -> tuple[int, ...]:
+        """The drafts of a branch, as deep as they are."""
+        return tuple(int(row[branch]) for row in self.drafts)
+
+
+class Miss(str, Enum):
+    """Why an outcome got no drafts."""
+
+    NOT_PREDICTED = "not_predicted"
+    """The table was there, the outcome was not in it."""
+    LATE = "late"
+    """The table of this round was not there yet."""
+    ABSENT = "absent"
+    """The draft side does not have this request: not admitted, too long for the draft, or the draft is gone."""

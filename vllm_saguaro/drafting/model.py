@@ -53,6 +53,10 @@ class DraftModel(Protocol):
         """Logits [R, vocab_size] float32 of hidden states [R, hidden_size]."""
         ...
 
+    def greedy(self, hidden: torch.Tensor) -> np.ndarray:
+        """The likeliest token [R] int64 (on the host) after each of the hidden states [R, hidden_size]."""
+        ...
+
     def copy_blocks(self, source: Sequence[int], destination: Sequence[int]) -> None:
         """Copy the KV of whole blocks, in every layer: source[i] to destination[i]. Sources and destinations are disjoint."""
         ...

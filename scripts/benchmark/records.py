@@ -1,0 +1,143 @@
+"""What a benchmark is made of: engines, workloads, repetitions, and the report that is written as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MODES = ("plain", "draft_model", "saguaro")
+
+SCHEMA = 1
+"""Version of the JSON format; a reader refuses any other."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One vLLM engine: what cannot change without loading it anew. `k`, `branches`, `fan_out` only where they apply."""
+
+    mode: str
+    k: int = 0
+    branches: int = 0
+    fan_out: str = ""
+
+    @property
+    def name(self) -> str:
+        """Short and unique among the engines of a run."""
+        parts = [self.mode]
+        if self.k:
+            parts.append(f"K={self.k}")
+        if self.branches:
+            parts.append(f"N={self.branches}")
+        if self.fan_out:
+            parts.append(self.fan_out)
+        return " ".join(parts)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What an engine is asked to do: requests at once, and the temperature they sample at."""
+
+    batch: int
+    temperature: float
+
+    @property
+    def name(self) -> str:
+        """Short and unique among the workloads of a run."""
+        return f"batch {self.batch}, T={self.temperature:g}"
+
+
+@dataclass
+class Repetition:
+    """One pass of an engine over all prompts.
+
+    `decode_*` leave out what happens until every request of a batch has its first token: the prefill. `rounds` counts
+    (request, step) pairs with output in the decode part, `steps` the engine's steps in it; they are equal at batch 1.
+    `drafting_seconds` is vLLM's own drafting inside those steps (mode draft_model; 0 elsewhere). `counters` are the
+    differences of the metrics over the whole repetition. `foreign_cpu` is the processor time that others took on our
+    cores, as a share of the cores' time, and `parked_cpu` the same of our own engines that were not asked.
+    """
+
+    wall_seconds: float
+    decode_seconds: float
+    tokens: int
+    decode_tokens: int
+    rounds: int
+    steps: int
+    drafting_seconds: float
+    counters: dict[str, float]
+    digests: list[str] = field(default_factory=list)
+    same_text: int | None = None
+    foreign_cpu: float = 0.0
+    parked_cpu: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode tokens per second; of everything where nothing was decoded (one token per request)."""
+        if self.decode_tokens:
+            return self.decode_tokens / self.decode_seconds
+        return self.tokens / self.wall_seconds
+
+
+@dataclass
+class Run:
+    """One engine under one workload: all its repetitions."""
+
+    engine: Engine
+    workload: Workload
+    repetitions: list[Repetition] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Unique in a report, and the same in two reports of the same configuration."""
+        return f"{self.engine.name}, {self.workload.name}"
+
+
+@dataclass
+class Report:
+    """All that a benchmark found, with where it comes from. `notes` are the warnings that were printed."""
+
+    provenance: dict[str, Any]
+    settings: dict[str, Any]
+    engines: dict[str, dict[str, Any]]
+    runs: list[Run]
+    notes: list[str] = field(default_factory=list)
+    summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values only."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """The inverse of `to_json`."""
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"this file has format {data.get('schema')!r}, known is {SCHEMA}: is it a report of bench.py?")
+        runs = [
+            Run(
+                Engine(**run["engine"]),
+                Workload(**run["workload"]),
+                [Repetition(**repetition) for repetition in run["repetitions"]],
+            )
+            for run in data["runs"]
+        ]
+        others = {name: data[name] for name in ("provenance", "settings", "engines", "notes", "summaries")}
+        return cls(runs=runs, **others)
+
+    def write(self, path: Path) -> None:
+        """Write the JSON, making the folder if needed."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read what `write` wrote."""
+        return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON that a person can read, making the folder if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,206 @@
+"""The run itself: load every engine once, then let them take turns, A B C A B C, on the same cores."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmark import procfs, provenance
+from scripts.benchmark.client import WorkerHandle
+from scripts.benchmark.deepened import deepened
+from scripts.benchmark.records import Engine, Repetition, Report, Run, Workload
+from scripts.benchmark.settings import Settings
+from scripts.benchmark.summary import find, summarise
+
+WARM_UP_TOKENS = 24
+WARM_UP_BATCHES = 2
+
+_WORKER_BYTES = 1_700 << 20
+"""What an engine takes, about: 1.3 GB were seen for the pair itself, and a deepened target adds to it."""
+
+_FOREIGN = 0.02
+"""A share of the cores' time that others may take before the report says so."""
+
+
+class Progress:
+    """What a progress bar is told; this one keeps silent."""
+
+    def begin(self, steps: int) -> None:
+        """So many calls of `step` will follow."""
+
+    def step(self, doing: str) -> None:
+        """The step before this is done, and this begins."""
+
+    def end(self) -> None:
+        """All is done, or was given up."""
+
+
+class ProgressBar(Progress):
+    """A tqdm bar on standard error."""
+
+    def begin(self, steps: int) -> None:
+        """Show the bar."""
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=steps, unit="step", leave=False, dynamic_ncols=True)
+        self.pending = 0
+
+    def step(self, doing: str) -> None:
+        """Move on, and name what is being done."""
+        self.bar.update(self.pending)
+        self.pending = 1
+        self.bar.set_description(doing)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        self.bar.update(self.pending)
+        self.bar.close()
+
+
+def measure(settings: Settings, progress: Progress | None = None, warn: Callable[[str], None] = print) -> Report:
+    """Run the whole benchmark. A warning is given to `warn` when it becomes known, and kept in the report."""
+    settings.check()
+    progress = progress or Progress()
+    engines, workloads = settings.engines(), settings.workloads()
+    about = provenance.collect(settings.cores)
+    report = Report(about, settings.to_json(), {}, [Run(engine, workload) for workload in workloads for engine in engines])
+
+    def note(text: str) -> None:
+        report.notes.append(text)
+        warn(text)
+
+    for text in [*provenance.warnings(about), *_memory_warnings(len(engines)), *_core_warnings(settings)]:
+        note(text)
+    progress.begin(1 + len(engines) + settings.repetitions * len(report.runs))
+    try:
+        progress.step("deepening" if settings.target_layers or settings.draft_layers else "looking at the pair")
+        target = deepened(settings.target, settings.target_layers)
+        draft = deepened(settings.draft_path, settings.draft_layers)
+        with _workers() as start:
+            workers: dict[Engine, WorkerHandle] = {}
+            for engine in engines:
+                progress.step(f"loading {engine.name}")
+                workers[engine] = start(engine.name)
+                report.engines[engine.name] = workers[engine].ask(settings.order(engine, target, draft))
+                for workload in workloads:
+                    workers[engine].ask(_warm_up_order(settings, workload))
+            _take_turns(settings, report, workers, progress)
+    finally:
+        progress.end()
+    for text in _interference(report):
+        note(text)
+    report.summaries = {name: summary.to_json() for name, summary in summarise(report.runs).items()}
+    return report
+
+
+@contextlib.contextmanager
+def _workers() -> Iterator[Callable[[str], WorkerHandle]]:
+    """A function that starts workers; all of them end with the block."""
+    started: list[WorkerHandle] = []
+    with tempfile.TemporaryDirectory(prefix="saguaro-bench-") as logs:
+
+        def start(name: str) -> WorkerHandle:
+            worker = WorkerHandle(name, Path(logs) / f"{len(started)}.log")
+            started.append(worker)
+            return worker
+
+        try:
+            yield start
+        finally:
+            for worker in started:
+                worker.close()
+
+
+def _warm_up_order(settings: Settings, workload: Workload) -> dict[str, Any]:
+    return {
+        "batch": workload.batch,
+        "temperature": workload.temperature,
+        "prompts": min(WARM_UP_BATCHES * workload.batch, settings.prompts),
+        "tokens": min(WARM_UP_TOKENS, settings.tokens),
+    }
+
+
+def _take_turns(settings: Settings, report: Report, workers: dict[Engine, WorkerHandle], progress: Progress) -> None:
+    reference: dict[tuple[Workload, int], list[list[int]]] = {}
+    for repetition in range(settings.repetitions):
+        for workload in settings.workloads():
+            for engine in settings.engines():
+                progress.step(f"{repetition + 1}/{settings.repetitions} {workload.name}: {engine.name}")
+                found, token_ids = _one_repetition(settings, workload, engine, workers)
+                if engine.mode == "plain" and workload.temperature == 0:
+                    reference[workload, repetition] = token_ids
+                plain_ids = reference.get((workload, repetition))
+                if plain_ids is not None:
+                    found.same_text = sum(mine == theirs for mine, theirs in zip(token_ids, plain_ids, strict=True))
+                find(report.runs, engine, workload).repetitions.append(found)
+
+
+def _one_repetition(
+    settings: Settings, workload: Workload, engine: Engine, workers: dict[Engine, WorkerHandle]
+) -> tuple[Repetition, list[list[int]]]:
+    """Ask one worker, and watch who else uses the cores meanwhile."""
+    cores = settings.cores
+
+    def readings() -> tuple[float, float, float, float]:
+        own = workers[engine].cpu_seconds()
+        parked = sum(worker.cpu_seconds() for other, worker in workers.items() if other != engine)
+        return time.perf_counter(), procfs.busy_seconds(cores), own, parked
+
+    before = readings()
+    answer = workers[engine].ask(
+        {
+            "batch": workload.batch,
+            "temperature": workload.temperature,
+            "prompts": settings.prompts,
+            "tokens": settings.tokens,
+        }
+    )
+    wall, busy, own, parked = (after - start for after, start in zip(readings(), before, strict=True))
+    token_ids: list[list[int]] = answer.pop("token_ids")
+    capacity = wall * len(cores)
+    found = Repetition(
+        **answer,
+        digests=[digest(ids) for ids in token_ids],
+        foreign_cpu=round(max(0.0, busy - own - parked) / capacity, 4),
+        parked_cpu=round(parked / capacity, 4),
+    )
+    return found, token_ids
+
+
+def digest(token_ids: list[int]) -> str:
+    """A text in few letters: equal for equal texts, in this run and in another."""
+    return hashlib.sha256(repr(token_ids).encode()).hexdigest()[:12]
+
+
+def _memory_warnings(engines: int) -> list[str]:
+    available, needed = procfs.available_bytes(), engines * _WORKER_BYTES
+    if available >= needed:
+        return []
+    return [
+        f"{engines} engines need about {needed / 2**30:.0f} GiB at once and {available / 2**30:.0f} are available: "
+        "ask for fewer --k, --branches or --fan-out in one run"
+    ]
+
+
+def _core_warnings(settings: Settings) -> list[str]:
+    if "saguaro" not in settings.modes or not set(settings.target_cores) & set(settings.draft_cores):
+        return []
+    return ["target and draft of saguaro share a core: nothing can be hidden that way"]
+
+
+def _interference(report: Report) -> list[str]:
+    """Who disturbed, judged by the worst repetition."""
+    found: list[str] = []
+    repetitions = [(run, repetition) for run in report.runs for repetition in run.repetitions]
+    run, worst = max(repetitions, key=lambda pair: pair[1].foreign_cpu)
+    if worst.foreign_cpu > _FOREIGN:
+        found.append(f"other processes took up to {worst.foreign_cpu:.0%} of the cores while measuring ({run.name})")
+    run, worst = max(repetitions, key=lambda pair: pair[1].parked_cpu)
+    if worst.parked_cpu > _FOREIGN:
+        found.append(f"engines that should have been idle took up to {worst.parked_cpu:.0%} of the cores ({run.name})")
+    return found

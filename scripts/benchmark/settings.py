@@ -1,0 +1,190 @@
+"""What to measure: the options of a benchmark, the engines and workloads that follow, and what each engine is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmark.client import ROOT
+from scripts.benchmark.records import MODES, Engine, Workload
+
+MAX_MODEL_LENGTH = 1024
+KV_CACHE_BYTES = 512 << 20
+
+
+class SettingsError(ValueError):
+    """The options do not make a benchmark; the message is one line that says why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All options of one benchmark. `draft` and `prompt_file` are found beside the target unless given."""
+
+    target: Path = ROOT / "assets" / "pair" / "target"
+    draft: Path | None = None
+    prompt_file: Path | None = None
+    modes: tuple[str, ...] = MODES
+    batch: tuple[int, ...] = (1,)
+    temperature: tuple[float, ...] = (0.0,)
+    k: tuple[int, ...] = (4,)
+    branches: tuple[int, ...] = (12,)
+    fan_out: tuple[str, ...] = ("ranked",)
+    options: dict[str, Any] = field(default_factory=dict)
+    prompts: int = 24
+    tokens: int = 96
+    repetitions: int = 3
+    target_layers: int | None = None
+    draft_layers: int | None = None
+    dtype: str = "float32"
+    eager: bool = False
+    core_target: tuple[int, ...] = ()
+    core_draft: tuple[int, ...] = ()
+
+    @property
+    def draft_path(self) -> Path:
+        """The draft's folder."""
+        return self.draft or self.target / "draft"
+
+    @property
+    def prompt_path(self) -> Path:
+        """The file of prompts."""
+        return self.prompt_file or self.target.parent / "prompts.jsonl"
+
+    @property
+    def target_cores(self) -> tuple[int, ...]:
+        """Cores of the target, and of the draft too where both take turns: the first allowed one unless given."""
+        return self.core_target or allowed_cores()[:1]
+
+    @property
+    def draft_cores(self) -> tuple[int, ...]:
+        """Cores of saguaro's draft: the first allowed one that is not the target's; the target's if there is no other."""
+        others = tuple(core for core in allowed_cores() if core not in self.target_cores)
+        return self.core_draft or others[:1] or self.target_cores
+
+    @property
+    def cores(self) -> tuple[int, ...]:
+        """All cores that the benchmark computes on."""
+        with_draft = self.draft_cores if "saguaro" in self.modes else ()
+        return tuple(sorted({*self.target_cores, *with_draft}))
+
+    def engines(self) -> list[Engine]:
+        """In the order in which they take turns."""
+        found: list[Engine] = []
+        for mode in self.modes:
+            if mode == "plain":
+                found.append(Engine("plain"))
+            elif mode == "draft_model":
+                found += [Engine("draft_model", k) for k in self.k]
+            else:
+                found += [
+                    Engine("saguaro", k, branches, fan_out)
+                    for k in self.k
+                    for branches in self.branches
+                    for fan_out in self.fan_out
+                ]
+        return found
+
+    def workloads(self) -> list[Workload]:
+        """Every batch at every temperature."""
+        return [Workload(batch, temperature) for batch in self.batch for temperature in self.temperature]
+
+    def check(self) -> None:
+        """Complain about what would fail later, after minutes."""
+        for path in (self.target / "config.json", self.draft_path / "config.json", self.prompt_path):
+            if not path.is_file():
+                raise SettingsError(f"{path} does not exist: name the pair with --target, --draft and --prompt-file")
+        positive = {"--prompts": self.prompts, "--tokens": self.tokens, "--repetitions": self.repetitions}
+        for name, value in positive.items():
+            if value < 1:
+                raise SettingsError(f"{name} must be at least 1, not {value}")
+        if self.tokens + max(self.k) + 2 > MAX_MODEL_LENGTH:
+            raise SettingsError(f"--tokens {self.tokens} does not fit into {MAX_MODEL_LENGTH} positions")
+        available = len(self.read_prompts())
+        if self.prompts > available:
+            raise SettingsError(f"--prompts {self.prompts}: {self.prompt_path} holds {available}")
+        beyond = set(self.cores) - set(range(os.cpu_count() or 1))
+        if beyond:
+            raise SettingsError(f"there is no processor core {min(beyond)} on this machine")
+
+    def read_prompts(self) -> list[str]:
+        """The prompts, one JSON object with "prompt" a line."""
+        lines = self.prompt_path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line)["prompt"] for line in lines if line.strip()]
+
+    def order(self, engine: Engine, target: Path, draft: Path) -> dict[str, Any]:
+        """What the worker of `engine` is told first; `target` and `draft` are the folders to load, deepened or not.
+
+        The plugin divides the cores between saguaro's target and draft itself, so its worker gets both parts and no
+        number of threads; the other modes compute on the target's cores alone.
+        """
+        is_saguaro = engine.mode == "saguaro"
+        return {
+            "cores": list(self.cores if is_saguaro else self.target_cores),
+            "threads": None if is_saguaro else len(self.target_cores),
+            "llm": self._llm_arguments(engine, target, draft),
+            "prompts": self.read_prompts()[: self.prompts],
+            "prompt_tokens": MAX_MODEL_LENGTH - self.tokens - max(self.k) - 1,
+        }
+
+    def _llm_arguments(self, engine: Engine, target: Path, draft: Path) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "model": str(target),
+            "dtype": self.dtype,
+            "seed": 0,
+            "max_model_len": MAX_MODEL_LENGTH,
+            "max_num_seqs": max(self.batch),
+            "max_num_batched_tokens": max(2048, MAX_MODEL_LENGTH),
+            "kv_cache_memory_bytes": KV_CACHE_BYTES,
+            "enable_prefix_caching": False,  # every repetition has the same prompts
+            "enforce_eager": self.eager,
+            "disable_log_stats": False,  # or there are no metrics
+        }
+        if engine.mode != "plain":
+            arguments["speculative_config"] = {
+                "method": engine.mode,
+                "model": str(draft),
+                "num_speculative_tokens": engine.k,
+            }
+        if engine.mode == "saguaro":
+            arguments["speculative_config"] |= {
+                "branches": engine.branches,
+                "fan_out": engine.fan_out,
+                "draft_cpus": ",".join(map(str, self.draft_cores)),
+                **self.options,
+            }
+        return arguments
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, paths without the part that belongs to this machine."""
+        return dict(self._plain_values())
+
+    def _plain_values(self) -> Iterator[tuple[str, Any]]:
+        values = dataclasses.asdict(self) | {
+            "draft": self.draft_path,
+            "prompt_file": self.prompt_path,
+            "core_target": self.target_cores,
+            "core_draft": self.draft_cores,
+        }
+        for name, value in values.items():
+            if isinstance(value, Path):
+                yield name, relative(value)
+            else:
+                yield name, list(value) if isinstance(value, tuple) else value
+
+
+def relative(path: Path) -> str:
+    """A path inside the project as the project names it; another one by its last two parts."""
+    path = path.resolve()
+    if path.is_relative_to(ROOT):
+        return path.relative_to(ROOT).as_posix()
+    return "/".join(("...", *path.parts[-2:]))
+
+
+def allowed_cores() -> tuple[int, ...]:
+    """The cores this process may use."""
+    return tuple(sorted(os.sched_getaffinity(0)))

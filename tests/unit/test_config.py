@@ -1,0 +1,131 @@
+"""The user's keys: what is taken, what is refused, and what the one line says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from vllm_saguaro.config import REFUSED_KEYS, SaguaroConfig, SaguaroConfigError, split_options
+
+
+def refusal(**options: Any) -> str:
+    with pytest.raises(SaguaroConfigError) as caught:
+        split_options({"method": "saguaro", **options})
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_the_bare_word_is_enough() -> None:
+    config, passed = split_options({"method": "saguaro"})
+    assert config == SaguaroConfig()
+    assert passed == {"num_speculative_tokens": 4}
+
+
+def test_own_keys_and_vllm_keys_are_told_apart() -> None:
+    written = {
+        "method": "saguaro",
+        "model": "draft",
+        "num_speculative_tokens": 5,
+        "branches": 24,
+        "fan-out": "uniform",
+        "placement": "inline",
+        "draft_cpus": "2-3,6",
+        "quantization": None,
+        "enforce_eager": True,
+    }
+    before = dict(written)
+    config, passed = split_options(written)
+    assert config == SaguaroConfig(24, "uniform", "inline", "2-3,6", "none", 5)
+    assert passed == {"model": "draft", "num_speculative_tokens": 5, "enforce_eager": True}
+    assert written == before
+
+
+def test_options_cross_processes_as_json() -> None:
+    config = SaguaroConfig(branches=6, draft_cpus="1", num_speculative_tokens=3, draft_max_length=2048)
+    travelled = json.loads(json.dumps({**config.to_dict(), "draft": {"model": "x"}}))
+    assert SaguaroConfig.from_dict(travelled) == config
+
+
+def test_a_dotted_option_gives_draft_cpus_as_a_number() -> None:
+    assert split_options({"draft_cpus": 1})[0].draft_cpus == "1"
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [("branchs", "branches"), ("fanout", "fan_out"), ("num_speculative_token", "num_speculative_tokens")],
+)
+def test_a_mistyped_key_is_named_with_its_neighbour(key: str, near: str) -> None:
+    message = refusal(**{key: 1})
+    assert f'unknown key "{key}"' in message
+    assert f'did you mean "{near}"?' in message
+
+
+def test_an_unlike_key_gets_the_list() -> None:
+    assert "write one of method, branches, fan_out" in refusal(zzz=1)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [name for name in REFUSED_KEYS if not name.endswith("_")]
+    + ["prompt_lookup_max", "suffix_decoding_max_tree_depth", "synthetic_acceptance_length", "dspark_draft_topk"],
+)
+def test_keys_without_a_meaning_here_are_refused_by_name(key: str) -> None:
+    message = refusal(**{key: None})
+    assert f'the key "{key}" does not go with method "saguaro"' in message
+    assert "leave it out" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"branches": 0}, "branches is out of range: 0; write a number from 1 to 512"),
+        ({"branches": 513}, "branches is out of range: 513; write a number from 1 to 512"),
+        ({"branches": "12"}, 'branches must be a whole number, not "12": write a number from 1 to 512'),
+        ({"branches": True}, "branches must be a whole number, not True: write a number from 1 to 512"),
+        ({"branches": 1.5}, "branches must be a whole number, not 1.5: write a number from 1 to 512"),
+        (
+            {"num_speculative_tokens": 17},
+            "num_speculative_tokens is out of range: 17; write a number from 1 to 16",
+        ),
+        ({"num_speculative_tokens": 0}, "num_speculative_tokens is out of range: 0; write a number from 1 to 16"),
+        (
+            {"fan_out": "geometrc"},
+            'fan_out: "geometrc" is not a known value (did you mean "geometric"?): '
+            'write "ranked" or "geometric" or "uniform"',
+        ),
+        ({"placement": "ray"}, 'placement: "ray" is not a known value: write "process" or "inline"'),
+        ({"placement": 3}, 'placement: 3 is not a known value: write "process" or "inline"'),
+        ({"backup": "ngram"}, 'backup: "ngram" is not a known value: write "none"'),
+        ({"draft_cpus": 1.5}, 'draft_cpus must be a string, not 1.5: write for example "3" or "2-3,6"'),
+        ({"max_model_len": 0}, "max_model_len is out of range: 0; write a number of at least 1"),
+        ({"enforce_eager": "yes"}, 'enforce_eager must be true or false, not "yes"'),
+        ({"draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size must be 1, not 2"),
+        ({"model": ""}, "model must be the draft's folder or hub name"),
+        ({"model": 7}, "model must be the draft's folder or hub name, not 7"),
+        ({"rejection_sample_method": "synthetic"}, '"synthetic" changes the output'),
+        ({"rejection_sample_method": "fly"}, '"fly" changes the output'),
+        ({"rejection_sample_method": "block"}, '"block" is ignored by vLLM\'s CPU runner'),
+        ({"rejection_sample_method": "x"}, 'rejection_sample_method: "x" is not a known value: write "standard"'),
+        ({"draft_sample_method": "probabilistic"}, '"probabilistic" is not served yet'),
+        ({"draft_sample_method": "x"}, 'draft_sample_method: "x" is not a known value: write "greedy"'),
+    ],
+)
+def test_a_wrong_value_gets_one_line(options: dict[str, Any], expected: str) -> None:
+    assert expected in refusal(**options)
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-2", "1,,2", "-1", "1-"])
+def test_draft_cpus_that_name_no_cores(text: str) -> None:
+    assert "draft_cpus: " in refusal(draft_cpus=text)
+
+
+@pytest.mark.parametrize("text", ["1", "2-3,6", "0, 4-5"])
+def test_draft_cpus_that_do(text: str) -> None:
+    assert SaguaroConfig(draft_cpus=text).draft_cpus == text
+
+
+def test_a_long_value_is_cut() -> None:
+    assert len(refusal(placement="x" * 500 + "\nsecond line")) < 200

@@ -1,0 +1,46 @@
+"""The version gate and the table of seams."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_saguaro.config import SaguaroConfigError
+from vllm_saguaro.vllm_hooks import compatibility
+from vllm_saguaro.vllm_hooks.compatibility import Seam, check_seams, check_version, one_line
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1.dev3+cpu", "v0.33.0", "0.33"])
+def test_versions_that_are_served(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "1.32.0", "0.3", "0.320", "dev", ""])
+def test_versions_that_are_not(version: str) -> None:
+    with pytest.raises(SaguaroConfigError, match=r"works with vLLM 0\.32 and 0\.33, this is vLLM ") as caught:
+        check_version(version)
+    assert version in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_installed_vllm_has_every_seam() -> None:
+    check_version()
+    check_seams(compatibility.FRONTEND)
+    check_seams(compatibility.WORKER)
+
+
+def test_a_changed_seam_is_named() -> None:
+    changed = Seam("frontend", "json", "dumps", ("thing",))
+    with pytest.raises(SaguaroConfigError, match=r"json\.dumps is \(obj, skipkeys, .*expected \(thing\)"):
+        check_seams("frontend", (changed,))
+    check_seams("worker", (changed,))
+
+
+@pytest.mark.parametrize(("module", "name"), [("json", "no_such"), ("no_such_module", "f")])
+def test_a_missing_seam_is_named(module: str, name: str) -> None:
+    with pytest.raises(SaguaroConfigError, match="is missing"):
+        check_seams("frontend", (Seam("frontend", module, name, ()),))
+
+
+def test_errors_of_others_fit_on_one_line() -> None:
+    assert one_line(ValueError("\n  first: \nsecond")) == "first"
+    assert one_line(ValueError()) == "ValueError"

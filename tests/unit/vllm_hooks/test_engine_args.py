@@ -1,0 +1,364 @@
+"""From the user's word to vLLM's configuration objects. No weights are loaded: the models are folders without any."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+import vllm_saguaro
+from vllm_saguaro import cores
+from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
+from vllm_saguaro.vllm_hooks.engine_args import WORKER_CLASS, CommandLineMethod, CommandLineOptions
+
+ModelMaker = Callable[..., Path]
+DOORS = ("create_speculative_config", "add_cli_args")
+
+
+@pytest.fixture(autouse=True)
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[SaguaroConfig]:
+    """Doors open, no hub to wait for, and no cores taken away from the tests; what would have been planned for."""
+    vllm_saguaro.register()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    calls: list[SaguaroConfig] = []
+    monkeypatch.setattr(cores, "apply_in_frontend", calls.append, raising=False)
+    return calls
+
+
+@pytest.fixture
+def pair(make_model: ModelMaker) -> Path:
+    """A target folder with a draft of its own; the draft is shorter."""
+    folder = make_model("target")
+    make_model("target/draft", max_position_embeddings=256)
+    return folder
+
+
+def engine(model: Path | str, **arguments: Any) -> EngineArgs:
+    return EngineArgs(model=str(model), max_model_len=512, **arguments)
+
+
+def refusal(model: Path | str, options: Any, **arguments: Any) -> str:
+    with pytest.raises(SaguaroConfigError) as caught:
+        engine(model, speculative_config=options, **arguments).create_engine_config()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# What is asked for
+
+
+@pytest.mark.parametrize("word", ["saguaro", {"method": "saguaro"}, CommandLineOptions(method="saguaro")])
+def test_the_word_alone_takes_the_targets_own_draft(pair: Path, word: Any, planned: list[SaguaroConfig]) -> None:
+    arguments = engine(pair, speculative_config=word)
+    config = arguments.create_engine_config()
+
+    speculative = config.speculative_config
+    assert speculative is not None
+    assert (speculative.method, speculative.num_speculative_tokens) == ("draft_model", 4)
+    assert speculative.model == str(pair / "draft")
+    assert speculative.disable_padded_drafter_batch
+    assert speculative.draft_model_config.max_model_len == 512, "vLLM is told the target's limit"
+    assert config.model_config.max_model_len == 512
+    assert config.parallel_config.worker_cls == WORKER_CLASS
+
+    options = config.additional_config["saguaro"]
+    ours = SaguaroConfig.from_dict(options)
+    assert ours == SaguaroConfig(draft_max_length=256), "the true limit is kept"
+    assert planned == [ours]
+    assert json.loads(json.dumps(config.additional_config)) == config.additional_config
+    assert options["target_vocab_size"] == 320
+    assert options["draft"] == {
+        "model": str(pair / "draft"),
+        "revision": None,
+        "code_revision": None,
+        "trust_remote_code": False,
+        "config_format": "auto",
+        "dtype": "float32",
+        "quantization": None,
+        "max_model_len": 256,
+        "vocab_size": 320,
+        "seed": 0,
+        "enforce_eager": False,
+        "attention_backend": None,
+        "kv_cache_dtype": "auto",
+        "moe_backend": None,
+        "load_format": "auto",
+        "download_dir": None,
+    }
+    assert arguments.speculative_config is word, "the arguments stay as the user wrote them"
+
+
+def test_keys_go_where_they_belong(pair: Path, make_model: ModelMaker) -> None:
+    draft = make_model("other", vocab_size=320)
+    written = {
+        "method": "saguaro",
+        "model": str(draft),
+        "num-speculative-tokens": 6,
+        "max_model_len": 128,
+        "branches": 24,
+        "fan_out": "geometric",
+        "placement": "inline",
+        "draft_cpus": "1",
+        "enforce_eager": True,
+        "attention_backend": "CPU_ATTN",
+        "draft_load_config": {"load_format": "dummy"},
+        "draft_tensor_parallel_size": 1,
+        "rejection_sample_method": "standard",
+        "draft_sample_method": "greedy",
+    }
+    config = engine(pair, speculative_config=written, seed=7).create_engine_config()
+    options = config.additional_config["saguaro"]
+    assert SaguaroConfig.from_dict(options) == SaguaroConfig(24, "geometric", "inline", "1", "none", 6, 128)
+    draft_options = options["draft"]
+    assert draft_options["model"] == str(draft)
+    assert draft_options["enforce_eager"]
+    assert (draft_options["attention_backend"], draft_options["load_format"]) == ("CPU_ATTN", "dummy")
+    assert (draft_options["seed"], draft_options["max_model_len"]) == (7, 128)
+    assert config.speculative_config is not None
+    assert config.speculative_config.num_speculative_tokens == 6
+
+
+def test_the_flags_do_the_same(pair: Path) -> None:
+    arguments = engine(pair, spec_method="saguaro", spec_model=str(pair / "draft"), spec_tokens=3)
+    options = arguments.create_engine_config().additional_config["saguaro"]
+    assert (options["num_speculative_tokens"], options["draft"]["model"]) == (3, str(pair / "draft"))
+    assert (arguments.spec_method, arguments.spec_tokens) == ("saguaro", 3)
+    again = engine(pair, speculative_config={"branches": 6}, spec_method="saguaro").create_engine_config()
+    assert again.additional_config["saguaro"]["branches"] == 6
+
+
+def test_one_dict_and_one_arguments_object_serve_twice(pair: Path) -> None:
+    written = {"method": "saguaro", "branches": 6}
+    arguments = engine(pair, speculative_config=written, additional_config={"other": 1})
+    first = arguments.create_engine_config()
+    again = arguments.create_engine_config()
+    other = engine(pair, speculative_config=written).create_engine_config()
+    assert written == {"method": "saguaro", "branches": 6}
+    assert first.additional_config == again.additional_config
+    assert first.additional_config["other"] == 1
+    assert first.additional_config["saguaro"] == other.additional_config["saguaro"]
+
+
+def test_eager_falls_back_to_the_targets(pair: Path) -> None:
+    config = engine(pair, speculative_config="saguaro", enforce_eager=True).create_engine_config()
+    assert config.additional_config["saguaro"]["draft"]["enforce_eager"]
+
+
+# Vocabularies
+
+
+@pytest.mark.parametrize("draft_size", [304, 384])
+def test_padding_passes_vllms_own_check(pair: Path, make_model: ModelMaker, draft_size: int) -> None:
+    draft = make_model("padded", vocab_size=draft_size)
+    arguments = engine(pair, speculative_config={"method": "saguaro", "model": str(draft)})
+    config = pickle.loads(pickle.dumps(arguments.create_engine_config()))  # as vLLM sends it to its workers
+    speculative = config.speculative_config
+    assert speculative.draft_model_config.get_vocab_size() == config.model_config.get_vocab_size() == 320
+    speculative.verify_equal_vocab_size_if_draft_model()
+    assert config.additional_config["saguaro"]["draft"]["vocab_size"] == draft_size
+    assert config.additional_config["saguaro"]["target_vocab_size"] == 320
+    assert config.model_config.hf_overrides == {}, "the target's own stay untouched"
+
+
+def test_another_vocabulary_is_refused(pair: Path, make_model: ModelMaker) -> None:
+    draft = make_model("foreign", word="x")
+    message = refusal(pair, {"method": "saguaro", "model": str(draft)})
+    assert "do not match: 300 of 300 common ids are different tokens; write as" in message
+    draft = make_model("larger", vocab_size=2000, tokens=1990)
+    assert "do not match" in refusal(pair, {"method": "saguaro", "model": str(draft)})
+
+
+# What cannot be
+
+
+def test_no_draft_known(make_model: ModelMaker) -> None:
+    assert "no draft model is known for the target" in refusal(make_model("alone"), "saguaro")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"branchs": 3}, 'unknown key "branchs" in the speculative config: did you mean "branches"?'),
+        ({"model": "./no/such"}, "the draft folder does not exist: ./no/such; write"),
+        ({"model": "no-such-organisation/no-such-model"}, "the draft model no-such-organisation/no-such-model cannot"),
+        ({"num_speculative_tokens": 17}, "num_speculative_tokens is out of range: 17; write a number from 1 to 16"),
+        ({"placement": "ray"}, 'placement: "ray" is not a known value: write "process" or "inline"'),
+        ({"max_model_len": 300}, "vLLM does not take this draft: "),
+        ({"attention_backend": "NONE_SUCH"}, "vLLM does not take this draft: "),
+        ({"quantization": "none_such"}, "vLLM does not take this draft: "),
+        ({"disable_padded_drafter_batch": True}, 'the key "disable_padded_drafter_batch" does not go with'),
+    ],
+)
+def test_a_wrong_word_gets_one_line(pair: Path, options: dict[str, Any], expected: str) -> None:
+    assert expected in refusal(pair, {"method": "saguaro", **options})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"worker_cls": "my.Worker"}, "worker_cls is 'my.Worker' already: leave worker_cls out"),
+        ({"tensor_parallel_size": 2}, "serves a target on one rank for now, tensor_parallel_size is 2"),
+        ({"pipeline_parallel_size": 2}, "serves a target on one rank for now, pipeline_parallel_size is 2"),
+        ({"data_parallel_size": 2}, "serves a target on one rank for now, data_parallel_size is 2"),
+        ({"spec_tokens": 3}, '--spec-tokens and "num_speculative_tokens" in the speculative config say the same'),
+    ],
+)
+def test_what_it_cannot_be_combined_with(pair: Path, arguments: dict[str, Any], expected: str) -> None:
+    assert expected in refusal(pair, {"method": "saguaro", "num_speculative_tokens": 4}, **arguments)
+
+
+def test_cores_that_are_not_there(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: SaguaroConfig) -> None:
+        raise ValueError("draft_cpus names cores outside")
+
+    monkeypatch.setattr(cores, "apply_in_frontend", refuse, raising=False)
+    assert refusal(pair, "saguaro") == "draft_cpus names cores outside"
+
+
+def test_another_vllm(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.40.1")
+    assert "works with vLLM 0.32 and 0.33, this is vLLM 0.40.1" in refusal(pair, "saguaro")
+    assert engine(pair).create_engine_config().speculative_config is None, "the others are not asked"
+
+
+def test_another_platform_and_runner(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert "set the environment variable VLLM_USE_V2_MODEL_RUNNER=0" in refusal(pair, "saguaro")
+    monkeypatch.setattr("vllm.platforms.cpu.CpuPlatform.is_cpu", lambda self: False)
+    assert "runs on vLLM's CPU backend only" in refusal(pair, "saguaro")
+
+
+@pytest.mark.parametrize("options", [CommandLineOptions(method="saguaro", branches=0), CommandLineOptions()])
+def test_from_the_command_line_an_error_ends_the_program(make_model: ModelMaker, options: dict[str, Any]) -> None:
+    flags = {} if options else {"spec_method": CommandLineMethod("saguaro")}
+    with pytest.raises(SystemExit) as caught:
+        engine(make_model("alone"), speculative_config=options or None, **flags).create_engine_config()
+    assert isinstance(caught.value.code, str)
+    assert caught.value.code.startswith("vllm_saguaro: ")
+    assert "\n" not in caught.value.code
+
+
+# What does not concern us
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        None,
+        {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4},
+        {"method": "draft_model", "model": "DRAFT", "num_speculative_tokens": 2},
+    ],
+)
+def test_other_methods_get_what_they_would_without_the_plugin(
+    pair: Path, options: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if options and "model" in options:
+        options["model"] = str(pair / "draft")
+    with_plugin = engine(pair, speculative_config=options and dict(options)).create_engine_config()
+    with monkeypatch.context() as patch:
+        for name in DOORS:
+            original = getattr(EngineArgs, name).__wrapped__
+            patch.setattr(EngineArgs, name, staticmethod(original) if name == "add_cli_args" else original)
+        without = engine(pair, speculative_config=options and dict(options)).create_engine_config()
+    assert with_plugin.compute_hash() == without.compute_hash()
+    assert repr(with_plugin) == repr(without)
+    assert with_plugin.additional_config == without.additional_config == {}
+    if options:
+        ours, theirs = with_plugin.speculative_config, without.speculative_config
+        objects = {name for name in vars(ours) if name.endswith("_config") and name != "draft_load_config"}
+        assert {k: v for k, v in vars(ours).items() if k not in objects} == {
+            k: v for k, v in vars(theirs).items() if k not in objects
+        }
+
+
+def test_other_methods_errors_stay_vllms() -> None:
+    with pytest.raises(ValueError, match="mutually exclusive"):
+        engine("x", speculative_config={"method": "ngram"}, spec_method="saguaro").create_speculative_config(None, None)
+
+
+# The command line
+
+
+@pytest.fixture(scope="module")
+def parser() -> Iterator[argparse.ArgumentParser]:
+    vllm_saguaro.register()
+    yield EngineArgs.add_cli_args(FlexibleArgumentParser())
+
+
+def parse(parser: argparse.ArgumentParser, *words: str) -> EngineArgs:
+    return EngineArgs.from_cli_args(parser.parse_args(["--model", "m", *words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--speculative-config", "saguaro"), {"method": "saguaro"}),
+        (("-sc", "saguaro"), {"method": "saguaro"}),
+        (("--speculative-config", '{"method": "saguaro", "branches": 6}'), {"method": "saguaro", "branches": 6}),
+        (
+            ("--speculative-config.method", "saguaro", "--speculative-config.draft_cpus", "1"),
+            {"method": "saguaro", "draft_cpus": 1},
+        ),
+    ],
+)
+def test_the_command_line_takes_the_method(
+    parser: argparse.ArgumentParser, words: tuple[str, ...], expected: dict[str, Any]
+) -> None:
+    options = parse(parser, *words).speculative_config
+    assert options == expected
+    assert isinstance(options, CommandLineOptions)
+    assert isinstance(pickle.loads(pickle.dumps(options)), CommandLineOptions)
+
+
+def test_the_command_line_takes_the_flags(parser: argparse.ArgumentParser) -> None:
+    arguments = parse(parser, "--spec-method", "saguaro", "--spec-model", "d", "--spec-tokens", "5")
+    assert isinstance(arguments.spec_method, CommandLineMethod)
+    assert (arguments.spec_method, arguments.spec_model, arguments.spec_tokens) == ("saguaro", "d", 5)
+
+
+def test_a_config_file_takes_word_and_dict(parser: argparse.ArgumentParser, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("speculative-config: saguaro\n")
+    assert parse(parser, "--config", str(file)).speculative_config == {"method": "saguaro"}
+    file.write_text("speculative-config:\n  method: saguaro\n  branches: 6\n")
+    assert parse(parser, "--config", str(file)).speculative_config == {"method": "saguaro", "branches": 6}
+
+
+def test_a_wrong_key_is_an_argparse_error(parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(parser, "--speculative-config", '{"method": "saguaro", "branchs": 6}')
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert 'error: argument --speculative-config/-sc: unknown key "branchs" in the speculative config: did you' in last
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("--speculative-config", "None"),
+        ("--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'),
+        ("--spec-method", "ngram", "--spec-tokens", "2"),
+    ],
+)
+def test_other_words_are_parsed_as_without_the_plugin(parser: argparse.ArgumentParser, words: tuple[str, ...]) -> None:
+    plain = EngineArgs.add_cli_args.__wrapped__(FlexibleArgumentParser())  # type: ignore[attr-defined]
+    ours, theirs = parse(parser, *words), parse(plain, *words)
+    assert type(ours.speculative_config) is type(theirs.speculative_config)
+    assert (ours.speculative_config, ours.spec_method) == (theirs.speculative_config, theirs.spec_method)
+
+
+def test_a_word_that_is_no_json_stays_vllms_error(
+    parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(parser, "--speculative-config", "cactus")
+    assert "Value cactus cannot be converted to" in capsys.readouterr().err

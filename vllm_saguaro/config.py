@@ -1,0 +1,223 @@
+"""What the user may write: the plugin's own keys, and which of vLLM's keys keep their meaning.
+
+Standard library only: this module is imported while vLLM parses its command line. Every error is one line that says
+what is wrong and what to write instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from vllm_saguaro.cores import parse_cpus
+
+METHOD: Final = "saguaro"
+
+FAN_OUTS: Final = ("ranked", "geometric", "uniform")
+PLACEMENTS: Final = ("process", "inline")
+BACKUPS: Final = ("none",)
+MAX_BRANCHES: Final = 512
+MAX_SPECULATIVE_TOKENS: Final = 16
+
+OWN_KEYS: Final = ("branches", "fan_out", "placement", "draft_cpus", "backup")
+
+# vLLM's keys that mean for our draft what they mean for vLLM's own `draft_model`.
+VLLM_KEYS: Final = (
+    "model",
+    "num_speculative_tokens",
+    "max_model_len",
+    "revision",
+    "code_revision",
+    "quantization",
+    "attention_backend",
+    "kv_cache_dtype",
+    "moe_backend",
+    "enforce_eager",
+    "draft_load_config",
+    "draft_tensor_parallel_size",
+    "num_speculative_tokens_per_batch_size",
+    "rejection_sample_method",
+    "draft_sample_method",
+)
+
+# vLLM's keys that mean nothing here, each with what the user should know. A name that ends in "_" stands for all that
+# begin with it.
+REFUSED_KEYS: Final[Mapping[str, str]] = {
+    "disable_padded_drafter_batch": "saguaro sets it itself; leave it out",
+    "tensor_parallel_size": "the draft runs on one rank; leave it out",
+    "parallel_drafting": "saguaro drafts for many outcomes at once already; leave it out",
+    "use_heterogeneous_vocab": "the draft must have the target's vocabulary; leave it out and choose such a draft",
+    "use_local_argmax_reduction": "the draft runs on one rank; leave it out",
+    "disable_eagle_block_drop": "it belongs to EAGLE; leave it out",
+    "index_share_for_mtp_iteration": "it belongs to MTP; leave it out",
+    "enable_adaptive_verification": "it belongs to DSpark; leave it out",
+    "disable_lookahead_block_hashes": "saguaro's draft keeps its own KV cache; leave it out",
+    "draft_lm_head_quantization": "it belongs to EAGLE and MTP; leave it out",
+    "target_model_config": "vLLM fills it in; leave it out",
+    "target_parallel_config": "vLLM fills it in; leave it out",
+    "draft_model_config": 'vLLM fills it in; leave it out and name the draft with "model"',
+    "draft_parallel_config": "vLLM fills it in; leave it out",
+    "prompt_lookup_": "it belongs to n-gram speculation; leave it out",
+    "suffix_decoding_": "it belongs to suffix decoding; leave it out",
+    "synthetic_": "synthetic acceptance changes the output, saguaro never does; leave it out",
+    "dspark_": "it belongs to DSpark; leave it out",
+    "xpress_": "it belongs to another method; leave it out",
+    "fly_": "'fly' changes the output, saguaro never does; leave it out",
+}
+
+EXAMPLE: Final = '{"method": "saguaro", "model": "DRAFT", "num_speculative_tokens": 4}'
+
+
+class SaguaroConfigError(ValueError):
+    """The user asked for something that cannot be; the message is one line that says what to write instead."""
+
+
+@dataclass(frozen=True)
+class SaguaroConfig:
+    """All options of one engine, validated. It crosses processes as a plain dict (`to_dict`, `from_dict`).
+
+    `draft_max_length` is the draft's true limit, kept here because vLLM is told the target's. It is 0 until the draft's
+    configuration has been read.
+    """
+
+    branches: int = 12
+    fan_out: str = "ranked"
+    placement: str = "process"
+    draft_cpus: str | None = None
+    backup: str = "none"
+    num_speculative_tokens: int = 4
+    draft_max_length: int = 0
+
+    def __post_init__(self) -> None:
+        _require_int("branches", self.branches, 1, MAX_BRANCHES)
+        _require_int("num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
+        _require_int("draft_max_length", self.draft_max_length, 0, None)
+        _require_choice("fan_out", self.fan_out, FAN_OUTS)
+        _require_choice("placement", self.placement, PLACEMENTS)
+        _require_choice("backup", self.backup, BACKUPS)
+        if self.draft_cpus is not None:
+            _require_cpus(self.draft_cpus)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, fit for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> SaguaroConfig:
+        """The inverse of `to_dict`; entries that are not ours (such as `draft`) are left to others."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{key: value for key, value in options.items() if key in names})
+
+
+def split_options(options: Mapping[Any, Any]) -> tuple[SaguaroConfig, dict[str, Any]]:
+    """Validate the user's dict; return our options, and the keys that go on to vLLM (without `method`).
+
+    Nothing is looked up on disk or on the network here, so it can run while the command line is parsed.
+    """
+    own: dict[str, Any] = {}
+    passed: dict[str, Any] = {}
+    for raw_key, value in options.items():
+        key = raw_key.replace("-", "_") if isinstance(raw_key, str) else raw_key
+        if key == "method":
+            continue
+        if key in OWN_KEYS:
+            own[key] = value
+        elif key in VLLM_KEYS:
+            if value is not None:  # vLLM's own way of saying "the default"
+                passed[key] = value
+        else:
+            raise SaguaroConfigError(_refusal(key))
+    # A dotted command-line option (--speculative-config.draft_cpus 1) arrives as a number.
+    if isinstance(own.get("draft_cpus"), int) and not isinstance(own["draft_cpus"], bool):
+        own["draft_cpus"] = str(own["draft_cpus"])
+    if "num_speculative_tokens" in passed:
+        own["num_speculative_tokens"] = passed["num_speculative_tokens"]
+    config = SaguaroConfig(**own)
+    passed["num_speculative_tokens"] = config.num_speculative_tokens
+    _check_vllm_values(passed)
+    return config, passed
+
+
+def _check_vllm_values(passed: Mapping[str, Any]) -> None:
+    """The few values of vLLM's keys that this version cannot serve. The rest is vLLM's to check."""
+    model = passed.get("model")
+    if "model" in passed and not (isinstance(model, str) and model.strip()):
+        raise SaguaroConfigError(f"model must be the draft's folder or hub name, not {_show(model)}: write {EXAMPLE}")
+    if "max_model_len" in passed:
+        _require_int("max_model_len", passed["max_model_len"], 1, None)
+    if "enforce_eager" in passed and not isinstance(passed["enforce_eager"], bool):
+        raise SaguaroConfigError(f"enforce_eager must be true or false, not {_show(passed['enforce_eager'])}")
+    draft_tp = passed.get("draft_tensor_parallel_size", 1)
+    if draft_tp != 1 or isinstance(draft_tp, bool):
+        raise SaguaroConfigError(
+            f"draft_tensor_parallel_size must be 1, not {_show(draft_tp)}: the draft runs on one rank; leave it out"
+        )
+    rejection = passed.get("rejection_sample_method", "standard")
+    if rejection in ("synthetic", "fly"):
+        raise SaguaroConfigError(
+            f'rejection_sample_method "{rejection}" changes the output, saguaro never does: write "standard"'
+        )
+    if rejection == "block":
+        raise SaguaroConfigError(
+            'rejection_sample_method "block" is ignored by vLLM\'s CPU runner (it samples "standard"): write "standard"'
+        )
+    _require_choice("rejection_sample_method", rejection, ("standard",))
+    sampling = passed.get("draft_sample_method", "greedy")
+    if sampling == "probabilistic":
+        raise SaguaroConfigError(
+            'draft_sample_method "probabilistic" is not served yet: the drafts of this version are the draft model\'s '
+            'likeliest tokens, verified exactly at every temperature: write "greedy" or leave it out'
+        )
+    _require_choice("draft_sample_method", sampling, ("greedy",))
+
+
+def _refusal(key: object) -> str:
+    """Why a key is not taken: it is vLLM's but means nothing here, or it is mistyped."""
+    if isinstance(key, str):
+        for name, reason in REFUSED_KEYS.items():
+            if key == name or (name.endswith("_") and key.startswith(name)):
+                return f'the key "{key}" does not go with method "saguaro": {reason}'
+    known = ("method", *OWN_KEYS, *VLLM_KEYS)
+    near = difflib.get_close_matches(str(key), known, n=1)
+    if near:
+        return f'unknown key "{key}" in the speculative config: did you mean "{near[0]}"?'
+    return f'unknown key "{key}" in the speculative config: write one of {", ".join(known)}'
+
+
+def _require_int(name: str, value: object, low: int, high: int | None) -> None:
+    """Whole numbers only; Python counts True as 1, a user does not."""
+    span = f"from {low} to {high}" if high is not None else f"of at least {low}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SaguaroConfigError(f"{name} must be a whole number, not {_show(value)}: write a number {span}")
+    if value < low or (high is not None and value > high):
+        raise SaguaroConfigError(f"{name} is out of range: {value}; write a number {span}")
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of a few words; a near miss is named."""
+    if isinstance(value, str) and value in choices:
+        return
+    advice = " or ".join(f'"{choice}"' for choice in choices)
+    near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) and len(choices) > 1 else []
+    hint = f' (did you mean "{near[0]}"?)' if near else ""
+    raise SaguaroConfigError(f"{name}: {_show(value)} is not a known value{hint}: write {advice}")
+
+
+def _require_cpus(value: object) -> None:
+    """A list of cores that `cores.parse_cpus` reads. Whether the machine has them is `plan_cores`' question."""
+    if not isinstance(value, str):
+        raise SaguaroConfigError(f'draft_cpus must be a string, not {_show(value)}: write for example "3" or "2-3,6"')
+    try:
+        parse_cpus(value)
+    except ValueError as error:
+        raise SaguaroConfigError(f"draft_cpus: {error}") from None
+
+
+def _show(value: object) -> str:
+    """A value as the user would write it, on one line and not without end."""
+    text = f'"{value}"' if isinstance(value, str) else repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,149 @@
+"""Which CPU cores the target has and which the draft has. Standard library only: it runs before torch is imported.
+
+On a CPU both sides are bound by memory and by their own threads' barriers. Sharing a core costs far more than speculation
+wins, so the two sets are disjoint wherever there are two cores.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DRAFT_SHARE = 8
+"""One core in so many goes to the draft: it has a small fraction of the target's weights to read."""
+
+
+@dataclass(frozen=True, slots=True)
+class CorePlan:
+    """Disjoint sets of logical CPUs; both the same one where there is only one."""
+
+    target: tuple[int, ...]
+    draft: tuple[int, ...]
+    bind_target: bool = True
+    """Whether the target is ours to bind: not where the user has bound it with VLLM_CPU_OMP_THREADS_BIND."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, fit for JSON."""
+        return {"target": list(self.target), "draft": list(self.draft), "bind_target": self.bind_target}
+
+    def describe(self) -> str:
+        """One line for the log."""
+        if set(self.target) & set(self.draft):
+            return f"target and draft share {format_cpus(self.target)}: with one core there is nothing to overlap on"
+        return f"target on cores {format_cpus(self.target)}, draft on cores {format_cpus(self.draft)}"
+
+
+def plan_cores(allowed: Sequence[int], draft_cpus: str | None, target_cpus: Sequence[int] | None = None) -> CorePlan:
+    """Divide the CPUs that this process may use.
+
+    `draft_cpus` is the user's choice for the draft, like "2-3,6"; the target gets the rest. Without one the draft gets
+    the last one in eight (at least one). `target_cpus`: what the user has bound the target to, if anything; it stays.
+    Raises `ValueError` when the choice is not within `allowed` or leaves nothing.
+    """
+    cpus = tuple(sorted(allowed))
+    if draft_cpus is not None:
+        draft = parse_cpus(draft_cpus)
+        if not set(draft) <= set(cpus):
+            raise ValueError(
+                f"draft_cpus {draft_cpus!r} names cores outside of those allowed here: write some of {format_cpus(cpus)}"
+            )
+    elif target_cpus is not None:
+        draft = tuple(cpu for cpu in cpus if cpu not in target_cpus) or cpus
+    elif len(cpus) > 1:
+        draft = cpus[-max(1, len(cpus) // DRAFT_SHARE) :]
+    else:
+        draft = cpus
+    if target_cpus is not None:
+        return CorePlan(tuple(target_cpus), draft, bind_target=False)
+    target = tuple(cpu for cpu in cpus if cpu not in draft)
+    if not target and draft_cpus is not None and len(cpus) > 1:
+        raise ValueError(f"draft_cpus {draft_cpus!r} leaves no core to the target: write fewer of {format_cpus(cpus)}")
+    return CorePlan(target or cpus, draft)
+
+
+def apply_in_frontend(draft_cpus: str | None, environment: MutableMapping[str, str] = os.environ) -> CorePlan:
+    """Decide before any worker process starts, and bind the workers that this process will start.
+
+    Offline engines that run inside this process are bound by the worker itself. Raises `ValueError` as `plan_cores` does.
+    """
+    binding = environment.get(_BINDING, "auto")
+    if binding == "nobind":
+        plan = plan_cores(allowed_cpus(), draft_cpus)
+        return CorePlan(plan.target, plan.draft, bind_target=False)
+    if binding != "auto" and binding != _ours.get("binding"):
+        return plan_cores(allowed_cpus(), draft_cpus, parse_cpus(binding.replace("|", ",")))
+    plan = plan_cores(one_cpu_a_core(allowed_cpus()), draft_cpus)
+    return plan
+
+
+def one_cpu_a_core(cpus: Sequence[int]) -> tuple[int, ...]:
+    """The first allowed CPU of each physical core: two threads of one core share what they are bound by."""
+    chosen: dict[str, int] = {}
+    for cpu in sorted(cpus):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        chosen.setdefault(siblings.read_text().strip() if siblings.exists() else str(cpu), cpu)
+    return tuple(sorted(chosen.values()))
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """The CPUs in a list like "0,2-4". Raises `ValueError` for anything else."""
+    found: set[int] = set()
+    for part in text.split(","):
+        low, dash, high = part.strip().partition("-")
+        if not low.isdecimal() or (dash and not high.isdecimal()) or (dash and int(high) < int(low)):
+            raise ValueError(f"{text!r} is no list of cores: write for example 3 or 2-3,6")
+        found.update(range(int(low), int(high if dash else low) + 1))
+    return tuple(sorted(found))
+
+
+def format_cpus(cpus: Sequence[int]) -> str:
+    """The shortest list that `parse_cpus` reads back."""
+    parts: list[str] = []
+    ordered = sorted(cpus)
+    start = 0
+    for i, cpu in enumerate(ordered):
+        if i + 1 == len(ordered) or ordered[i + 1] != cpu + 1:
+            first = ordered[start]
+            parts.append(str(first) if first == cpu else f"{first}-{cpu}")
+            start = i + 1
+    return ",".join(parts)
+
+
+def allowed_cpus() -> tuple[int, ...]:
+    """The CPUs that the calling thread may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def pin(cpus: Sequence[int]) -> None:
+    """Keep the calling thread, and the threads that it will start, on these CPUs."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cpus)
+
+
+def draft_environment(environment: dict[str, str], cpus: Sequence[int]) -> dict[str, str]:
+    """The environment of a draft process: the parent's, without what bound the parent's OpenMP threads to its cores."""
+    bound = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "VLLM_CPU_OMP_THREADS_BIND")
+    child = {name: value for name, value in environment.items() if name not in bound}
+    child["OMP_NUM_THREADS"] = str(len(cpus))
+    child["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    return child
+
+
+def processor_flags() -> frozenset[str]:
+    """What the processor says that it can do; empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), ":")
+    return frozenset(flags.partition(":")[2].split())
+
+
+def bf16_is_slow(flags: frozenset[str]) -> bool:
+    """Whether this x86 processor emulates bfloat16: then float32 is about twice as fast."""
+    return bool(flags) and not flags & {"amx_bf16", "avx512_bf16"}

@@ -1,0 +1,103 @@
+"""What this plugin counts beyond vLLM's own metrics, on one small shared page.
+
+The target side adds, whoever serves metrics reads: plain 64-bit floats in memory that both map, no message and no lock. One
+writer, so a reader can at worst see a count a moment old.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from vllm_saguaro.messages import Miss
+
+BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
+"""Upper bounds of the time histograms, in seconds."""
+_BINS = len(BUCKETS) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Counter:
+    """A count that only goes up. `label` is the value of the one label `cause`, or empty."""
+
+    name: str
+    documentation: str
+    word: int
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Times in seconds: words `word` .. `word + _BINS - 1` are the bins, the word after them is the sum."""
+
+    name: str
+    documentation: str
+    word: int
+
+
+HITS = Counter("saguaro_hits", "Outcomes found in the speculation cache.", 0)
+LATE_TABLES = Counter(
+    "saguaro_late_tables", "Hits whose speculation was shorter than K because it was not finished.", 1
+)
+MISSES = {
+    cause: Counter(
+        "saguaro_misses", "Outcomes for which the speculation cache had no drafts, by cause.", word, cause.value
+    )
+    for word, cause in enumerate(Miss, start=2)
+}
+DRAFT_ROUND = Histogram(
+    "saguaro_draft_round_seconds", "From an outcome to the finished table of the next round, on the draft side.", 8
+)
+TARGET_WAIT = Histogram(
+    "saguaro_target_wait_seconds",
+    "From the outcomes of a step to the drafts in hand, on the target side.",
+    8 + _BINS + 1,
+)
+VERIFY = Histogram(
+    "saguaro_verify_seconds",
+    "From the drafts in hand to the next outcomes: scheduling, verify pass, sampling.",
+    8 + 2 * (_BINS + 1),
+)
+COUNTERS = (HITS, LATE_TABLES, *MISSES.values())
+HISTOGRAMS = (DRAFT_ROUND, TARGET_WAIT, VERIFY)
+PAGE_BYTES = 8 * (8 + len(HISTOGRAMS) * (_BINS + 1))
+
+
+class CounterPage:
+    """The counters over a buffer of `PAGE_BYTES` bytes, all zero at first."""
+
+    def __init__(self, buffer: memoryview | None = None) -> None:
+        self._words = (memoryview(bytearray(PAGE_BYTES)) if buffer is None else buffer).cast("d")
+
+    def add(self, counter: Counter, amount: int = 1) -> None:
+        """Count `amount` more."""
+        self._words[counter.word] += amount
+
+    def observe(self, histogram: Histogram, seconds: float) -> None:
+        """Count one time."""
+        self._words[histogram.word + bisect_left(BUCKETS, seconds)] += 1
+        self._words[histogram.word + _BINS] += seconds
+
+    def value(self, counter: Counter) -> float:
+        """The count."""
+        return self._words[counter.word]
+
+    def bins(self, histogram: Histogram) -> list[float]:
+        """Counts by bucket, the last one for times above the last bound."""
+        return list(map(float, self._words[histogram.word : histogram.word + _BINS]))
+
+    def total(self, histogram: Histogram) -> float:
+        """Sum of all times, in seconds."""
+        return self._words[histogram.word + _BINS]
+
+    def mean(self, histogram: Histogram) -> float:
+        """Mean time in seconds; 0 when there is none."""
+        count = sum(self.bins(histogram))
+        return self.total(histogram) / count if count else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of outcomes that were hits; 0 when there was none."""
+        hits = self.value(HITS)
+        outcomes = hits + sum(self.value(counter) for counter in MISSES.values())
+        return hits / outcomes if outcomes else 0.0

@@ -1,0 +1,163 @@
+"""The draft side of the loop, one unit of work at a time.
+
+`submit` takes in what the target side said, `advance` does the next forward. Whoever drives it decides what happens
+between two forwards: the process placement looks into its mailbox, the inline placement just goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_saguaro.drafting.engine import DraftEngine, Tree, Trunk
+from vllm_saguaro.messages import Admit, Outcome, Release, Stamp, Step, Table
+
+MAX_ROWS_A_TREE = 256
+"""Branches of all requests together; with more requests each gets fewer, so that a round stays a few forwards long."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """A request in a slot: its trunk, the stamp of the round it awaits, and when that round's work began."""
+
+    stamp: Stamp
+    trunk: Trunk
+    known_at: float
+    """When the newest outcome (or the prompt) arrived, in seconds of `time.perf_counter`."""
+    forked: bool = False
+    """Whether the table of this round has been begun."""
+
+
+class DraftLoop:
+    """Keeps a table of predicted outcomes ready for every request: extend, fork, K times grow, publish as it goes."""
+
+    def __init__(self, engine: DraftEngine, publish: Callable[[Table], None]) -> None:
+        """`publish(table)` is called when a table is forked (depth 0) and again at every depth."""
+        self.engine = engine
+        self._publish = publish
+        self._entries: dict[int, Entry] = {}
+        self._tree: Tree | None = None
+        self._growing: list[Entry] = []
+        self._leaving: list[Trunk] = []
+        self._prompts_next = False
+        self._few = engine.num_speculative_tokens + 1
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    # ---- one step of the loop ----------------------------------------------------------------------------------
+
+    def submit(self, step: Step) -> None:
+        """Take in one step of the target: new requests, outcomes, departures."""
+        for admit in step.admits:
+            self._admit(admit)
+        if step.outcomes:
+            # The tree under way was for outcomes that are now history: what it reached has been published.
+            self._tree, self._growing = None, []
+        for outcome in step.outcomes:
+            self._settle(outcome)
+        for release in step.releases:
+            self._release(release)
+
+    def advance(self) -> bool:
+        """Do the next forward, if there is anything to do: a step of the tree, a new round, or a piece of a prompt."""
+        if self._tree is not None:
+            self._grow(self._tree)
+            return True
+        self._let_go()
+        # Prompts and rounds take turns where both wait, so that neither starves the other.
+        first, second = (self._prefill, self._begin_round) if self._prompts_next else (self._begin_round, self._prefill)
+        return first() or second()
+
+    def _begin_round(self) -> bool:
+        """Glue and fork for every request that awaits a table and lacks at most a few tokens."""
+        self._prompts_next = True
+        few = self._few
+        entries = [e for e in self._entries.values() if not e.forked and len(e.trunk.pending()) <= few]
+        if not entries:
+            return False
+        self.engine.extend([e.trunk for e in entries], few)
+        ready = [e for e in entries if e.trunk.valid == e.trunk.length]
+        for entry in entries:
+            entry.forked = True  # also where no block was left: this round goes without, the next one tries again
+        if ready:
+            share = max(1, min(self.engine.branches, MAX_ROWS_A_TREE // len(ready)))
+            self._tree = self.engine.fork([e.trunk for e in ready], share)
+            self._growing = [e for e in ready if e.trunk.branches]
+            self._publish_growing()
+        return True
+
+    def _grow(self, tree: Tree) -> None:
+        self.engine.grow(tree)
+        self._publish_growing()
+        if tree.finished:
+            self._tree, self._growing = None, []
+
+    def _prefill(self) -> bool:
+        """One chunk of the prompt that has waited longest."""
+        self._prompts_next = False
+        waiting = [e for e in self._entries.values() if not e.forked and len(e.trunk.pending()) > self._few]
+        if not waiting:
+            return False
+        entry = min(waiting, key=lambda e: e.known_at)
+        before = entry.trunk.valid
+        self.engine.extend([entry.trunk], self.engine.model.max_tokens)
+        if entry.trunk.valid == before:
+            entry.forked = True  # no block left: tried again at its next outcome
+        return True
+
+    # ---- what the target side says -----------------------------------------------------------------------------
+
+    def _admit(self, admit: Admit) -> None:
+        old = self._entries.pop(admit.stamp.slot, None)
+        if old is not None:
+            self._leave(old)
+        if len(admit.token_ids) > self.engine.model.max_length:
+            return
+        trunk = self.engine.admit(list(admit.token_ids), admit.temperature)
+        self._entries[admit.stamp.slot] = Entry(admit.stamp, trunk, time.perf_counter())
+
+    def _settle(self, outcome: Outcome) -> None:
+        entry = self._entries.get(outcome.stamp.slot)
+        if entry is None or entry.stamp != outcome.stamp:
+            return
+        trunk = entry.trunk
+        agrees = outcome.accepted <= len(trunk.speculation)
+        fits = outcome.length + len(outcome.speculation) <= self.engine.model.max_length
+        if not fits or not agrees or len(trunk.tokens) + outcome.accepted + 1 != outcome.length:
+            # Too long, or the two sides no longer talk of the same text: better no table than a useless one.
+            self._leave(self._entries.pop(outcome.stamp.slot))
+            return
+        self.engine.settle(trunk, outcome.accepted, outcome.bonus, list(outcome.speculation))
+        stamp = Stamp(entry.stamp.slot, entry.stamp.generation, entry.stamp.round + 1)
+        entry.stamp, entry.known_at, entry.forked = stamp, time.perf_counter(), False
+
+    def _release(self, release: Release) -> None:
+        entry = self._entries.get(release.stamp.slot)
+        if entry is not None and entry.stamp.generation == release.stamp.generation:
+            self._leave(self._entries.pop(release.stamp.slot))
+
+    def _leave(self, entry: Entry) -> None:
+        # A growing tree still writes into this request's blocks: they are free once it stands still.
+        self._leaving.append(entry.trunk)
+        self._growing = [other for other in self._growing if other is not entry]
+
+    def _let_go(self) -> None:
+        for trunk in self._leaving:
+            self.engine.release(trunk)
+        self._leaving.clear()
+
+    def _publish_growing(self) -> None:
+        now = time.perf_counter()
+        for entry in self._growing:
+            trunk = entry.trunk
+            self._publish(
+                Table(
+                    entry.stamp,
+                    [branch.accepted for branch in trunk.branches],
+                    [branch.bonus for branch in trunk.branches],
+                    self.engine.drafts_of(trunk),
+                    now - entry.known_at,
+                )
+            )

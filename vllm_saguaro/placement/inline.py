@@ -1,0 +1,51 @@
+"""The synchronous twin: the draft side in the target's own thread, for debugging and ablation.
+
+Same engine, same loop, same mailbox cells as the process placement; only that `post` runs the whole round before it returns,
+so every table is complete and the target waits for all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vllm_saguaro.drafting.engine import DraftEngine
+from vllm_saguaro.drafting.loop import DraftLoop
+from vllm_saguaro.messages import Step, Table
+from vllm_saguaro.placement.mailbox import Mailbox, MailboxShape
+
+
+class InlineChannel:
+    """A draft side that works when it is told something, and is done when the call returns."""
+
+    def __init__(self, make_engine: Callable[[], DraftEngine], shape: MailboxShape) -> None:
+        self._mailbox = Mailbox(memoryview(bytearray(shape.total_bytes)), shape)
+        self._engine = make_engine()
+        self._loop = DraftLoop(self._engine, self._mailbox.publish)
+        self.alive = True
+
+    @property
+    def max_length(self) -> int:
+        """Longest text, in tokens, that the draft can hold."""
+        return self._engine.model.max_length
+
+    def post(self, step: Step) -> bool:
+        """Run everything that the step gives rise to."""
+        if not self._mailbox.post(step):
+            return False
+        received = self._mailbox.receive()
+        assert received is not None
+        self._loop.submit(received)
+        while self._loop.advance():
+            pass
+        return True
+
+    def read(self, slot: int) -> Table | None:
+        """The table of a slot."""
+        return self._mailbox.read(slot)
+
+    def wait_until_ready(self) -> None:
+        """Nothing to wait for: the engine was made in the constructor."""
+
+    def close(self) -> None:
+        """The engine goes with this object."""
+        self.alive = False

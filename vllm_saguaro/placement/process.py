@@ -1,0 +1,164 @@
+"""The draft side in a process of its own, on its own cores.
+
+The mailbox lies in a memfd that the child inherits, the wake-up is an eventfd, and the child's standard input is a pipe that
+nobody writes to after the start: it ends when this process ends, in whatever way, and the child ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import mmap
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_saguaro.messages import Step, Table
+from vllm_saguaro.placement.channel import DraftFailed
+from vllm_saguaro.placement.mailbox import DraftState, Mailbox, MailboxShape
+
+START_TIMEOUT_SECONDS = 600.0
+"""Loading and compiling a large draft takes minutes on a cold cache."""
+_END_TIMEOUT_SECONDS = 5.0
+_YIELD_SECONDS = 2e-3
+_NAP_SECONDS = 50e-3
+
+
+class ProcessChannel:
+    """Starts the draft process at once; `wait_until_ready` returns when its model is loaded."""
+
+    def __init__(
+        self, module: str, options: Mapping[str, Any], shape: MailboxShape, environment: Mapping[str, str]
+    ) -> None:
+        """`python -m module` is the draft side; it gets `options` and `shape` as one line of JSON on its standard input.
+
+        `environment` is the child's whole environment.
+        """
+        self._memory_fd = os.memfd_create("saguaro-mailbox")
+        os.ftruncate(self._memory_fd, shape.total_bytes)
+        self._memory = mmap.mmap(self._memory_fd, shape.total_bytes)
+        self._mailbox = Mailbox(memoryview(self._memory), shape)
+        self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            pass_fds=(self._memory_fd, self._bell_fd),
+            env=dict(environment),
+        )
+        start = {
+            "memory_fd": self._memory_fd,
+            "bell_fd": self._bell_fd,
+            "slots": shape.slots,
+            "branches": shape.branches,
+            "num_speculative_tokens": shape.num_speculative_tokens,
+            "ring_bytes": shape.ring_bytes,
+            "options": dict(options),
+        }
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(start).encode() + b"\n")
+        self._process.stdin.flush()
+        self.alive = True
+        self._closed = False
+        threading.Thread(target=self._watch, name="saguaro-draft-watch", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        """Process id of the draft side."""
+        return self._process.pid
+
+    @property
+    def max_length(self) -> int:
+        """Longest text, in tokens, that the draft can hold."""
+        return self._mailbox.max_length
+
+    def post(self, step: Step) -> bool:
+        """Put the step into the mailbox, and ring if the draft side sleeps."""
+        if not self.alive or not self._mailbox.post(step):
+            return False
+        if self._mailbox.asleep:
+            os.eventfd_write(self._bell_fd, 1)
+        return True
+
+    def read(self, slot: int) -> Table | None:
+        """The table of a slot, as far as it is."""
+        return self._mailbox.read(slot) if self.alive else None
+
+    def wait_until_ready(self) -> None:
+        """Wait for the model to load. Raises `DraftFailed` when it does not."""
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        while self._mailbox.state == DraftState.STARTING:
+            if not self.alive:
+                raise DraftFailed(f"the draft process ended while it started (exit status {self._process.returncode})")
+            if time.monotonic() > deadline:
+                raise DraftFailed(f"the draft process was not ready after {START_TIMEOUT_SECONDS:.0f} s")
+            time.sleep(0.01)
+        if self._mailbox.state == DraftState.FAILED:
+            raise DraftFailed("the draft process could not load its model: its own error is in the log above")
+
+    def close(self) -> None:
+        """End the process: by closing its standard input, by force if it does not listen."""
+        if self._closed:
+            return
+        self._closed, self.alive = True, False
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_END_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._mailbox.close()
+        self._memory.close()
+        os.close(self._memory_fd)
+        os.close(self._bell_fd)
+
+    def _watch(self) -> None:
+        self._process.wait()
+        self.alive = False
+
+
+class DraftEnd:
+    """The draft side's end of a `ProcessChannel`: made from the line of JSON on standard input."""
+
+    def __init__(self, start: Mapping[str, Any]) -> None:
+        shape = MailboxShape(start["slots"], start["branches"], start["num_speculative_tokens"], start["ring_bytes"])
+        self._memory = mmap.mmap(start["memory_fd"], shape.total_bytes)
+        self.mailbox = Mailbox(memoryview(self._memory), shape)
+        self.options: Mapping[str, Any] = start["options"]
+        self._bell_fd: int = start["bell_fd"]
+
+    def end_with_parent(self) -> None:
+        """From now on this process ends as soon as its standard input does, whatever it is doing."""
+        threading.Thread(target=self._follow, name="saguaro-parent-watch", daemon=True).start()
+
+    def idle(self, since: float) -> None:
+        """Wait a little for the next step: at first by yielding, later asleep until the bell rings.
+
+        `since`: when there was last something to do (`time.perf_counter`). A round of the target takes a millisecond or
+        more, so yielding for longer than a few of them would only burn a core.
+        """
+        waited = time.perf_counter() - since
+        if waited < _YIELD_SECONDS:
+            os.sched_yield()
+        elif waited < _NAP_SECONDS:
+            time.sleep(50e-6)
+        else:
+            self._sleep()
+
+    def _sleep(self) -> None:
+        self.mailbox.fall_asleep(True)
+        if not self.mailbox.has_step:  # posted before the other side could see that we sleep
+            select.select([self._bell_fd], [], [], 1.0)
+        self.mailbox.fall_asleep(False)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell_fd)
+
+    def _follow(self) -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        os._exit(0)

@@ -1,0 +1,177 @@
+"""The target side of a round: look each outcome up, hand the drafts over, tell the draft side.
+
+Works on plain lists, so it serves any runner that has outcomes on the host. Nothing here waits for the draft, and nothing that
+the draft does or fails to do can fail a request: the worst case is a row that is verified without drafts.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from vllm_saguaro import counters
+from vllm_saguaro.counters import CounterPage
+from vllm_saguaro.messages import Admit, Miss, Outcome, Release, Stamp, Step
+from vllm_saguaro.placement.channel import Channel
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """One row of a step of the target.
+
+    `sampled`: the accepted drafts and then the bonus token; empty when the row was a piece of a prompt. `length`: tokens of
+    the request with them. `tokens` and `temperature` are asked for only when the draft side has to learn the request anew.
+    """
+
+    request_id: str
+    sampled: Sequence[int]
+    length: int
+    tokens: Callable[[], Sequence[int]]
+    temperature: Callable[[], float]
+
+
+@dataclass(slots=True)
+class _Request:
+    """What the target side knows of a request that the draft side has."""
+
+    stamp: Stamp
+    length: int
+
+
+class Speculator:
+    """Drafts for a batch, from the speculation cache that a draft side fills."""
+
+    def __init__(
+        self, channel: Channel, slots: int, num_speculative_tokens: int, page: CounterPage, log: logging.Logger
+    ) -> None:
+        """`slots`: requests that the channel can hold tables for."""
+        self.channel = channel
+        self.page = page
+        self._num_speculative_tokens = num_speculative_tokens
+        self._log = log
+        self._requests: dict[str, _Request] = {}
+        self._free = list(range(slots - 1, -1, -1))
+        self._generations = [0] * slots
+        self._too_long: set[str] = set()
+        self._handed_at: float | None = None
+        self._lost = False
+
+    # ---- one step of the loop ----------------------------------------------------------------------------------
+
+    def propose(self, rows: Sequence[Verified]) -> list[list[int]]:
+        """The drafts to verify next, row by row; `[]` where there are none."""
+        known_at = time.perf_counter()
+        step = Step()
+        drafts = [list(self._turn(row, step)) if row.sampled else [] for row in rows]
+        self._post(step)
+        now = time.perf_counter()
+        if step.outcomes:
+            self.page.observe(counters.TARGET_WAIT, now - known_at)
+            if self._handed_at is not None:
+                self.page.observe(counters.VERIFY, known_at - self._handed_at)
+        self._handed_at = now
+        return drafts
+
+    def _turn(self, row: Verified, step: Step) -> tuple[int, ...]:
+        """Settle one row: find its outcome (k, t*) among the predicted ones, and note it for the draft side."""
+        accepted, bonus = len(row.sampled) - 1, row.sampled[-1]
+        request = self._requests.get(row.request_id)
+        if request is None or request.length + accepted + 1 != row.length or not self._fits(row):
+            self._learn_anew(row, step)
+            return self._miss(Miss.ABSENT)
+        speculation = self._look_up(request, accepted, bonus)
+        step.outcomes.append(Outcome(request.stamp, accepted, bonus, row.length, speculation))
+        request.length = row.length
+        request.stamp = Stamp(request.stamp.slot, request.stamp.generation, request.stamp.round + 1)
+        return speculation
+
+    def _look_up(self, request: _Request, accepted: int, bonus: int) -> tuple[int, ...]:
+        table = self.channel.read(request.stamp.slot)
+        if table is None or table.stamp != request.stamp:
+            return self._miss(Miss.LATE if self.channel.alive else Miss.ABSENT)
+        branch = table.find(accepted, bonus)
+        if branch is None:
+            return self._miss(Miss.NOT_PREDICTED)
+        speculation = table.speculation(branch)
+        if not speculation:
+            return self._miss(Miss.LATE)
+        self.page.add(counters.HITS)
+        if len(speculation) < self._num_speculative_tokens:
+            self.page.add(counters.LATE_TABLES)
+        else:
+            self.page.observe(counters.DRAFT_ROUND, table.seconds)
+        return speculation
+
+    def _miss(self, cause: Miss) -> tuple[int, ...]:
+        self.page.add(counters.MISSES[cause])
+        return ()
+
+    # ---- requests that come and go -----------------------------------------------------------------------------
+
+    def begin_step(self, arrived: Sequence[tuple[str, Sequence[int], float]], left: Sequence[str]) -> None:
+        """Before the target's pass: `arrived` as (request id, prompt tokens, temperature), `left` as request ids.
+
+        The draft reads a prompt while the target does.
+        """
+        step = Step()
+        for request_id in left:
+            self._release(request_id, step)
+        if not self._requests:
+            self._handed_at = None  # a pause between requests is no verify pass
+        for request_id, tokens, temperature in arrived:
+            self._release(request_id, step)  # an id that is used again, without its end having been seen
+            self._admit(request_id, tokens, temperature, step)
+        self._post(step)
+
+    def _admit(self, request_id: str, tokens: Sequence[int], temperature: float, step: Step) -> None:
+        if not self._free or not self.channel.alive:
+            return
+        if len(tokens) + self._num_speculative_tokens + 1 > self.channel.max_length:
+            self._leave_out(request_id)
+            return
+        slot = self._free.pop()
+        self._generations[slot] += 1
+        stamp = Stamp(slot, self._generations[slot], 0)
+        self._requests[request_id] = _Request(stamp, len(tokens))
+        step.admits.append(Admit(stamp, temperature, tuple(tokens)))
+
+    def _release(self, request_id: str, step: Step) -> None:
+        self._too_long.discard(request_id)
+        request = self._requests.pop(request_id, None)
+        if request is not None:
+            self._free.append(request.stamp.slot)
+            step.releases.append(Release(request.stamp))
+
+    def _learn_anew(self, row: Verified, step: Step) -> None:
+        """Let the draft side have a request that it does not have, or has otherwise, unless it is too long for it."""
+        if row.request_id in self._too_long or not self.channel.alive:
+            return
+        self._release(row.request_id, step)
+        if self._fits(row):
+            self._admit(row.request_id, row.tokens(), row.temperature(), step)
+        else:
+            self._leave_out(row.request_id)
+
+    def _fits(self, row: Verified) -> bool:
+        return row.length + self._num_speculative_tokens + 1 <= self.channel.max_length
+
+    def _leave_out(self, request_id: str) -> None:
+        self._too_long.add(request_id)
+        self._log.warning(
+            "Request %s is longer than the draft model can hold (%d tokens): it goes on without drafts.",
+            request_id,
+            self.channel.max_length,
+        )
+
+    def _post(self, step: Step) -> None:
+        if not step or self.channel.post(step):
+            return
+        # The draft side will never see this step: forget the requests in it, they are learnt anew.
+        touched = {admit.stamp.slot for admit in step.admits} | {outcome.stamp.slot for outcome in step.outcomes}
+        for request_id in [r for r, request in self._requests.items() if request.stamp.slot in touched]:
+            self._free.append(self._requests.pop(request_id).stamp.slot)
+        if not self.channel.alive and not self._lost:
+            self._lost = True
+            self._log.error("The draft side has ended: decoding goes on without drafts.")

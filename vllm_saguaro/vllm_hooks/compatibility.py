@@ -1,0 +1,138 @@
+"""Which vLLM this is, and whether its seams are the ones we know. Asked only when the method is asked for.
+
+The hooks replace or override what vLLM does not promise to keep. So each thing that they take hold of stands in one
+table with the signature it must have; a vLLM that differs is refused with one line rather than met with a stack trace
+later.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from vllm_saguaro.config import SaguaroConfigError
+
+SUPPORTED: Final = ((0, 32), (0, 33))
+SUPPORTED_RANGE: Final = "vLLM 0.32 and 0.33"
+
+FRONTEND: Final = "frontend"
+WORKER: Final = "worker"
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One function of vLLM that a hook relies on, and the parameter names it must have.
+
+    `where` says in which process it is used, hence where it is checked: importing the model runner into an API server
+    only to look at it would cost every start a few seconds.
+    """
+
+    where: str
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+
+
+SEAMS: Final = (
+    Seam(
+        FRONTEND,
+        "vllm.engine.arg_utils",
+        "EngineArgs.create_speculative_config",
+        ("self", "target_model_config", "target_parallel_config"),
+    ),
+    Seam(FRONTEND, "vllm.engine.arg_utils", "EngineArgs.add_cli_args", ("parser",)),
+    Seam(
+        WORKER,
+        "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner.propose_draft_token_ids",
+        (
+            "self",
+            "scheduler_output",
+            "sampled_token_ids",
+            "sampling_metadata",
+            "hidden_states",
+            "sample_hidden_states",
+            "aux_hidden_states",
+            "spec_decode_metadata",
+            "common_attn_metadata",
+            "slot_mappings",
+        ),
+    ),
+    Seam(WORKER, "vllm.v1.worker.gpu_model_runner", "GPUModelRunner.take_draft_token_ids", ("self",)),
+    Seam(WORKER, "vllm.v1.worker.gpu_worker", "Worker._make_model_runner", ("self",)),
+    Seam(WORKER, "vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",)),
+)
+
+
+def check_version(found: str | None = None) -> None:
+    """Refuse a vLLM that this plugin has not been read against."""
+    if found is None:
+        found = str(getattr(importlib.import_module("vllm"), "__version__", "unknown"))
+    match = re.match(r"v?(\d+)\.(\d+)(?:\D|$)", found)
+    if match is None or (int(match[1]), int(match[2])) not in SUPPORTED:
+        raise SaguaroConfigError(
+            f'method "saguaro" works with {SUPPORTED_RANGE}, this is vLLM {found}: install one of them '
+            "(or the vllm_saguaro made for this one)"
+        )
+
+
+def check_seams(where: str, seams: tuple[Seam, ...] = SEAMS) -> None:
+    """Compare the table with what is installed, for one kind of process."""
+    for seam in seams:
+        if seam.where != where:
+            continue
+        found = _parameters(seam)
+        if found != seam.parameters:
+            is_now = f"is ({', '.join(found)})" if found is not None else "is missing"
+            raise SaguaroConfigError(
+                f'method "saguaro" does not know this build of vLLM: {seam.module}.{seam.name} {is_now}, expected '
+                f"({', '.join(seam.parameters)}); install an unmodified {SUPPORTED_RANGE}"
+            )
+
+
+def check_platform() -> None:
+    """Refuse what this release has no runner for: anything but vLLM's CPU backend with model runner V1."""
+    from vllm import envs
+    from vllm.platforms import current_platform
+    from vllm.triton_utils import HAS_TRITON
+
+    if not current_platform.is_cpu():
+        raise SaguaroConfigError(
+            f'this release of vllm_saguaro runs on vLLM\'s CPU backend only, this is "{current_platform.device_type}" '
+            '(the GPU runner is next): write method "draft_model" here until then'
+        )
+    # vLLM takes runner V2 where it is told to, and by default where a Triton for the CPU is installed.
+    wish = envs.VLLM_USE_V2_MODEL_RUNNER
+    if wish or (wish is None and HAS_TRITON):
+        raise SaguaroConfigError(
+            "this release of vllm_saguaro runs on vLLM's model runner V1: set the environment variable "
+            "VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+
+
+def one_line(error: Exception) -> str:
+    """What an error of vLLM, pydantic or the hub client says, on one line."""
+    details = getattr(error, "errors", None)
+    if callable(details):  # pydantic
+        parts = []
+        for detail in details():
+            where = ".".join(str(part) for part in detail.get("loc", ()))
+            message = str(detail.get("msg", "")).removeprefix("Value error, ")
+            parts.append(f"{where}: {message}" if where else message)
+        return " ".join("; ".join(parts).split())
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(":.") if lines else type(error).__name__
+
+
+def _parameters(seam: Seam) -> tuple[str, ...] | None:
+    """The parameter names of a seam as installed (our own wrappers are seen through), or None where it is not there."""
+    try:
+        found: object = importlib.import_module(seam.module)
+        for part in seam.name.split("."):
+            found = getattr(found, part)
+        return tuple(inspect.signature(found).parameters)  # type: ignore[arg-type]
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return None

@@ -1,0 +1,72 @@
+"""The draft side as a process: `python -m vllm_saguaro.vllm_hooks.draft_process`, started by `placement/process.py`.
+
+Nothing heavy is imported before the process is on its own cores: torch sizes its thread pools from them.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from vllm_saguaro import cores
+
+if TYPE_CHECKING:
+    from vllm_saguaro.drafting.engine import DraftEngine
+    from vllm_saguaro.drafting.loop import DraftLoop
+    from vllm_saguaro.placement.process import DraftEnd
+
+
+def main() -> None:
+    """Load the draft, say so, then keep tables ready until the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends us in order
+    start = json.loads(sys.stdin.buffer.readline())
+    options: dict[str, Any] = start["options"]
+    if options["cpus"]:
+        cores.pin(options["cpus"])
+
+    from vllm_saguaro.drafting.loop import DraftLoop
+    from vllm_saguaro.placement.mailbox import DraftState
+    from vllm_saguaro.placement.process import DraftEnd
+
+    end = DraftEnd(start)
+    end.end_with_parent()
+    try:
+        engine = load_engine(options)
+    except BaseException:
+        end.mailbox.announce(DraftState.FAILED)
+        raise
+    gc.freeze()  # what is loaded now lives as long as the process: no collection need look at it again
+    end.mailbox.announce(DraftState.READY, engine.model.max_length)
+    serve(end, DraftLoop(engine, end.mailbox.publish))
+
+
+def load_engine(options: dict[str, Any]) -> DraftEngine:
+    """The engine that `options` describe: those of `DraftModelConfig` under "model", K, N and the fan-out beside it."""
+    from vllm_saguaro.drafting.engine import DraftEngine
+    from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig, VllmDraftModel
+
+    model = VllmDraftModel(DraftModelConfig(**options["model"]))
+    branches = options["branches"]
+    model.warm_up(rows=(branches,))
+    return DraftEngine(model, options["num_speculative_tokens"], branches, options["fan_out"])
+
+
+def serve(end: DraftEnd, loop: DraftLoop) -> None:
+    """Look into the mailbox between any two forwards; what is newest comes first."""
+    busy_at = time.perf_counter()
+    while True:
+        step = end.mailbox.receive()
+        if step is not None:
+            loop.submit(step)
+        elif not loop.advance():
+            end.idle(busy_at)
+            continue
+        busy_at = time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

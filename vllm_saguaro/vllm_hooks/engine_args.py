@@ -1,0 +1,287 @@
+"""The two doors in `EngineArgs`: what the user wrote, turned into vLLM's own configuration objects.
+
+`open_doors` wraps `EngineArgs.create_speculative_config` and `EngineArgs.add_cli_args`. Both wrappers hand everything
+through untouched unless the method is saguaro. They must stay in place even where nobody asks: vLLM loads plugins once
+in a process, and a second engine in that process may ask. Standard library only at import; vLLM is imported when the
+method is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from typing import Any, Final
+
+from vllm_saguaro import cores
+from vllm_saguaro.config import METHOD, SaguaroConfig, SaguaroConfigError, split_options
+from vllm_saguaro.vllm_hooks import compatibility
+from vllm_saguaro.vllm_hooks.draft_choice import check_vocabularies, choose_draft, read_vocab_size, resolve_folder
+
+WORKER_CLASS: Final = "vllm_saguaro.vllm_hooks.worker.SaguaroWorker"
+OPTIONS_KEY: Final = "saguaro"  # our place in vllm_config.additional_config
+
+_MARK: Final = "_vllm_saguaro_door"
+
+
+class CommandLineOptions(dict[str, Any]):
+    """A speculative config typed on a command line: its errors end the program with one line, not with a traceback."""
+
+
+class CommandLineMethod(str):
+    """`--spec-method saguaro`, remembering like `CommandLineOptions` where it came from."""
+
+    __slots__ = ()
+
+
+class AlignVocabulary:
+    """An `hf_overrides` for the draft's configuration as vLLM sees it: the target's padded vocabulary size.
+
+    vLLM insists on equal sizes, where siblings of one family differ by padding. The draft engine uses the true size,
+    which stays in our own options. A class at module level: vLLM pickles it on the way to its other processes.
+    """
+
+    def __init__(self, vocab_size: int, before: Callable[[Any], Any] | None) -> None:
+        self.vocab_size = vocab_size
+        self.before = before
+
+    def __call__(self, hf_config: Any) -> Any:
+        """Apply the user's override, if there is one, and then ours."""
+        if self.before is not None:
+            hf_config = self.before(hf_config)
+        hf_config.get_text_config().vocab_size = self.vocab_size
+        return hf_config
+
+
+def open_doors(engine_args_class: Any) -> None:
+    """Wrap the two functions, once. A vLLM that has no such functions is left alone (and refused when it is asked)."""
+    create = engine_args_class.__dict__.get("create_speculative_config")
+    if inspect.isfunction(create) and not _is_door(create):
+        engine_args_class.create_speculative_config = _create_door(create)
+    add = engine_args_class.__dict__.get("add_cli_args")
+    if isinstance(add, staticmethod) and not _is_door(add.__func__):
+        engine_args_class.add_cli_args = staticmethod(_command_line_door(add.__func__))
+
+
+def _is_door(function: Any) -> bool:
+    """Whether our wrapper is this function or lies below it."""
+    while function is not None:
+        if getattr(function, _MARK, False):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
+
+
+def _command_line_door(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`add_cli_args`, with the bare word and our keys understood."""
+
+    @functools.wraps(original)
+    def add_cli_args(*args: Any, **kwargs: Any) -> Any:
+        parser = original(*args, **kwargs)
+        for action in getattr(parser, "_actions", ()):
+            if action.dest == "speculative_config":
+                action.type = _parse_options(action.type)
+            elif action.dest == "spec_method":
+                action.type = _parse_method(action.type)
+                if action.choices is not None and METHOD not in action.choices:
+                    action.choices = [*action.choices, METHOD]
+        return parser
+
+    setattr(add_cli_args, _MARK, True)
+    return add_cli_args
+
+
+def _parse_options(original: Any) -> Callable[[str], Any]:
+    """The argparse type of --speculative-config: ours where it says saguaro, else the original's business."""
+
+    def parse_speculative_config(text: str) -> Any:
+        if text.strip() == METHOD:
+            return CommandLineOptions(method=METHOD)
+        try:
+            options = json.loads(text)
+        except ValueError:
+            return original(text)
+        if not (isinstance(options, dict) and options.get("method") == METHOD):
+            return original(text)
+        try:
+            split_options(options)
+        except SaguaroConfigError as error:
+            raise ArgumentTypeError(str(error)) from None
+        return CommandLineOptions(options)
+
+    return parse_speculative_config
+
+
+def _parse_method(original: Any) -> Callable[[str], Any]:
+    """The argparse type of --spec-method."""
+
+    def parse_spec_method(text: str) -> Any:
+        if text == METHOD:
+            return CommandLineMethod(text)
+        return original(text) if callable(original) else text
+
+    return parse_spec_method
+
+
+def _create_door(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`create_speculative_config`, with our method translated."""
+
+    @functools.wraps(original)
+    def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        written = getattr(self, "speculative_config", None)
+        spec_method = getattr(self, "spec_method", None)
+        word = written.get("method") if isinstance(written, dict) else written
+        if METHOD not in (spec_method, word if isinstance(word, str) else None):
+            return original(self, *args, **kwargs)
+        try:
+            return _create(self, original, *args, **kwargs)
+        except SaguaroConfigError as error:
+            if isinstance(written, CommandLineOptions) or isinstance(spec_method, CommandLineMethod):
+                raise SystemExit(f"vllm_saguaro: {error}") from error
+            raise
+
+    setattr(create_speculative_config, _MARK, True)
+    return create_speculative_config
+
+
+def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Check everything that can be checked before weights load, and translate into a `draft_model` configuration."""
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.saguaro")
+    compatibility.check_version()
+    compatibility.check_seams(compatibility.FRONTEND)
+    compatibility.check_platform()
+    arguments = inspect.signature(original).bind(engine_args, *args, **kwargs).arguments
+    target, parallel = arguments["target_model_config"], arguments["target_parallel_config"]
+    config, passed = split_options(_gather(engine_args))
+    _check_engine(engine_args, parallel)
+
+    if "model" in passed:
+        passed["model"] = resolve_folder(passed["model"])
+    else:
+        passed["model"] = choose_draft(target)
+        logger.info('saguaro drafts with %s (name another one with "model")', passed["model"])
+    draft_size = read_vocab_size(target, passed)
+    target_size = target.get_vocab_size()
+    check_vocabularies(target.model, target_size, target.tokenizer, passed["model"], draft_size, passed.get("revision"))
+
+    speculative = _translate(engine_args, original, target, parallel, passed, align=draft_size != target_size)
+    draft = speculative.draft_model_config
+    config = SaguaroConfig.from_dict({**config.to_dict(), "draft_max_length": int(draft.max_model_len)})
+    # vLLM stops all speculation of a batch (0.33: shortens the target) at the draft's limit. Our draft side skips just
+    # the requests beyond it, so vLLM is told that there is none.
+    draft.max_model_len = target.max_model_len
+
+    parallel.worker_cls = WORKER_CLASS
+    engine_args.additional_config = {
+        **engine_args.additional_config,
+        OPTIONS_KEY: {
+            **config.to_dict(),
+            "draft": _draft_options(engine_args, speculative, passed, draft_size, config.draft_max_length),
+            "target_vocab_size": target_size,
+        },
+    }
+    # The one call site of the core planner: after translation, before any worker process starts.
+    try:
+        cores.apply_in_frontend(config)
+    except ValueError as error:
+        raise SaguaroConfigError(str(error)) from error
+    return speculative
+
+
+def _gather(engine_args: Any) -> dict[str, Any]:
+    """The user's dict, the bare word, and the --spec-* flags, as one new dict (the user's own is never written to)."""
+    written = engine_args.speculative_config
+    if isinstance(written, str):
+        written = {"method": written}
+    options = {key.replace("-", "_") if isinstance(key, str) else key: value for key, value in (written or {}).items()}
+    for flag, key in (("spec_method", "method"), ("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
+        value = getattr(engine_args, flag, None)
+        if value is None:
+            continue
+        if key in options:
+            name = flag.replace("_", "-")
+            raise SaguaroConfigError(
+                f'--{name} and "{key}" in the speculative config say the same thing: write one of them'
+            )
+        options[key] = value
+    return options
+
+
+def _check_engine(engine_args: Any, parallel: Any) -> None:
+    """What this version cannot be combined with."""
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if (size := getattr(parallel, name, 1)) > 1:
+            raise SaguaroConfigError(
+                f'method "saguaro" serves a target on one rank for now, {name} is {size}: '
+                f"write {name} 1, or another method"
+            )
+    if parallel.worker_cls not in ("auto", WORKER_CLASS):
+        raise SaguaroConfigError(
+            f'method "saguaro" brings its own worker class, worker_cls is {parallel.worker_cls!r} already: '
+            "leave worker_cls out"
+        )
+    if not isinstance(engine_args.additional_config, dict):
+        raise SaguaroConfigError(
+            'method "saguaro" keeps its options in additional_config: write it as a dict, or leave it out'
+        )
+
+
+def _translate(
+    engine_args: Any, original: Callable[..., Any], target: Any, parallel: Any, passed: dict[str, Any], align: bool
+) -> Any:
+    """Let vLLM build its `draft_model` configuration from a copy, and leave the arguments as the user wrote them."""
+    written = {
+        name: getattr(engine_args, name) for name in ("speculative_config", "spec_method", "spec_model", "spec_tokens")
+    }
+    overrides = target.hf_overrides
+    try:
+        engine_args.spec_method = engine_args.spec_model = engine_args.spec_tokens = None
+        # Host-side token lists for the drafter, which is what our runner hook works with (and no async scheduling).
+        engine_args.speculative_config = {**passed, "method": "draft_model", "disable_padded_drafter_batch": True}
+        if align:
+            # The only way in: vLLM builds the draft's ModelConfig and takes over callables, not dicts, from the target.
+            target.hf_overrides = AlignVocabulary(target.get_vocab_size(), overrides if callable(overrides) else None)
+        speculative = original(engine_args, target, parallel)
+    except Exception as error:  # vLLM's and pydantic's errors of any kind, in one line
+        raise SaguaroConfigError(f"vLLM does not take this draft: {compatibility.one_line(error)}") from error
+    finally:
+        target.hf_overrides = overrides
+        for name, value in written.items():
+            setattr(engine_args, name, value)
+    if speculative.method != "draft_model":
+        raise SaguaroConfigError(
+            f'{passed["model"]} is no ordinary language model (vLLM takes it for "{speculative.method}"): '
+            'write a small model of the target\'s family as "model"'
+        )
+    return speculative
+
+
+def _draft_options(
+    engine_args: Any, speculative: Any, passed: dict[str, Any], vocab_size: int, max_model_len: int
+) -> dict[str, Any]:
+    """What the draft side needs to build the draft's own engine arguments in another process: plain values only."""
+    draft, load = speculative.draft_model_config, speculative.draft_load_config
+    eager = passed.get("enforce_eager")
+    backend, cache_dtype = speculative.attention_backend, speculative.kv_cache_dtype
+    return {
+        "model": passed["model"],
+        "revision": passed.get("revision"),
+        "code_revision": passed.get("code_revision"),
+        "trust_remote_code": bool(draft.trust_remote_code),
+        "config_format": str(draft.config_format),
+        "dtype": str(draft.dtype).removeprefix("torch."),
+        "quantization": passed.get("quantization"),
+        "max_model_len": max_model_len,
+        "vocab_size": vocab_size,
+        "seed": draft.seed,
+        "enforce_eager": bool(draft.enforce_eager if eager is None else eager),
+        "attention_backend": getattr(backend, "name", None),
+        "kv_cache_dtype": str(cache_dtype or engine_args.kv_cache_dtype),
+        "moe_backend": passed.get("moe_backend"),
+        "load_format": str(load.load_format if load else engine_args.load_format),
+        "download_dir": load.download_dir if load else engine_args.download_dir,
+    }

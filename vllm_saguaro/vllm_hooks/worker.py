@@ -1,0 +1,124 @@
+"""The worker door: `parallel_config.worker_cls` names this class (vLLM 0.32 and 0.33, `v1/worker/cpu_worker.py`).
+
+The worker is the one object that sees everything in the right order: it makes the runner (`init_device`), loads the target
+(`load_model`), is told of each step before the forward (`execute_model`), and is shut down.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_saguaro import cores, counters
+from vllm_saguaro.config import SaguaroConfig
+from vllm_saguaro.drafting.loop import MAX_ROWS_A_TREE
+from vllm_saguaro.placement.channel import Channel
+from vllm_saguaro.placement.inline import InlineChannel
+from vllm_saguaro.placement.mailbox import MailboxShape
+from vllm_saguaro.placement.process import ProcessChannel
+from vllm_saguaro.speculator import Speculator
+from vllm_saguaro.vllm_hooks import runner_v1
+from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig
+from vllm_saguaro.vllm_hooks.draft_process import load_engine
+from vllm_saguaro.vllm_hooks.metrics import attach_page
+
+logger = init_logger(f"vllm.{__name__}")
+
+DRAFT_KV_BYTES = 1 << 30
+"""KV budget of the draft. Its pages are touched only when used, so a small load costs little memory."""
+SLOTS_A_RUNNING_REQUEST = 2
+"""Preempted requests keep their slot while others run."""
+
+
+class SaguaroWorker(CPUWorker):
+    """vLLM's CPU worker with a draft side beside it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        vllm_config = kwargs.get("vllm_config") or args[0]
+        self._options: dict[str, Any] = vllm_config.additional_config["saguaro"]
+        self._former_cpus = cores.allowed_cpus()
+        plan = self._options["cores"]
+        if plan and plan["bind_target"]:
+            cores.pin(plan["target"])
+            torch.set_num_threads(len(plan["target"]))
+        super().__init__(*args, **kwargs)
+
+    def init_device(self) -> None:
+        """Make the runner, start the draft side, and put it where the runner's own drafter was."""
+        super().init_device()
+        config = SaguaroConfig.from_dict(self._options)
+        slots = SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs
+        shape = MailboxShape(
+            slots=slots,
+            branches=config.branches,
+            num_speculative_tokens=config.num_speculative_tokens,
+            ring_bytes=(4 << 20) + 8 * self.model_config.max_model_len,
+        )
+        self._channel = self._open_channel(config, shape)
+        page = attach_page(self._options.get("counters"))
+        speculator = Speculator(self._channel, slots, config.num_speculative_tokens, page, logger)
+        self._drafter = runner_v1.install(self.model_runner, speculator)
+
+    def determine_available_memory(self) -> int:
+        """Leave the draft's KV budget out of what the target's KV cache may take."""
+        if self.cache_config.kv_cache_memory_bytes is None:
+            self.requested_cpu_memory -= DRAFT_KV_BYTES
+        return super().determine_available_memory()
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Tell the draft side who came and who left, then run the target."""
+        self._drafter.begin_step(scheduler_output)
+        return super().execute_model(scheduler_output)
+
+    def shutdown(self) -> None:
+        """End the draft side with the worker."""
+        if hasattr(self, "_channel"):
+            self._report()
+            self._channel.close()
+        super().shutdown()
+        cores.pin(self._former_cpus)
+
+    def _open_channel(self, config: SaguaroConfig, shape: MailboxShape) -> Channel:
+        plan = self._options["cores"]
+        options = {
+            "model": self._draft_model_options(config),
+            "branches": config.branches,
+            "num_speculative_tokens": config.num_speculative_tokens,
+            "fan_out": config.fan_out,
+            "cpus": plan["draft"] if plan else [],
+        }
+        if config.placement == "inline":
+            logger.info("Drafting inline, in the target's own thread: for debugging and ablation, not for speed.")
+            return InlineChannel(lambda: load_engine(options), shape)
+        environment = cores.draft_environment(dict(os.environ), options["cpus"] or [0])
+        return ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment)
+
+    def _draft_model_options(self, config: SaguaroConfig) -> dict[str, Any]:
+        """The fields of `DraftModelConfig`, as plain values."""
+        draft: dict[str, Any] = self._options["draft"]
+        names = {field.name for field in dataclasses.fields(DraftModelConfig)}
+        # A little beyond the target's limit, so that a text which the target can hold is never too long for its branches.
+        longest = self.model_config.max_model_len + config.num_speculative_tokens + 1
+        rows = max(MAX_ROWS_A_TREE, config.branches, SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs)
+        return {name: value for name, value in draft.items() if name in names} | {
+            "max_length": min(draft["max_model_len"], longest),
+            "max_rows": rows,
+            "kv_cache_bytes": DRAFT_KV_BYTES,
+            "vocab_size": self._options["target_vocab_size"],
+        }
+
+    def _report(self) -> None:
+        page = self._drafter.speculator.page
+        if page.value(counters.HITS):
+            logger.info(
+                "Saguaro: hit rate %.3f, draft round %.2f ms, verify and scheduling %.2f ms, target waited %.0f us a step.",
+                page.hit_rate,
+                1e3 * page.mean(counters.DRAFT_ROUND),
+                1e3 * page.mean(counters.VERIFY),
+                1e6 * page.mean(counters.TARGET_WAIT),
+            )

@@ -14,6 +14,8 @@ from typing import Any
 
 DRAFT_SHARE = 8
 """One core in so many goes to the draft: it has a small fraction of the target's weights to read."""
+_BINDING = "VLLM_CPU_OMP_THREADS_BIND"
+_OURS = "VLLM_SAGUARO_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +69,27 @@ def plan_cores(allowed: Sequence[int], draft_cpus: str | None, target_cpus: Sequ
 def apply_in_frontend(draft_cpus: str | None, environment: MutableMapping[str, str] = os.environ) -> CorePlan:
     """Decide before any worker process starts, and bind the workers that this process will start.
 
-    Offline engines that run inside this process are bound by the worker itself. Raises `ValueError` as `plan_cores` does.
+    A worker process sizes and binds its OpenMP threads from the environment before our code runs in it, so the target's
+    cores must stand there; an engine inside this process is bound by the worker itself. What the user has written into
+    VLLM_CPU_OMP_THREADS_BIND stays. Raises `ValueError` as `plan_cores` does.
     """
-    binding = environment.get(_BINDING, "auto")
+    undo_in_frontend(environment)  # an earlier engine's plan is not the user's word
+    binding = environment.get(_BINDING) or "auto"
     if binding == "nobind":
         plan = plan_cores(allowed_cpus(), draft_cpus)
         return CorePlan(plan.target, plan.draft, bind_target=False)
-    if binding != "auto" and binding != _ours.get("binding"):
+    if binding != "auto":
         return plan_cores(allowed_cpus(), draft_cpus, parse_cpus(binding.replace("|", ",")))
     plan = plan_cores(one_cpu_a_core(allowed_cpus()), draft_cpus)
+    environment[_BINDING] = environment[_OURS] = format_cpus(plan.target)
     return plan
+
+
+def undo_in_frontend(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Take our binding back, so that a later engine of this process which does not ask for us finds nothing changed."""
+    ours = environment.pop(_OURS, None)
+    if ours is not None and environment.get(_BINDING) == ours:
+        del environment[_BINDING]
 
 
 def one_cpu_a_core(cpus: Sequence[int]) -> tuple[int, ...]:
@@ -127,10 +140,10 @@ def pin(cpus: Sequence[int]) -> None:
 
 def draft_environment(environment: dict[str, str], cpus: Sequence[int]) -> dict[str, str]:
     """The environment of a draft process: the parent's, without what bound the parent's OpenMP threads to its cores."""
-    bound = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", "VLLM_CPU_OMP_THREADS_BIND")
+    bound = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY", _BINDING, _OURS)
     child = {name: value for name, value in environment.items() if name not in bound}
     child["OMP_NUM_THREADS"] = str(len(cpus))
-    child["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    child[_BINDING] = "nobind"
     return child
 
 

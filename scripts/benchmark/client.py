@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +62,46 @@ class WorkerHandle:
             raise WorkerError(f"{self.name}: {answer['error'].strip()}\n--- end of its log\n{self._end_of_log()}")
         return answer
 
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Awake inside the block, frozen after it.
+
+        An engine that waits still wakes up: vLLM's process groups look around 1300 times a second. Eight parked engines
+        would take a few percent of the core on which the ninth is measured. A stopped process takes nothing.
+        """
+        self._signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGSTOP)
+
     def cpu_seconds(self) -> float:
         """Processor seconds that the worker and its children have used."""
         return session_seconds(self.process.pid)
 
-    def close(self) -> None:
-        """Let it end by itself; after a while, end its whole session."""
+    def begin_close(self) -> None:
+        """Tell it to end, and do not wait."""
         assert self.process.stdin is not None
+        self._signal(signal.SIGCONT)
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
+
+    def close(self) -> None:
+        """Let it end by itself; after a while, end its whole session."""
+        self.begin_close()
         try:
             self.process.wait(timeout=_PATIENCE)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            self._signal(signal.SIGKILL)
             self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the worker and all below it, if it is still there."""
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
 
     def _end_of_log(self, lines: int = 15) -> str:
         with contextlib.suppress(OSError):

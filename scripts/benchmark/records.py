@@ -58,7 +58,7 @@ class Repetition:
     (request, step) pairs with output in the decode part, `steps` the engine's steps in it; they are equal at batch 1.
     `drafting_seconds` is vLLM's own drafting inside those steps (mode draft_model; 0 elsewhere). `counters` are the
     differences of the metrics over the whole repetition. `foreign_cpu` is the processor time that others took on our
-    cores, as a share of the cores' time, and `parked_cpu` the same of our own engines that were not asked.
+    cores, as a share of the cores' time.
     """
 
     wall_seconds: float
@@ -72,7 +72,6 @@ class Repetition:
     digests: list[str] = field(default_factory=list)
     same_text: int | None = None
     foreign_cpu: float = 0.0
-    parked_cpu: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -115,7 +114,9 @@ class Report:
     def from_json(cls, data: Mapping[str, Any]) -> Report:
         """The inverse of `to_json`."""
         if data.get("schema") != SCHEMA:
-            raise ValueError(f"this file has format {data.get('schema')!r}, known is {SCHEMA}: is it a report of bench.py?")
+            raise ValueError(
+                f"this file has format {data.get('schema')!r}, known is {SCHEMA}: is it a report of bench.py?"
+            )
         runs = [
             Run(
                 Engine(**run["engine"]),

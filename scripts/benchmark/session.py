@@ -13,6 +13,7 @@ from typing import Any
 from scripts.benchmark import procfs, provenance
 from scripts.benchmark.client import WorkerHandle
 from scripts.benchmark.deepened import deepened
+from scripts.benchmark.progress import Progress
 from scripts.benchmark.records import Engine, Repetition, Report, Run, Workload
 from scripts.benchmark.settings import Settings
 from scripts.benchmark.summary import find, summarise
@@ -26,40 +27,8 @@ _WORKER_BYTES = 1_700 << 20
 _FOREIGN = 0.02
 """A share of the cores' time that others may take before the report says so."""
 
-
-class Progress:
-    """What a progress bar is told; this one keeps silent."""
-
-    def begin(self, steps: int) -> None:
-        """So many calls of `step` will follow."""
-
-    def step(self, doing: str) -> None:
-        """The step before this is done, and this begins."""
-
-    def end(self) -> None:
-        """All is done, or was given up."""
-
-
-class ProgressBar(Progress):
-    """A tqdm bar on standard error."""
-
-    def begin(self, steps: int) -> None:
-        """Show the bar."""
-        from tqdm import tqdm
-
-        self.bar = tqdm(total=steps, unit="step", leave=False, dynamic_ncols=True)
-        self.pending = 0
-
-    def step(self, doing: str) -> None:
-        """Move on, and name what is being done."""
-        self.bar.update(self.pending)
-        self.pending = 1
-        self.bar.set_description(doing)
-
-    def end(self) -> None:
-        """Take the bar away."""
-        self.bar.update(self.pending)
-        self.bar.close()
+_IDLE = 0.05
+"""A share of one core that an engine may take while it has nothing to do."""
 
 
 def measure(settings: Settings, progress: Progress | None = None, warn: Callable[[str], None] = print) -> Report:
@@ -68,7 +37,9 @@ def measure(settings: Settings, progress: Progress | None = None, warn: Callable
     progress = progress or Progress()
     engines, workloads = settings.engines(), settings.workloads()
     about = provenance.collect(settings.cores)
-    report = Report(about, settings.to_json(), {}, [Run(engine, workload) for workload in workloads for engine in engines])
+    report = Report(
+        about, settings.to_json(), {}, [Run(engine, workload) for workload in workloads for engine in engines]
+    )
 
     def note(text: str) -> None:
         report.notes.append(text)
@@ -86,9 +57,11 @@ def measure(settings: Settings, progress: Progress | None = None, warn: Callable
             for engine in engines:
                 progress.step(f"loading {engine.name}")
                 workers[engine] = start(engine.name)
-                report.engines[engine.name] = workers[engine].ask(settings.order(engine, target, draft))
-                for workload in workloads:
-                    workers[engine].ask(_warm_up_order(settings, workload))
+                with workers[engine].turn():
+                    report.engines[engine.name] = workers[engine].ask(settings.order(engine, target, draft))
+                    for workload in workloads:
+                        workers[engine].ask(_order(settings, workload, warm_up=True))
+                    report.engines[engine.name]["idle_cpu"] = _idle_share(workers[engine])
             _take_turns(settings, report, workers, progress)
     finally:
         progress.end()
@@ -113,16 +86,23 @@ def _workers() -> Iterator[Callable[[str], WorkerHandle]]:
             yield start
         finally:
             for worker in started:
+                worker.begin_close()
+            for worker in started:
                 worker.close()
 
 
-def _warm_up_order(settings: Settings, workload: Workload) -> dict[str, Any]:
-    return {
-        "batch": workload.batch,
-        "temperature": workload.temperature,
-        "prompts": min(WARM_UP_BATCHES * workload.batch, settings.prompts),
-        "tokens": min(WARM_UP_TOKENS, settings.tokens),
-    }
+def _order(settings: Settings, workload: Workload, warm_up: bool = False) -> dict[str, Any]:
+    prompts, tokens = settings.prompts, settings.tokens
+    if warm_up:
+        prompts, tokens = min(WARM_UP_BATCHES * workload.batch, prompts), min(WARM_UP_TOKENS, tokens)
+    return {"batch": workload.batch, "temperature": workload.temperature, "prompts": prompts, "tokens": tokens}
+
+
+def _idle_share(worker: WorkerHandle, seconds: float = 1.0) -> float:
+    """The share of one core that an engine takes while nobody asks it anything."""
+    before = worker.cpu_seconds()
+    time.sleep(seconds)
+    return round((worker.cpu_seconds() - before) / seconds, 3)
 
 
 def _take_turns(settings: Settings, report: Report, workers: dict[Engine, WorkerHandle], progress: Progress) -> None:
@@ -131,7 +111,7 @@ def _take_turns(settings: Settings, report: Report, workers: dict[Engine, Worker
         for workload in settings.workloads():
             for engine in settings.engines():
                 progress.step(f"{repetition + 1}/{settings.repetitions} {workload.name}: {engine.name}")
-                found, token_ids = _one_repetition(settings, workload, engine, workers)
+                found, token_ids = _one_repetition(settings, workload, workers[engine])
                 if engine.mode == "plain" and workload.temperature == 0:
                     reference[workload, repetition] = token_ids
                 plain_ids = reference.get((workload, repetition))
@@ -140,36 +120,21 @@ def _take_turns(settings: Settings, report: Report, workers: dict[Engine, Worker
                 find(report.runs, engine, workload).repetitions.append(found)
 
 
-def _one_repetition(
-    settings: Settings, workload: Workload, engine: Engine, workers: dict[Engine, WorkerHandle]
-) -> tuple[Repetition, list[list[int]]]:
+def _one_repetition(settings: Settings, workload: Workload, worker: WorkerHandle) -> tuple[Repetition, list[list[int]]]:
     """Ask one worker, and watch who else uses the cores meanwhile."""
     cores = settings.cores
 
-    def readings() -> tuple[float, float, float, float]:
-        own = workers[engine].cpu_seconds()
-        parked = sum(worker.cpu_seconds() for other, worker in workers.items() if other != engine)
-        return time.perf_counter(), procfs.busy_seconds(cores), own, parked
+    def readings() -> tuple[float, float]:
+        return time.perf_counter() * len(cores), procfs.busy_seconds(cores) - worker.cpu_seconds()
 
-    before = readings()
-    answer = workers[engine].ask(
-        {
-            "batch": workload.batch,
-            "temperature": workload.temperature,
-            "prompts": settings.prompts,
-            "tokens": settings.tokens,
-        }
-    )
-    wall, busy, own, parked = (after - start for after, start in zip(readings(), before, strict=True))
+    with worker.turn():
+        worker.ask(_order(settings, workload, warm_up=True))  # what the others have pushed out of the caches
+        before = readings()
+        answer = worker.ask(_order(settings, workload))
+        capacity, foreign = (after - start for after, start in zip(readings(), before, strict=True))
     token_ids: list[list[int]] = answer.pop("token_ids")
-    capacity = wall * len(cores)
-    found = Repetition(
-        **answer,
-        digests=[digest(ids) for ids in token_ids],
-        foreign_cpu=round(max(0.0, busy - own - parked) / capacity, 4),
-        parked_cpu=round(parked / capacity, 4),
-    )
-    return found, token_ids
+    digests = [digest(ids) for ids in token_ids]
+    return Repetition(**answer, digests=digests, foreign_cpu=round(max(0.0, foreign) / capacity, 4)), token_ids
 
 
 def digest(token_ids: list[int]) -> str:
@@ -194,13 +159,15 @@ def _core_warnings(settings: Settings) -> list[str]:
 
 
 def _interference(report: Report) -> list[str]:
-    """Who disturbed, judged by the worst repetition."""
+    """Who disturbed: others, by the worst repetition, and engines that do not rest when they have nothing to do."""
     found: list[str] = []
-    repetitions = [(run, repetition) for run in report.runs for repetition in run.repetitions]
-    run, worst = max(repetitions, key=lambda pair: pair[1].foreign_cpu)
-    if worst.foreign_cpu > _FOREIGN:
-        found.append(f"other processes took up to {worst.foreign_cpu:.0%} of the cores while measuring ({run.name})")
-    run, worst = max(repetitions, key=lambda pair: pair[1].parked_cpu)
-    if worst.parked_cpu > _FOREIGN:
-        found.append(f"engines that should have been idle took up to {worst.parked_cpu:.0%} of the cores ({run.name})")
+    run, worst = max(
+        ((run, repetition.foreign_cpu) for run in report.runs for repetition in run.repetitions),
+        key=lambda pair: pair[1],
+    )
+    if worst > _FOREIGN:
+        found.append(f"other processes took up to {worst:.0%} of the cores while measuring ({run.name})")
+    for name, engine in report.engines.items():
+        if engine["idle_cpu"] > _IDLE:
+            found.append(f"{name} took {engine['idle_cpu']:.0%} of a core with nothing to do")
     return found

@@ -62,7 +62,7 @@ class Settings:
 
     @property
     def draft_cores(self) -> tuple[int, ...]:
-        """Cores of saguaro's draft: the first allowed one that is not the target's; the target's if there is no other."""
+        """Cores of saguaro's draft: the first allowed one that is not the target's, or the target's."""
         others = tuple(core for core in allowed_cores() if core not in self.target_cores)
         return self.core_draft or others[:1] or self.target_cores
 
@@ -73,9 +73,9 @@ class Settings:
         return tuple(sorted({*self.target_cores, *with_draft}))
 
     def engines(self) -> list[Engine]:
-        """In the order in which they take turns."""
+        """In the order in which they take turns: plain first, the others' texts are compared with its own."""
         found: list[Engine] = []
-        for mode in self.modes:
+        for mode in (mode for mode in MODES if mode in self.modes):
             if mode == "plain":
                 found.append(Engine("plain"))
             elif mode == "draft_model":

@@ -32,9 +32,11 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def spread(value: Spread | None, digits: int = 2) -> str:
-    """`median [low-high]`."""
+    """`median [low-high]`, or the one number there is."""
     if value is None:
         return NOTHING
+    if value.low == value.high:
+        return f"{value.median:.{digits}f}"
     return f"{value.median:.{digits}f} [{value.low:.{digits}f}-{value.high:.{digits}f}]"
 
 
@@ -77,7 +79,7 @@ class _Row:
 def speed_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:
     """How fast, how much faster, and whether the text is the same. The runs are those of one workload."""
     headers = ("engine", "tokens/s", "/ plain", "/ draft, same K", "/ draft, best K", "tok/round", "hit rate",
-               "accepted by position", "target waits", "same text")  # fmt: skip
+               "target waits", "same text")  # fmt: skip
     rows = [
         (
             row.run.engine.name,
@@ -87,7 +89,6 @@ def speed_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:
             spread(row.summary.over_best),
             number(row.summary.tokens_per_round),
             percent(row.summary.hit_rate),
-            acceptance(row.summary.acceptance),
             short_time(row.summary.target_wait_seconds),
             same_text(row.summary.same_text),
         )
@@ -98,8 +99,8 @@ def speed_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:
 
 def time_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:
     """Where the time goes, and what of the ideal is reached."""
-    headers = ("engine", "step ms", "verify ms", "drafting ms", "c", "draft round ms", "misses", "late",
-               "ideal / same K", "reached", "ideal / best K", "reached")  # fmt: skip
+    headers = ("engine", "accepted by position", "step ms", "verify ms", "drafting ms", "c", "draft round ms", "misses",
+               "late", "ideal / same K", "reached", "ideal / best K", "reached")  # fmt: skip
     rows = []
     for row in _rows(runs, summaries):
         summary = row.summary
@@ -107,6 +108,7 @@ def time_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:
         rows.append(
             (
                 row.run.engine.name,
+                acceptance(summary.acceptance),
                 milliseconds(summary.step_seconds),
                 milliseconds(summary.verify_seconds),
                 milliseconds(summary.drafting_seconds),
@@ -120,6 +122,24 @@ def time_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:
                 percent(summary.reached_best),
             )
         )
+    return render(headers, rows, left=2)
+
+
+def demo_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:
+    """The few columns that say it all."""
+    headers = ("engine", "tokens/s", "ratio", "tokens a round", "hit rate", "target waits", "same text")
+    rows = [
+        (
+            row.run.engine.name,
+            number(row.summary.tokens_per_second.median, 1),
+            number(row.summary.over_plain.median if row.summary.over_plain else None),
+            number(row.summary.tokens_per_round),
+            percent(row.summary.hit_rate),
+            short_time(row.summary.target_wait_seconds),
+            same_text(row.summary.same_text),
+        )
+        for row in _rows(runs, summaries)
+    ]
     return render(headers, rows)
 
 

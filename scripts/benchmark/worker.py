@@ -3,15 +3,17 @@
     python -m scripts.benchmark.worker
 
 JSON lines on standard input and output. The first line says what to load (`cores`, `threads`, `llm`, `prompts`,
-`prompt_tokens`), each further one what to run (`batch`, `temperature`, `prompts`, `tokens`); the end of the input ends the
-process. Between two requests it waits for a line and uses no processor.
+`prompt_tokens`), each further one what to run (`batch`, `temperature`, `prompts`, `tokens`); the end of the input ends
+the process.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -86,7 +88,14 @@ class Worker:
         """One repetition: the first `prompts` prompts, `batch` at a time, `tokens` new tokens each."""
         gc.collect()
         before = counters.flatten(self.llm.get_metrics())
-        totals = {"decode_seconds": 0.0, "drafting_seconds": 0.0, "tokens": 0, "decode_tokens": 0, "rounds": 0, "steps": 0}
+        totals = {
+            "decode_seconds": 0.0,
+            "drafting_seconds": 0.0,
+            "tokens": 0,
+            "decode_tokens": 0,
+            "rounds": 0,
+            "steps": 0,
+        }
         token_ids: list[list[int]] = []
         start = time.perf_counter()
         for first in range(0, prompts, batch):
@@ -183,8 +192,15 @@ def serve(orders: IO[str], answers: IO[str]) -> None:
             worker.close()
 
 
+def end_with_parent() -> None:
+    """Ask Linux to kill this process when the benchmark dies: a frozen one does not see its input end."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def main() -> None:
     """Keep the real standard output for the answers; whatever else is printed goes to standard error."""
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     serve(sys.stdin, answers)

@@ -172,6 +172,22 @@ def test_branches_share_full_blocks_and_own_a_copy_of_the_tail(model: VllmDraftM
     assert_close(texts.feed([1]), expected(oracle, texts.texts[0], first=70))
 
 
+def test_slots_are_those_of_the_cpu_operator() -> None:
+    from vllm_saguaro.vllm_hooks.draft_model import slots_of
+
+    batch = Batch(
+        token_ids=np.zeros(6, np.int64),
+        positions=np.array([7, 30, 31, 32, 33, 64]),
+        query_start=np.array([0, 1, 5, 6], np.int32),
+        lengths=np.array([8, 34, 65], np.int32),
+        blocks=np.array([[4, 0, 0], [9, 2, 0], [1, 8, 7]], np.int32),
+    )
+    slots = torch.empty(6, dtype=torch.int64)
+    arguments = [torch.from_numpy(array) for array in (batch.query_start, batch.positions, batch.blocks)]
+    torch.ops._C.compute_slot_mapping_kernel_impl(*arguments, slots, BLOCK)
+    assert slots_of(batch, BLOCK).tolist() == slots.tolist() == [135, 318, 319, 64, 65, 224]
+
+
 def test_copying_no_block_is_allowed(model: VllmDraftModel) -> None:
     model.copy_blocks([], [])
 
@@ -198,6 +214,8 @@ COMPILED = """
     environment = dict(os.environ)
     eager = VllmDraftModel(dataclasses.replace(config, enforce_eager=True))
     assert dict(os.environ) == environment
+    import vllm.ir.op
+    assert not vllm.ir.op._ENABLE_TORCH_WRAP  # on, RMSNorm would not be compiled
     plain = Texts(eager, [text]).feed([40])
     torch.testing.assert_close(compiled, plain, atol=1e-4, rtol=1e-4)
     again = VllmDraftModel(config)  # compiled as well, of the same class

@@ -104,6 +104,7 @@ class DraftEngine:
         self.pool.give(trunk.blocks)
         trunk.blocks, trunk.valid, trunk.hidden = [], 0, None
 
+    @torch.inference_mode()
     def extend(self, trunks: list[Trunk], most: int) -> None:
         """Feed each trunk up to `most` of its pending tokens, in one forward.
 
@@ -140,6 +141,7 @@ class DraftEngine:
 
     # ---- branches ----------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def fork(self, trunks: list[Trunk], branches: int | None = None) -> Tree | None:
         """Predict the N likeliest outcomes of each trunk (its KV must be complete) and give each a branch.
 
@@ -182,6 +184,7 @@ class DraftEngine:
             trunk.tree = tree if trunk.branches else None
         return tree
 
+    @torch.inference_mode()
     def grow(self, tree: Tree) -> None:
         """One more token for every branch of the tree: one row a branch, one forward."""
         rows = len(tree.next_ids)
@@ -207,6 +210,7 @@ class DraftEngine:
         rows = slice(trunk.branches[0].row, trunk.branches[-1].row + 1)  # `fork` numbers them in a row
         return [step[rows] for step in tree.drafts]
 
+    @torch.inference_mode()
     def settle(self, trunk: Trunk, accepted: int, bonus: int, speculation: list[int]) -> bool:
         """Turn a trunk to its real outcome; `speculation` is what goes into verification next. True on adoption.
 

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from vllm_saguaro.config import SaguaroConfigError
 
@@ -110,6 +110,25 @@ def check_platform() -> None:
         raise SaguaroConfigError(
             "this release of vllm_saguaro runs on vLLM's model runner V1: set the environment variable "
             "VLLM_USE_V2_MODEL_RUNNER=0"
+        )
+
+
+def check_combination(engine_args: Any, parallel: Any, worker_class: str) -> None:
+    """Refuse what this version cannot be combined with."""
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+        if (size := getattr(parallel, name, 1)) > 1:
+            raise SaguaroConfigError(
+                f'method "saguaro" serves a target on one rank for now, {name} is {size}: '
+                f"write {name} 1, or another method"
+            )
+    if parallel.worker_cls not in ("auto", worker_class):
+        raise SaguaroConfigError(
+            f'method "saguaro" brings its own worker class, worker_cls is {parallel.worker_cls!r} already: '
+            "leave worker_cls out"
+        )
+    if getattr(engine_args, "async_scheduling", None):
+        raise SaguaroConfigError(
+            'method "saguaro" reads each outcome on the host and cannot go with async_scheduling: leave it out'
         )
 
 

@@ -1,18 +1,9 @@
 """The draft model on vLLM's own parts: loader, attention backend and paged KV, without its scheduler and its runner.
 
-What is taken from vLLM 0.32, and what is known of 0.33:
-
-| from | used | 0.33 |
-|---|---|---|
-| `engine.arg_utils` | `EngineArgs(...).create_engine_config()` | same |
-| `model_executor.model_loader` | `get_model` | same |
-| `v1.worker.gpu.attn_utils` | `get_kv_cache_spec`, `init_attn_backend`, `init_kv_cache` | same bodies |
-| `v1.core.kv_cache_utils` | `get_kv_cache_configs` | moved to `v1.core.kv_cache_planning` |
-| `v1.attention.backends.utils` | `get_supported_kv_cache_layouts`, `resolve_kv_cache_layout` | same |
-| `v1.attention.backend` | `CommonAttentionMetadata` | only additions |
-| `forward_context` | `create_forward_context`, `override_forward_context` | same signatures |
-| `v1.worker.gpu_worker` | `init_worker_distributed_environment` (own process only) | same |
-| `v1.worker.cpu_model_runner` | `_set_torch_accelerator_to_noop` (CPU only) | identical file |
+Taken from inside vLLM 0.32 (0.33 was read, not run: the same, except where said): `get_model`; `get_kv_cache_spec`,
+`init_attn_backend`, `init_kv_cache`; `get_kv_cache_configs`, which 0.33 moved; `get_supported_kv_cache_layouts`,
+`resolve_kv_cache_layout`; `CommonAttentionMetadata`; `create_forward_context`, `override_forward_context`;
+`init_worker_distributed_environment`; `_set_torch_accelerator_to_noop`; the switches of `vllm.ir`.
 
 The model is made under a VllmConfig of its own. One derived from the target's (`vllm.config.utils.replace`) would share
 its `compilation_config`, and the draft's layers would become KV layers of the target.
@@ -26,7 +17,6 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +35,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
+from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_saguaro.drafting.model import Batch
 
@@ -55,24 +47,21 @@ except ImportError:
 
 logger = init_logger(f"vllm.{__name__}")  # below "vllm": only there has vLLM's logging a handler
 
-CPU_BLOCK_SIZE = 32
-"""CPU_ATTN takes multiples of 32 alone: its AMX layout interleaves the tokens of a block."""
-
 
 @dataclass(frozen=True, slots=True)
 class DraftModelConfig:
-    """How the draft is loaded and how large it may grow. Plain values only, so that it travels as JSON."""
+    """How the draft is loaded and how large it may grow; plain values only, so that it travels as JSON.
+
+    Lengths count tokens, `max_rows` the branches of all requests together. `kv_cache_bytes` is raised to what one text
+    needs. `vocab_size` is the target's: families pad it differently, and every draft must be a token of the target.
+    """
 
     model: str
     max_length: int
-    """Longest text in tokens."""
     max_rows: int
-    """Most rows in one forward: the branches of all requests together."""
     kv_cache_bytes: int
-    """Budget of the KV cache; raised to what one text of `max_length` needs."""
     max_tokens: int = 2048
     vocab_size: int | None = None
-    """The target's vocabulary size. Families pad it differently, and every draft must be a token of the target."""
     dtype: str = "auto"
     device: str = "cpu"
     enforce_eager: bool = False
@@ -92,18 +81,13 @@ class VllmDraftModel:
         self.device = torch.device(config.device)
         self._is_cpu = self.device.type == "cpu"
         self._owns_process = not parallel_state.model_parallel_is_initialized()
-        shards = () if self._owns_process else (parallel_state.get_tp_group(), parallel_state.get_pp_group())
-        if any(group.world_size > 1 for group in shards):
-            # Layers read the process's TP and PP groups: the draft would be cut up and wait for the other ranks.
-            raise RuntimeError(
-                "The draft model cannot share a worker with tensor or pipeline parallelism: give it a process."
-            )
-        # In a worker the process's environment speaks of the target (LOCAL_WORLD_SIZE, LD_PRELOAD): leave it as it was.
-        with contextlib.nullcontext() if self._owns_process else _environment_kept():
+        shards = [] if self._owns_process else [parallel_state.get_tp_group(), parallel_state.get_pp_group()]
+        if any(group.world_size > 1 for group in shards):  # layers would be cut up, and wait for the other ranks
+            raise RuntimeError("The draft cannot share a worker with tensor or pipeline parallelism.")
+        # In a worker the environment speaks of the target (LOCAL_WORLD_SIZE, LD_PRELOAD): it is left as it was.
+        with _environment(kept=not self._owns_process):
             self.vllm_config = _engine_config(config)
-        if self.vllm_config.model_config.uses_mrope:
-            raise ValueError(f"{config.model}: models with multi-dimensional rotary positions cannot draft.")
-        self._prepare_platform()
+        self._prepare_process()
         with set_current_vllm_config(self.vllm_config):
             with set_model_tag("saguaro_draft"):
                 self.model = get_model(vllm_config=self.vllm_config)
@@ -112,36 +96,22 @@ class VllmDraftModel:
             layers = self.vllm_config.compilation_config.static_forward_context
             kv_caches = init_kv_cache(layers, kv_config, self.device, kernel_block_sizes, self.vllm_config)
 
-        own_vocab_size = self.vllm_config.model_config.get_vocab_size()
-        self.vocab_size = min(own_vocab_size, config.vocab_size or own_vocab_size)
-        self.hidden_size = self.vllm_config.model_config.get_hidden_size()
-        self.block_size = self.vllm_config.cache_config.block_size
-        self.num_blocks = kv_config.num_blocks
-        self.max_length = config.max_length
-        self.max_tokens = config.max_tokens
-        self.max_rows = config.max_rows
-        if kernel_block_sizes != [self.block_size]:
-            raise ValueError(
-                f"{config.model}: the attention kernels want KV blocks of {kernel_block_sizes} tokens, not of "
-                f"{self.block_size}; choose another attention_backend for the draft."
-            )
-        self._attn_groups = attn_groups[0]
-        self._layer_names = [name for group in self._attn_groups for name in group.layer_names]
-        self._pages = _pages(kv_config, kv_caches)
+        model_config = self.vllm_config.model_config
+        self.vocab_size = min(model_config.get_vocab_size(), config.vocab_size or model_config.get_vocab_size())
+        self.hidden_size = model_config.get_hidden_size()
+        self.block_size, self.num_blocks = self.vllm_config.cache_config.block_size, kv_config.num_blocks
+        self.max_length, self.max_tokens, self.max_rows = config.max_length, config.max_tokens, config.max_rows
+        assert kernel_block_sizes == [self.block_size], f"kernel blocks {kernel_block_sizes}, not {self.block_size}"
+        self._attn_groups, self._pages = attn_groups[0], _pages(kv_config, kv_caches)
         self._context = create_forward_context(None, self.vllm_config)
-        self._row_ids = np.arange(config.max_rows)
         self._is_warm = False
-        logger.info(
-            "Draft model %s: %s on %s, %d KV blocks of %d tokens, vocabulary %d of %d.",
-            *(config.model, self.vllm_config.model_config.dtype, self.device, self.num_blocks, self.block_size),
-            *(self.vocab_size, own_vocab_size),
-        )
+        logger.info("Draft model %s (%s): %d KV blocks.", config.model, model_config.dtype, self.num_blocks)
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Write the KV of every token of `batch`; return hidden states [T, hidden_size] in the model's dtype."""
-        if not self._is_warm:
-            self.warm_up()  # a first forward of one token would corrupt the heap (see there)
+        if not self._is_warm:  # a first forward of one token would corrupt the heap
+            self.warm_up()
         return self._forward(batch)
 
     @torch.inference_mode()
@@ -152,9 +122,8 @@ class VllmDraftModel:
     @torch.inference_mode()
     def greedy(self, hidden: torch.Tensor) -> np.ndarray:
         """The likeliest token [R] int64, on the host, after each of the hidden states [R, hidden_size]."""
-        if self._is_cpu:
-            # torch's argmax is scalar on the CPU: 10 to 60 times slower than numpy's.
-            return self.logits(hidden).numpy().argmax(axis=-1)
+        if self.device.type == "cpu":
+            return self.logits(hidden).numpy().argmax(axis=-1)  # torch's argmax is scalar here, 10 to 60 times slower
         return self.logits(hidden).argmax(dim=-1).cpu().numpy()
 
     @torch.inference_mode()
@@ -162,14 +131,13 @@ class VllmDraftModel:
         """Copy the KV of whole blocks in every layer, source[i] to destination[i]; the two are disjoint."""
         if self._is_cpu:
             # One strided copy a block, all layers at once: 2 to 8 times faster here than index_select and index_copy_.
-            for pages in self._pages:
-                for src, dst in zip(source, destination, strict=True):
+            for src, dst in zip(source, destination, strict=True):
+                for pages in self._pages:
                     pages[:, dst].copy_(pages[:, src])
             return
-        src_ids = torch.tensor(source, dtype=torch.int64, device=self.device)
-        dst_ids = torch.tensor(destination, dtype=torch.int64, device=self.device)
+        src_ids, dst_ids = (torch.tensor(ids, dtype=torch.int64, device=self.device) for ids in (source, destination))
         for pages in self._pages:
-            pages.index_copy_(1, dst_ids, pages.index_select(1, src_ids))  # the gather is a clone: no view overlaps
+            pages.index_copy_(1, dst_ids, pages.index_select(1, src_ids))  # the gather clones: no view of itself
 
     def warm_up(self, rows: Iterable[int] = ()) -> None:
         """Compile, and run the row counts `rows` once each. Only before any KV is held: it overwrites the first blocks.
@@ -179,160 +147,138 @@ class VllmDraftModel:
         """
         self._is_warm = True
         length = max(2, min(self.max_length, self.max_tokens, 2 * self.block_size))
-        most_rows = min(self.max_rows, self.max_tokens)
-        row_counts = [min(count, most_rows) for count in sorted({1, 2, *rows}, reverse=True)]
-        # Inductor's compile workers are processes: not allowed in a daemonic process, and wasted on one graph.
-        inductor_settings = torch._inductor.config.patch(compile_threads=1)
-        with torch.inference_mode(), set_current_vllm_config(self.vllm_config), inductor_settings:
-            self.logits(self._forward(_text_batch(length, self.block_size)))
-            for count in row_counts:
-                self.logits(self._forward(_decode_batch(count)))
+        row_counts = sorted({min(count, self.max_rows, self.max_tokens) for count in (1, 2, *rows)}, reverse=True)
+        with (
+            torch.inference_mode(),
+            _environment(kept=not self._owns_process),
+            set_current_vllm_config(self.vllm_config),
+            vllm.ir.enable_torch_wrap(self.vllm_config.compilation_config.ir_enable_torch_wrap),
+            # Inductor's compile workers are processes: forbidden in a daemonic one, and not worth it for one graph.
+            torch._inductor.config.patch(compile_threads=1),
+        ):
+            for query_lengths in ([length], *([1] * count for count in row_counts)):
+                self.logits(self._forward(_fresh_batch(query_lengths, self.block_size)))
 
     def close(self) -> None:
         """Give back weights and KV and, in a process of its own, vLLM's process groups. The end of the model."""
         for layer in self.vllm_config.compilation_config.static_forward_context.values():
-            if hasattr(layer, "kv_cache"):
-                layer.kv_cache = torch.tensor([])
-        self._pages = []
-        self._attn_groups = []
-        self.model = None
+            layer.kv_cache = torch.tensor([])
         self.vllm_config.compilation_config.static_forward_context.clear()
-        gc.collect()  # modules and their config refer to each other
+        self._pages, self._attn_groups, self.model = [], [], None
+        gc.collect()  # modules and their configuration refer to each other
         if self._owns_process and parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
             parallel_state.destroy_distributed_environment()
 
-    def _prepare_platform(self) -> None:
+    def _prepare_process(self) -> None:
         """What a vLLM worker does before it loads a model."""
         if self._is_cpu:
             from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
             _set_torch_accelerator_to_noop()  # get_model empties the accelerator's cache, which raises without one
             if torch.cpu._is_amx_tile_supported():
-                torch.cpu._init_amx()  # else a first forward of one row runs AMX before the kernel permits it: SIGILL
+                torch.cpu._init_amx()  # else a first forward of one row uses AMX before it is permitted: SIGILL
         if not self._owns_process:
             return
-        # Else RMSNorm stays an opaque operator inside the compiled graph, and runs as eight eager ones.
+        # Else RMSNorm is an opaque operator in the compiled graph and runs as eight eager ones: a third of a step.
         vllm.ir.set_default_torch_wrap(self.vllm_config.compilation_config.ir_enable_torch_wrap)
         self.vllm_config.kernel_config.ir_op_priority.set_default()
         if self._is_cpu:
             cores = len(os.sched_getaffinity(0))
             if torch.get_num_threads() > cores:
-                torch.set_num_threads(cores)  # torch counts cores at import; the affinity may be set after it
+                torch.set_num_threads(cores)  # torch counts cores when imported, the affinity may be set after that
         else:
-            from vllm.v1.worker.workspace import init_workspace_manager
-
             torch.accelerator.set_device_index(self.device)
             init_workspace_manager(self.device, 1)
+
         # A file as meeting point: a port could be taken by another engine between choice and use.
-        folder = tempfile.mkdtemp(prefix="saguaro_draft_")
-        self._init_distributed(f"file://{folder}/rendezvous")
-
-    def _init_distributed(self, init_method: str) -> None:
-        from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
-
-        local_rank = self.device.index or 0
-        with set_current_vllm_config(self.vllm_config):
-            init_worker_distributed_environment(
-                self.vllm_config, 0, init_method, local_rank, current_platform.dist_backend
-            )
+        with tempfile.TemporaryDirectory(prefix="saguaro_") as folder, set_current_vllm_config(self.vllm_config):
+            place = (f"file://{folder}/rendezvous", self.device.index or 0, current_platform.dist_backend)
+            init_worker_distributed_environment(self.vllm_config, 0, *place)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
-        num_tokens = batch.token_ids.shape[0]
-        num_rows = batch.lengths.shape[0]
-        block_size = self.block_size
-        if num_tokens == num_rows:
-            max_query_len, row_of_token = 1, self._row_ids[:num_rows]
-        else:
-            query_lengths = np.diff(batch.query_start)
-            max_query_len, row_of_token = int(query_lengths.max()), np.repeat(self._row_ids[:num_rows], query_lengths)
-        block_of_token, place_in_block = np.divmod(batch.positions, block_size)
-        slots = batch.blocks[row_of_token, block_of_token] * np.int64(block_size) + place_in_block
-
-        arrays = (batch.query_start, batch.lengths, batch.blocks, batch.positions, slots, batch.token_ids)
+        arrays = (batch.query_start, batch.lengths, batch.blocks, batch.positions, batch.token_ids)
         on_host = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-        # On the CPU the tensors share the arrays' memory; even a `to` that does nothing would cost 2 us each here.
+        # On the CPU the tensors are the arrays' own memory, and even a `to` that does nothing costs microseconds.
         on_device = on_host if self._is_cpu else [tensor.to(self.device) for tensor in on_host]
-        query_start, lengths, block_table, positions, slot_mapping, token_ids = on_device
+        query_start, lengths, blocks, positions, token_ids = on_device
+        if self._is_cpu:  # the same as slots_of in one operator instead of six: 20 us
+            slots = torch.empty_like(positions)
+            torch.ops._C.compute_slot_mapping_kernel_impl(query_start, positions, blocks, slots, self.block_size)
+        else:
+            slots = torch.from_numpy(slots_of(batch, self.block_size)).to(self.device)
         common = CommonAttentionMetadata(
             query_start_loc=query_start,
             query_start_loc_cpu=on_host[0],
             seq_lens=lengths,
             seq_lens_cpu_upper_bound=on_host[1],
-            num_reqs=num_rows,
-            num_actual_tokens=num_tokens,
-            max_query_len=max_query_len,
+            num_reqs=batch.lengths.size,
+            num_actual_tokens=batch.token_ids.size,
+            max_query_len=int(np.diff(batch.query_start).max()),
             max_seq_len=int(batch.lengths.max()),
-            block_table_tensor=block_table,
-            slot_mapping=slot_mapping,
+            block_table_tensor=blocks,
+            slot_mapping=slots,
             positions=positions,
         )
-        metadata: dict[str, Any] = {}
-        for group in self._attn_groups:
-            metadata.update(dict.fromkeys(group.layer_names, group.build_metadata(common)))
-        self._context.attn_metadata = metadata
-        self._context.slot_mapping = dict.fromkeys(self._layer_names, slot_mapping)
+        built = [(group.build_metadata(common), group.layer_names) for group in self._attn_groups]
+        self._context.attn_metadata = {name: metadata for metadata, names in built for name in names}
+        self._context.slot_mapping = dict.fromkeys(self._context.attn_metadata, slots)
         with override_forward_context(self._context):
             return self.model(input_ids=token_ids, positions=positions)
 
 
+def slots_of(batch: Batch, block_size: int) -> np.ndarray:
+    """Place of every token's KV in the whole cache, [T] int64: block id * block_size + offset."""
+    rows = np.repeat(np.arange(batch.lengths.shape[0]), np.diff(batch.query_start))
+    return batch.blocks[rows, batch.positions // block_size] * np.int64(block_size) + batch.positions % block_size
+
+
 @contextlib.contextmanager
-def _environment_kept() -> Iterator[None]:
-    """Undo what is done to the environment variables inside."""
+def _environment(kept: bool) -> Iterator[None]:
+    """If `kept`, undo what is done to the environment variables inside."""
     before = dict(os.environ)
     try:
         yield
     finally:
-        for name in os.environ.keys() - before.keys():
+        for name in os.environ.keys() - before.keys() if kept else ():
             del os.environ[name]
-        os.environ.update(before)
+        os.environ.update(before if kept else {})
 
 
 def _engine_config(config: DraftModelConfig) -> VllmConfig:
-    backend = config.attention_backend
-    return EngineArgs(
-        model=config.model,
-        dtype=config.dtype,
-        seed=config.seed,
-        trust_remote_code=config.trust_remote_code,
-        revision=config.revision,
-        code_revision=config.code_revision,
-        quantization=config.quantization,
-        load_format=config.load_format,
-        enforce_eager=config.enforce_eager,
-        attention_backend=AttentionBackendEnum[backend] if backend else None,
+    same = ("model", "dtype", "seed", "trust_remote_code", "revision", "code_revision", "quantization", "load_format")
+    vllm_config = EngineArgs(
+        **{name: getattr(config, name) for name in (*same, "enforce_eager")},
+        attention_backend=AttentionBackendEnum[config.attention_backend] if config.attention_backend else None,
         max_model_len=config.max_length,
         max_num_seqs=config.max_rows,
         max_num_batched_tokens=max(config.max_tokens, config.max_rows),
-        block_size=CPU_BLOCK_SIZE if config.device == "cpu" else None,
+        block_size=32 if config.device == "cpu" else None,  # CPU_ATTN takes multiples of 32 alone (AMX layout)
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         # Sliding-window layers then keep their whole past like the others: one KV group, one block table a row.
         disable_hybrid_kv_cache_manager=True,
     ).create_engine_config()
+    if vllm_config.model_config.uses_mrope:
+        raise ValueError(f"{config.model} cannot draft: its rotary positions have several dimensions.")
+    return vllm_config
 
 
 def _plan_kv_cache(vllm_config: VllmConfig, config: DraftModelConfig) -> KVCacheConfig:
     """One pool of blocks within the budget, at least enough for one text of the greatest length."""
     specs = get_kv_cache_spec(vllm_config)
     if not specs or not all(isinstance(spec, AttentionSpec) for spec in specs.values()):
-        kinds = sorted({type(spec).__name__ for spec in specs.values()}) or ["no KV cache at all"]
-        raise ValueError(f"{config.model} cannot draft: every layer must have an attention KV cache, found {kinds}.")
-    backends = get_current_attn_backends(vllm_config)
-    layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
+        raise ValueError(f"{config.model} cannot draft: all of its state must be attention KV, not {specs}.")
+    layouts = [layout.name for layout in get_supported_kv_cache_layouts(get_current_attn_backends(vllm_config))]
     resolve_kv_cache_layout(vllm_config, [layouts], specs.values())  # EngineCore's task, and there is none here
-
     # vLLM refuses a budget below one text of max_model_len and the null block that its scheduler would hold back.
-    bytes_per_block = sum(spec.page_size_bytes for spec in specs.values())
-    least = (-(-config.max_length // vllm_config.cache_config.block_size) + 1) * bytes_per_block
+    blocks = -(-config.max_length // vllm_config.cache_config.block_size) + 1
+    least = blocks * sum(spec.page_size_bytes for spec in specs.values())
     if least > config.kv_cache_bytes:
-        logger.warning("Draft KV budget raised from %d to %d bytes: one text's worth.", config.kv_cache_bytes, least)
+        logger.warning("Draft KV cache: %d bytes raised to %d, one text's worth.", config.kv_cache_bytes, least)
     kv_config = get_kv_cache_configs(vllm_config, [specs], [max(least, config.kv_cache_bytes)])[0]
-    if len(kv_config.kv_cache_groups) != 1:
-        raise ValueError(
-            f"{config.model} cannot draft: a branch has one block table, but the layers form "
-            f"{len(kv_config.kv_cache_groups)} KV cache groups."
-        )
+    if (count := len(kv_config.kv_cache_groups)) != 1:
+        raise ValueError(f"{config.model} cannot draft: a branch has one block table, the model {count} KV groups.")
     vllm_config.cache_config.num_gpu_blocks = kv_config.num_blocks
     return kv_config
 
@@ -342,30 +288,19 @@ def _pages(kv_config: KVCacheConfig, kv_caches: dict[str, torch.Tensor]) -> list
     views = []
     for tensor in kv_config.kv_cache_tensors:
         cache = kv_caches[tensor.layers[0]]
-        page_bytes = cache[0].numel() * cache.element_size()
+        shape = (len(tensor.layers), kv_config.num_blocks, cache[0].numel() * cache.element_size())
         raw = torch.empty(0, dtype=torch.int8, device=cache.device).set_(cache.untyped_storage())
-        shape = (len(tensor.layers), kv_config.num_blocks, page_bytes)
         views.append(raw.as_strided(shape, (tensor.layer_stride, tensor.block_stride, 1), tensor.offset))
     return views
 
 
-def _text_batch(length: int, block_size: int) -> Batch:
-    """One row that feeds `length` tokens from position 0."""
+def _fresh_batch(query_lengths: list[int], block_size: int) -> Batch:
+    """Rows that feed their first tokens, all into the same first blocks."""
+    first_blocks = np.arange(-(-max(query_lengths) // block_size), dtype=np.int32)
     return Batch(
-        token_ids=np.zeros(length, np.int64),
-        positions=np.arange(length, dtype=np.int64),
-        query_start=np.array([0, length], np.int32),
-        lengths=np.array([length], np.int32),
-        blocks=np.arange(-(-length // block_size), dtype=np.int32)[None],
-    )
-
-
-def _decode_batch(rows: int) -> Batch:
-    """Each of `rows` rows feeds its first token; the rows overwrite each other's KV in block 0."""
-    return Batch(
-        token_ids=np.zeros(rows, np.int64),
-        positions=np.zeros(rows, np.int64),
-        query_start=np.arange(rows + 1, dtype=np.int32),
-        lengths=np.ones(rows, np.int32),
-        blocks=np.zeros((rows, 1), np.int32),
+        token_ids=np.zeros(sum(query_lengths), np.int64),
+        positions=np.concatenate([np.arange(length) for length in query_lengths]),
+        query_start=np.cumsum([0, *query_lengths], dtype=np.int32),
+        lengths=np.array(query_lengths, np.int32),
+        blocks=np.tile(first_blocks, (len(query_lengths), 1)),
     )

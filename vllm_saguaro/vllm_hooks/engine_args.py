@@ -21,7 +21,11 @@ from vllm_saguaro.vllm_hooks import compatibility
 from vllm_saguaro.vllm_hooks.draft_choice import check_vocabularies, choose_draft, read_vocab_size, resolve_folder
 
 WORKER_CLASS: Final = "vllm_saguaro.vllm_hooks.worker.SaguaroWorker"
-OPTIONS_KEY: Final = "saguaro"  # our place in vllm_config.additional_config
+OPTIONS_ATTRIBUTE: Final = "saguaro"
+"""Where our options travel: on the `SpeculativeConfig` object, which every process gets whole.
+
+Not in `additional_config`: vLLM hashes that into the key of its compile cache, so each new N would compile the target anew.
+"""
 
 _MARK: Final = "_vllm_saguaro_door"
 
@@ -134,6 +138,7 @@ def _create_door(original: Callable[..., Any]) -> Callable[..., Any]:
         spec_method = getattr(self, "spec_method", None)
         word = written.get("method") if isinstance(written, dict) else written
         if METHOD not in (spec_method, word if isinstance(word, str) else None):
+            cores.undo_in_frontend()
             return original(self, *args, **kwargs)
         try:
             return _create(self, original, *args, **kwargs)
@@ -150,14 +155,16 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     """Check everything that can be checked before weights load, and translate into a `draft_model` configuration."""
     from vllm.logger import init_logger
 
-    logger = init_logger("vllm.saguaro")
+    from vllm_saguaro.vllm_hooks.metrics import open_page
+
+    logger = init_logger(f"vllm.{__name__}")  # below "vllm": only there has vLLM's logging a handler
     compatibility.check_version()
     compatibility.check_seams(compatibility.FRONTEND)
     compatibility.check_platform()
     arguments = inspect.signature(original).bind(engine_args, *args, **kwargs).arguments
     target, parallel = arguments["target_model_config"], arguments["target_parallel_config"]
     config, passed = split_options(_gather(engine_args))
-    _check_engine(engine_args, parallel)
+    compatibility.check_combination(engine_args, parallel, WORKER_CLASS)
 
     if "model" in passed:
         passed["model"] = resolve_folder(passed["model"])
@@ -175,21 +182,35 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     # the requests beyond it, so vLLM is told that there is none.
     draft.max_model_len = target.max_model_len
 
+    plan = _plan_cores(config)
+    if plan is not None:
+        logger.info("saguaro: %s", plan.describe())
+
     parallel.worker_cls = WORKER_CLASS
-    engine_args.additional_config = {
-        **engine_args.additional_config,
-        OPTIONS_KEY: {
-            **config.to_dict(),
-            "draft": _draft_options(engine_args, speculative, passed, draft_size, config.draft_max_length),
-            "target_vocab_size": target_size,
-        },
+    # Unpadded drafts need it off; said here so that vLLM does not warn of what the user cannot change.
+    engine_args.async_scheduling = False
+    options = {
+        **config.to_dict(),
+        "draft": _draft_options(engine_args, speculative, passed, draft_size, config.draft_max_length),
+        "target_vocab_size": target_size,
+        "cores": plan.to_dict() if plan is not None else None,
+        "counters": open_page(engine_args.served_model_name or target.model),
     }
-    # The one call site of the core planner: after translation, before any worker process starts.
+    setattr(speculative, OPTIONS_ATTRIBUTE, options)
+    return speculative
+
+
+def _plan_cores(config: SaguaroConfig) -> cores.CorePlan | None:
+    """The one call site of the core planner: all else is checked, and no worker process has started yet.
+
+    None where the draft has no process: it then works in the target's thread, on the target's cores.
+    """
+    if config.placement != "process":
+        return None
     try:
-        cores.apply_in_frontend(config)
+        return cores.apply_in_frontend(config.draft_cpus)
     except ValueError as error:
         raise SaguaroConfigError(str(error)) from error
-    return speculative
 
 
 def _gather(engine_args: Any) -> dict[str, Any]:
@@ -211,25 +232,6 @@ def _gather(engine_args: Any) -> dict[str, Any]:
     return options
 
 
-def _check_engine(engine_args: Any, parallel: Any) -> None:
-    """What this version cannot be combined with."""
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if (size := getattr(parallel, name, 1)) > 1:
-            raise SaguaroConfigError(
-                f'method "saguaro" serves a target on one rank for now, {name} is {size}: '
-                f"write {name} 1, or another method"
-            )
-    if parallel.worker_cls not in ("auto", WORKER_CLASS):
-        raise SaguaroConfigError(
-            f'method "saguaro" brings its own worker class, worker_cls is {parallel.worker_cls!r} already: '
-            "leave worker_cls out"
-        )
-    if not isinstance(engine_args.additional_config, dict):
-        raise SaguaroConfigError(
-            'method "saguaro" keeps its options in additional_config: write it as a dict, or leave it out'
-        )
-
-
 def _translate(
     engine_args: Any, original: Callable[..., Any], target: Any, parallel: Any, passed: dict[str, Any], align: bool
 ) -> Any:
@@ -240,8 +242,7 @@ def _translate(
     overrides = target.hf_overrides
     try:
         engine_args.spec_method = engine_args.spec_model = engine_args.spec_tokens = None
-        # Host-side token lists for the drafter, which is what our runner hook works with (and no async scheduling).
-        engine_args.speculative_config = {**passed, "method": "draft_model", "disable_padded_drafter_batch": True}
+        engine_args.speculative_config = {**passed, "method": "draft_model"}
         if align:
             # The only way in: vLLM builds the draft's ModelConfig and takes over callables, not dicts, from the target.
             target.hf_overrides = AlignVocabulary(target.get_vocab_size(), overrides if callable(overrides) else None)

@@ -22,9 +22,10 @@ from vllm_saguaro.placement.inline import InlineChannel
 from vllm_saguaro.placement.mailbox import MailboxShape
 from vllm_saguaro.placement.process import ProcessChannel
 from vllm_saguaro.speculator import Speculator
-from vllm_saguaro.vllm_hooks import runner_v1
+from vllm_saguaro.vllm_hooks import compatibility, runner_v1
 from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig
 from vllm_saguaro.vllm_hooks.draft_process import load_engine
+from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
 from vllm_saguaro.vllm_hooks.metrics import attach_page
 
 logger = init_logger(f"vllm.{__name__}")
@@ -40,7 +41,8 @@ class SaguaroWorker(CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         vllm_config = kwargs.get("vllm_config") or args[0]
-        self._options: dict[str, Any] = vllm_config.additional_config["saguaro"]
+        compatibility.check_seams(compatibility.WORKER)
+        self._options: dict[str, Any] = getattr(vllm_config.speculative_config, OPTIONS_ATTRIBUTE)
         self._former_cpus = cores.allowed_cpus()
         plan = self._options["cores"]
         if plan and plan["bind_target"]:

@@ -1,0 +1,54 @@
+"""Two reports side by side: what has become faster or slower, and whether they may be compared at all."""
+
+from __future__ import annotations
+
+from scripts.benchmark.records import Report, Run
+from scripts.benchmark.summary import Spread
+from scripts.benchmark.tables import render, same_text, spread
+
+
+def ratio(first: Run, second: Run) -> Spread:
+    """Speed of the second over that of the first.
+
+    The repetitions of two files did not take turns, so nothing pairs them: the spread is the widest one possible.
+    """
+    a, b = (Spread.of(one.tokens_per_second for one in run.repetitions) for run in (first, second))
+    return Spread(b.median / a.median, b.low / a.high, b.high / a.low)
+
+
+def compare_text(first: Report, second: Report) -> str:
+    """The table of the configurations that both have, and what differs in where they come from."""
+    theirs = {run.name: run for run in second.runs}
+    rows = []
+    for run in first.runs:
+        other = theirs.get(run.name)
+        if other is None:
+            continue
+        speeds = (Spread.of(one.tokens_per_second for one in both.repetitions) for both in (run, other))
+        rows.append((run.name, *(spread(speed, 1) for speed in speeds), spread(ratio(run, other)), _texts(run, other)))
+    lines = [f"differs: {difference}" for difference in differences(first, second)]
+    if not rows:
+        return "\n".join([*lines, "no configuration is in both files"])
+    return "\n".join([*lines, render(("configuration", "A tokens/s", "B tokens/s", "B / A", "same text"), rows)])
+
+
+def _texts(first: Run, second: Run) -> str:
+    """Only greedy texts of the same prompts can be expected to be equal."""
+    a, b = first.repetitions[0].digests, second.repetitions[0].digests
+    if first.workload.temperature > 0 or len(a) != len(b):
+        return same_text(None)
+    return same_text([sum(mine == other for mine, other in zip(a, b, strict=True)), len(a)])
+
+
+def differences(first: Report, second: Report) -> list[str]:
+    """Settings, versions, revision and processor that are not the same in both."""
+    found = []
+    for name in sorted(first.settings.keys() | second.settings.keys()):
+        a, b = first.settings.get(name), second.settings.get(name)
+        if a != b:
+            found.append(f"{name}: {a} / {b}")
+    for name in ("git", "versions", "processor", "cores_used"):
+        a, b = first.provenance.get(name), second.provenance.get(name)
+        if a != b:
+            found.append(f"{name}: {a} / {b}")
+    return found

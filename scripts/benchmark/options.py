@@ -1,0 +1,208 @@
+"""The command-line options that `bench.py` and `demo.py` share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmark.records import MODES
+from scripts.benchmark.settings import Settings, relative
+from vllm_saguaro.config import FAN_OUTS
+
+
+def add_options(parser: argparse.ArgumentParser, defaults: Settings) -> None:
+    """Everything that `Settings` holds."""
+    pair = parser.add_argument_group("the pair")
+    pair.add_argument(
+        "--target",
+        type=Path,
+        default=defaults.target,
+        metavar="FOLDER",
+        help=f"target model (default: {relative(defaults.target)})",
+    )
+    pair.add_argument(
+        "--draft", type=Path, metavar="FOLDER", help="draft model (default: draft/ in the target's folder)"
+    )
+    pair.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="JSONL",
+        help='lines of {"prompt": ...} (default: prompts.jsonl beside the target)',
+    )
+    pair.add_argument(
+        "--target-layers",
+        type=int,
+        default=defaults.target_layers,
+        metavar="L",
+        help=_help("deepen the target to L layers with layers that compute nothing", defaults.target_layers),
+    )
+    pair.add_argument(
+        "--draft-layers",
+        type=int,
+        default=defaults.draft_layers,
+        metavar="L",
+        help=_help("deepen the draft likewise", defaults.draft_layers),
+    )
+    pair.add_argument("--dtype", default=defaults.dtype, help=_help("of the weights", defaults.dtype))
+
+    engines = parser.add_argument_group("engines (every combination is loaded once, then they take turns)")
+    engines.add_argument("--modes", nargs="+", choices=MODES, default=list(defaults.modes), help="(default: all three)")
+    engines.add_argument(
+        "--k",
+        nargs="+",
+        type=int,
+        default=list(defaults.k),
+        metavar="K",
+        help=_help("draft tokens per round, of draft_model and of saguaro", defaults.k),
+    )
+    engines.add_argument(
+        "--branches",
+        nargs="+",
+        type=int,
+        default=list(defaults.branches),
+        metavar="N",
+        help=_help("saguaro's branches", defaults.branches),
+    )
+    engines.add_argument(
+        "--fan-out",
+        nargs="+",
+        choices=FAN_OUTS,
+        default=list(defaults.fan_out),
+        help=_help("saguaro's fan-out", defaults.fan_out),
+    )
+    engines.add_argument(
+        "--option",
+        action="append",
+        type=key_value,
+        default=[],
+        metavar="KEY=VALUE",
+        help="another key of saguaro's speculative config, such as placement=inline; repeatable",
+    )
+    engines.add_argument(
+        "--eager",
+        action=argparse.BooleanOptionalAction,
+        default=defaults.eager,
+        help=_help("without torch.compile: starts faster, runs slower", defaults.eager),
+    )
+    engines.add_argument(
+        "--core-target",
+        type=cores,
+        default=(),
+        metavar="CORES",
+        help="cores of the target, and of draft_model's draft (default: the first allowed one)",
+    )
+    engines.add_argument(
+        "--core-draft",
+        type=cores,
+        default=(),
+        metavar="CORES",
+        help="cores of saguaro's draft (default: the next allowed one)",
+    )
+
+    work = parser.add_argument_group("workload")
+    work.add_argument(
+        "--batch",
+        nargs="+",
+        type=int,
+        default=list(defaults.batch),
+        metavar="B",
+        help=_help("requests at once", defaults.batch),
+    )
+    work.add_argument(
+        "--temperature",
+        nargs="+",
+        type=float,
+        default=list(defaults.temperature),
+        metavar="T",
+        help=_help("0 is greedy", defaults.temperature),
+    )
+    work.add_argument(
+        "--prompts",
+        type=int,
+        default=defaults.prompts,
+        metavar="N",
+        help=_help("prompts in a repetition", defaults.prompts),
+    )
+    work.add_argument(
+        "--tokens",
+        type=int,
+        default=defaults.tokens,
+        metavar="N",
+        help=_help("new tokens for each prompt", defaults.tokens),
+    )
+    work.add_argument(
+        "--repetitions",
+        type=int,
+        default=defaults.repetitions,
+        metavar="R",
+        help=_help("turns of every engine", defaults.repetitions),
+    )
+
+
+def settings_from(arguments: argparse.Namespace) -> Settings:
+    """The settings that the options say."""
+    return Settings(
+        target=arguments.target,
+        draft=arguments.draft,
+        prompt_file=arguments.prompt_file,
+        modes=tuple(arguments.modes),
+        batch=_unique(arguments.batch),
+        temperature=_unique(arguments.temperature),
+        k=_unique(arguments.k),
+        branches=_unique(arguments.branches),
+        fan_out=_unique(arguments.fan_out),
+        options=dict(arguments.option),
+        prompts=arguments.prompts,
+        tokens=arguments.tokens,
+        repetitions=arguments.repetitions,
+        target_layers=arguments.target_layers,
+        draft_layers=arguments.draft_layers,
+        dtype=arguments.dtype,
+        eager=arguments.eager,
+        core_target=arguments.core_target,
+        core_draft=arguments.core_draft,
+    )
+
+
+def _unique(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def _help(text: str, default: object) -> str:
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    return f"{text} (default: {'no' if default is None or default is False else default})"
+
+
+def cores(text: str) -> tuple[int, ...]:
+    """`0`, `0,2` or `0-3`."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        try:
+            found.update(range(int(first), int(last or first) + 1))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part!r} is not a core: write 0 or 0,2 or 0-3") from None
+    return tuple(sorted(found))
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """`key=value`, the value as JSON where it is JSON."""
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def depths(text: str) -> tuple[int, int]:
+    """`24:6`: layers of target and draft."""
+    try:
+        target, draft = map(int, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write layers of target and draft as 24:6") from None
+    return target, draft

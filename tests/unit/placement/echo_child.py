@@ -1,0 +1,73 @@
+"""A draft side without vLLM, in a process: the real `DraftEnd`, and by option `role` behind it
+
+`echo`     nothing heavy: a table of one branch for each request that is admitted
+`drafts`   the real `DraftLoop` over the fake model
+`dies`, `fails`    trouble while it starts
+`deaf`     as `echo`, but it does not end with its parent's pipe
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from vllm_saguaro.messages import Step, Table
+from vllm_saguaro.placement.mailbox import DraftState, Mailbox
+from vllm_saguaro.placement.process import DraftEnd
+
+MAX_LENGTH = 48
+DRAFTS = (7, 8, 9)
+
+
+def echo(mailbox: Mailbox) -> tuple[Callable[[Step], None], Callable[[], bool]]:
+    """Answers each admission at once."""
+
+    def submit(step: Step) -> None:
+        for admit in step.admits:
+            for depth in range(len(DRAFTS) + 1):
+                rows = [[token] for token in DRAFTS[:depth]]
+                mailbox.publish(Table(admit.stamp, [0], [admit.token_ids[-1]], rows))
+
+    return submit, lambda: False
+
+
+def drafts(mailbox: Mailbox) -> tuple[Callable[[Step], None], Callable[[], bool]]:
+    """The draft side as it is, but for the model."""
+    from tests.unit.drafting.checks import make_engine
+    from tests.unit.drafting.fake_model import FakeModel
+    from vllm_saguaro.drafting.loop import DraftLoop
+
+    model = FakeModel(max_length=MAX_LENGTH, num_blocks=256)
+    engine = make_engine(model, mailbox.shape.num_speculative_tokens, mailbox.shape.branches)
+    loop = DraftLoop(engine, mailbox.publish)
+    return loop.submit, loop.advance
+
+
+def main() -> None:
+    end = DraftEnd(json.loads(sys.stdin.buffer.readline()))
+    role = end.options["role"]
+    if role == "dies":
+        os._exit(3)
+    if role == "fails":
+        end.mailbox.announce(DraftState.FAILED)
+        raise SystemExit(1)
+    if role != "deaf":
+        end.end_with_parent()
+    submit, advance = (drafts if role == "drafts" else echo)(end.mailbox)
+    end.mailbox.announce(DraftState.READY, MAX_LENGTH)
+    busy_at = time.perf_counter()
+    while True:
+        step = end.mailbox.receive()
+        if step is not None:
+            submit(step)
+        elif not advance():
+            end.idle(busy_at)
+            continue
+        busy_at = time.perf_counter()
+
+
+if __name__ == "__main__":
+    main()

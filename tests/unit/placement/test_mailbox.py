@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.placement.strategies import steps
+from vllm_saguaro.messages import Admit, Release, Stamp, Step, Table
+from vllm_saguaro.placement.mailbox import DraftState, Mailbox, MailboxShape
+from vllm_saguaro.placement.wire import encode
+
+SHAPE = MailboxShape(slots=3, branches=4, num_speculative_tokens=2, ring_bytes=256)
+
+
+def mailbox(shape: MailboxShape = SHAPE) -> Mailbox:
+    return Mailbox(memoryview(bytearray(shape.total_bytes)), shape)
+
+
+def step(number: int) -> Step:
+    return Step(releases=[Release(Stamp(number, 1, number))])
+
+
+def published(box: Mailbox, table: Table) -> None:
+    """All that the draft side publishes of a table, depth by depth."""
+    for depth in range(len(table.drafts) + 1):
+        box.publish(Table(table.stamp, table.accepted, table.bonus, table.drafts[:depth], table.seconds))
+
+
+# ---- ring -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_ring_has_no_step() -> None:
+    box = mailbox()
+    assert not box.has_step
+    assert box.receive() is None
+    assert box.dropped == 0
+
+
+def test_a_full_ring_takes_nothing_and_keeps_what_it_has() -> None:
+    box = mailbox()
+    count = 0
+    while box.post(step(count)):
+        count += 1
+    assert count == 256 // 40  # a frame of 12 + 16 bytes, its length, and padding to 8
+    before = bytes(box._buffer)
+    assert not box.post(step(99))
+    assert bytes(box._buffer) == before
+    assert [box.receive() for _ in range(count)] == [step(i) for i in range(count)]
+    assert box.receive() is None
+    assert box.post(step(99))
+
+
+def test_a_step_larger_than_the_ring_is_not_taken() -> None:
+    box = mailbox()
+    assert not box.post(Step(admits=[Admit(Stamp(0, 1, 0), 0.0, tuple(range(64)))]))
+    assert not box.has_step
+
+
+def test_a_step_that_just_fills_the_ring_is_taken() -> None:
+    box = mailbox()
+    large = Step(admits=[Admit(Stamp(0, 1, 0), 0.0, tuple(range(53)))])
+    assert len(encode(large)) == 256 - 8 - 0
+    assert box.post(large)
+    assert not box.post(Step())
+    assert box.receive() == large
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(steps, st.integers(0, 3)), min_size=1, max_size=40))
+def test_steps_come_out_in_order_however_often_the_ring_wraps(moves: list[tuple[Step, int]]) -> None:
+    box = mailbox(MailboxShape(1, 1, 1, ring_bytes=512))
+    waiting: list[Step] = []
+    for posted, receipts in moves:
+        if box.post(posted):
+            waiting.append(posted)
+        assert box.has_step == bool(waiting)
+        for _ in range(min(receipts, len(waiting))):
+            assert box.receive() == waiting.pop(0)
+    while waiting:
+        assert box.receive() == waiting.pop(0)
+    assert box.dropped == 0
+
+
+def test_a_damaged_step_is_dropped_and_counted_and_the_next_one_read() -> None:
+    box = mailbox()
+    box.post(step(1))
+    box._ring[8] ^= 0xFF  # the magic
+    box.post(step(2))
+    assert box.receive() is None
+    assert box.dropped == 1
+    assert box.receive() == step(2)
+
+
+def test_an_impossible_length_empties_the_ring_and_is_counted() -> None:
+    for size in (0, 1 << 20, (1 << 64) - 1):
+        box = mailbox()
+        box.post(step(1))
+        box._ring[:8] = size.to_bytes(8, "little")
+        assert box.receive() is None
+        assert box.dropped == 1
+        assert not box.has_step
+        assert box.post(step(2))
+        assert box.receive() == step(2)
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+TABLE = Table(Stamp(1, 5, 7), [0, 1, 2], [30, 2**31 - 1, 0], [[4, 5, 6], [7, 8, 9]], 0.125)
+
+
+def test_a_table_comes_back_as_it_was_and_alone() -> None:
+    box = mailbox()
+    published(box, TABLE)
+    assert box.read(1) == TABLE
+    for slot in (0, 2):
+        other = box.read(slot)
+        assert other is not None
+        assert (other.stamp.generation, len(other.bonus), len(other.drafts)) == (0, 0, 0)
+
+
+def test_a_table_that_nobody_wrote_is_of_no_request() -> None:
+    box = mailbox()
+    table = box.read(0)
+    assert table is not None
+    assert table.stamp == Stamp(0, 0, 0)  # generations begin at 1
+    assert table.find(0, 0) is None
+
+
+def test_a_table_is_as_deep_as_it_has_been_published() -> None:
+    box = mailbox()
+    for depth in range(3):
+        box.publish(Table(TABLE.stamp, TABLE.accepted, TABLE.bonus, TABLE.drafts[:depth]))
+        found = box.read(1)
+        assert found is not None
+        assert found.drafts == TABLE.drafts[:depth]
+        assert found.speculation(2) == (6, 9)[:depth]
+
+
+def test_a_new_round_replaces_the_whole_table() -> None:
+    box = mailbox()
+    published(box, TABLE)
+    box.publish(Table(Stamp(1, 5, 8), [3], [1], []))
+    table = box.read(1)
+    assert table is not None
+    assert (table.stamp, table.accepted, table.bonus, table.drafts) == (Stamp(1, 5, 8), [3], [1], [])
+
+
+def test_the_reader_sees_nothing_while_keys_are_being_replaced() -> None:
+    box = mailbox()
+    published(box, TABLE)
+    seen: list[Table | None] = []
+
+    class Spy(list[int]):
+        def __getitem__(self, index: object) -> int:  # type: ignore[override]
+            seen.append(box.read(1))
+            return 3
+
+    box.publish(Table(Stamp(1, 5, 8), Spy([3, 3]), [1, 2], []))
+    assert seen == [None, None]
+    assert box.read(1) is not None
+
+
+@given(
+    st.integers(1, 2**31 - 1),
+    st.integers(0, 2**62),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2**31 - 1)), max_size=4),
+    st.integers(0, 2),
+    st.data(),
+)
+def test_any_table_comes_back_as_it_was(
+    generation: int, round_: int, keys: list[tuple[int, int]], depth: int, data: st.DataObject
+) -> None:
+    box = mailbox()
+    row = st.lists(st.integers(0, 2**31 - 1), min_size=len(keys), max_size=len(keys))
+    drafts = [data.draw(row) for _ in range(depth)]
+    table = Table(Stamp(2, generation, round_), [k for k, _ in keys], [token for _, token in keys], drafts, 0.25)
+    published(box, TABLE)
+    published(box, table)
+    found = box.read(2)
+    assert found is not None
+    assert (found.stamp, found.accepted, found.bonus, found.drafts) == (
+        table.stamp,
+        table.accepted,
+        table.bonus,
+        table.drafts,
+    )
+    assert box.read(1) == TABLE
+
+
+# ---- state ----------------------------------------------------------------------------------------------------------
+
+
+def test_state_and_sleep_are_seen_by_the_other_side() -> None:
+    memory = memoryview(bytearray(SHAPE.total_bytes))
+    draft, target = Mailbox(memory, SHAPE), Mailbox(memory, SHAPE)
+    assert (target.state, target.max_length, target.asleep) == (DraftState.STARTING, 0, False)
+    draft.announce(DraftState.READY, 4096)
+    draft.fall_asleep(True)
+    assert (target.state, target.max_length, target.asleep) == (DraftState.READY, 4096, True)
+    draft.fall_asleep(False)
+    assert not target.asleep
+
+
+def test_a_closed_mailbox_lets_go_of_its_memory() -> None:
+    memory = bytearray(SHAPE.total_bytes)
+    box = Mailbox(memoryview(memory), SHAPE)
+    box.close()
+    memory.append(0)  # raises BufferError while anyone holds a view

@@ -1,0 +1,210 @@
+"""The process placement with a child that needs no vLLM: life, death, sleep, and what is left behind (nothing)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from tests.unit.drafting.fake_model import FakeModel
+from tests.unit.placement.echo_child import DRAFTS, MAX_LENGTH
+from tests.unit.placement.parent import ROOT, open_channel
+from vllm_saguaro.messages import Admit, Outcome, Stamp, Step, Table
+from vllm_saguaro.placement import process as process_module
+from vllm_saguaro.placement.channel import Channel, DraftFailed
+from vllm_saguaro.placement.process import ProcessChannel
+
+PROMPT = (3, 1, 4, 1, 5, 9)
+ADMIT = Step(admits=[Admit(Stamp(2, 1, 0), 0.0, PROMPT)])
+
+
+@pytest.fixture
+def channel() -> Iterator[ProcessChannel]:
+    opened = open_channel()
+    opened.wait_until_ready()
+    yield opened
+    opened.close()
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    """Whether the condition comes true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return condition()
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def finished(channel: Channel, stamp: Stamp) -> Table:
+    """The finished table of a round."""
+
+    def is_there() -> bool:
+        table = channel.read(stamp.slot)
+        return table is not None and table.stamp == stamp and len(table.drafts) == 3
+
+    assert until(is_there)
+    table = channel.read(stamp.slot)
+    assert table is not None
+    return table
+
+
+def test_life_of_a_request_in_another_process() -> None:
+    oracle = FakeModel(max_length=MAX_LENGTH)
+    channel: Channel = open_channel("drafts")
+    channel.wait_until_ready()
+    assert channel.alive
+    assert channel.max_length == MAX_LENGTH
+    assert channel.post(ADMIT)
+    text = list(PROMPT)
+    for round_ in range(3):
+        table = finished(channel, Stamp(2, 1, round_))
+        branch = max(range(len(table.bonus)), key=lambda i: table.accepted[i])
+        drafts = table.speculation(branch)
+        text += [*(speculation[: table.accepted[branch]] if round_ else ()), table.bonus[branch]]
+        assert list(drafts) == oracle.greedy_continuation(text, 3)
+        outcome = Outcome(Stamp(2, 1, round_), table.accepted[branch], table.bonus[branch], len(text), drafts)
+        assert channel.post(Step(outcomes=[outcome]))
+        speculation = drafts
+    channel.close()
+
+
+def test_nothing_is_left_in_shared_memory_and_no_descriptor_stays_open() -> None:
+    names, descriptors = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    opened = open_channel()
+    opened.wait_until_ready()
+    assert set(os.listdir("/dev/shm")) <= names
+    opened.close()
+    opened.close()
+    assert gone(opened.pid)
+    assert not opened.alive
+    assert not opened.post(ADMIT)
+    assert opened.read(2) is None
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_killed_child_is_noticed_and_nothing_is_taken_from_it(channel: ProcessChannel) -> None:
+    channel.post(ADMIT)
+    assert finished(channel, Stamp(2, 1, 0)).speculation(0) == DRAFTS
+    os.kill(channel.pid, signal.SIGKILL)
+    assert until(lambda: not channel.alive)
+    assert not channel.post(ADMIT)
+    assert channel.read(2) is None
+    channel.close()
+
+
+@pytest.fixture
+def parent() -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A parent process, and the pid of its draft process."""
+    running = subprocess.Popen(
+        [sys.executable, "-m", "tests.unit.placement.parent"],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None
+    child = int(running.stdout.readline())
+    yield running, child
+    running.kill()
+    running.communicate()
+
+
+def test_the_child_ends_with_a_parent_that_is_killed(parent: tuple[subprocess.Popen[str], int]) -> None:
+    running, child = parent
+    assert not gone(child)
+    running.kill()
+    assert until(lambda: gone(child), seconds=2.0)
+
+
+def test_the_child_ends_with_a_parent_that_closes_nothing(parent: tuple[subprocess.Popen[str], int]) -> None:
+    running, child = parent
+    running.communicate("go\n", timeout=10)
+    assert running.returncode == 0
+    assert until(lambda: gone(child), seconds=2.0)
+
+
+def test_an_idle_child_sleeps_and_wakes_for_a_step(channel: ProcessChannel) -> None:
+    time.sleep(0.3)
+    child = psutil.Process(channel.pid)
+    before = child.cpu_times()
+    time.sleep(1.0)
+    after = child.cpu_times()
+    assert after.user + after.system - before.user - before.system < 0.05
+    assert channel._mailbox.asleep
+    posted = time.perf_counter()
+    assert channel.post(ADMIT)
+    finished(channel, Stamp(2, 1, 0))
+    assert time.perf_counter() - posted < 0.5  # woken, not found by the next look once a second
+    assert until(lambda: channel._mailbox.asleep)
+
+
+def test_a_child_that_dies_while_it_starts_is_a_failed_draft() -> None:
+    opened = open_channel("dies")
+    with pytest.raises(DraftFailed, match="exit status 3"):
+        opened.wait_until_ready()
+    assert not opened.alive
+    opened.close()
+
+
+def test_a_child_that_says_so_is_a_failed_draft() -> None:
+    opened = open_channel("fails")
+    with pytest.raises(DraftFailed, match="load"):
+        opened.wait_until_ready()
+    opened.close()
+
+
+def test_a_child_that_cannot_be_imported_is_a_failed_draft() -> None:
+    with pytest.raises(DraftFailed):
+        open_channel(module="tests.unit.placement.no_such_module").wait_until_ready()
+
+
+def test_a_child_that_never_gets_ready_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "START_TIMEOUT_SECONDS", 0.05)
+    opened = open_channel()
+    with pytest.raises(DraftFailed, match="not ready"):
+        opened.wait_until_ready()
+    opened.close()
+    assert gone(opened.pid)
+
+
+def test_a_child_that_does_not_listen_is_ended_by_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_module, "_END_TIMEOUT_SECONDS", 0.2)
+    opened = open_channel("deaf")
+    opened.wait_until_ready()
+    opened.close()
+    assert gone(opened.pid)
+
+
+def test_two_draft_processes_live_side_by_side_and_end_apart(channel: ProcessChannel) -> None:
+    second = open_channel()
+    second.wait_until_ready()
+    second.close()
+    assert channel.alive
+    channel.post(ADMIT)
+    finished(channel, Stamp(2, 1, 0))
+    channel.close()
+    assert gone(channel.pid)
+
+
+def test_the_first_of_two_draft_processes_ends_when_closed_though_the_second_lives(channel: ProcessChannel) -> None:
+    """The second child must not hold the first one's pipe open."""
+    second = open_channel()
+    second.wait_until_ready()
+    begun = time.monotonic()
+    channel.close()
+    assert time.monotonic() - begun < 2.0
+    second.close()

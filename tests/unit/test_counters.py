@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+
+from vllm_saguaro import counters
+from vllm_saguaro.counters import BUCKETS, COUNTERS, HISTOGRAMS, PAGE_BYTES, CounterPage
+from vllm_saguaro.messages import Miss
+
+
+def test_a_new_page_is_all_zero() -> None:
+    page = CounterPage()
+    assert [page.value(counter) for counter in COUNTERS] == [0] * len(COUNTERS)
+    for histogram in HISTOGRAMS:
+        assert page.bins(histogram) == [0] * (len(BUCKETS) + 1)
+        assert page.mean(histogram) == 0
+    assert page.hit_rate == 0
+
+
+def test_no_counter_or_histogram_shares_a_word_with_another() -> None:
+    page = CounterPage()
+    for i, counter in enumerate(COUNTERS):
+        page.add(counter, i + 1)
+    for i, histogram in enumerate(HISTOGRAMS):
+        for bound in BUCKETS:
+            page.observe(histogram, bound * (1 - 0.01 * i))
+        page.observe(histogram, 2.0 + i)
+    assert [page.value(counter) for counter in COUNTERS] == list(range(1, len(COUNTERS) + 1))
+    for i, histogram in enumerate(HISTOGRAMS):
+        assert page.bins(histogram) == [1] * (len(BUCKETS) + 1)
+        assert page.total(histogram) == pytest.approx(sum(BUCKETS) * (1 - 0.01 * i) + 2.0 + i)
+
+
+@pytest.mark.parametrize(("seconds", "bin_"), [(0.0, 0), (1e-5, 0), (1.1e-5, 1), (1.0, len(BUCKETS) - 1), (1.5, -1)])
+def test_a_bucket_holds_the_times_up_to_its_bound(seconds: float, bin_: int) -> None:
+    page = CounterPage()
+    page.observe(counters.VERIFY, seconds)
+    bins = page.bins(counters.VERIFY)
+    assert bins[bin_] == 1
+    assert sum(bins) == 1
+
+
+def test_the_mean_is_of_all_observed_times() -> None:
+    page = CounterPage()
+    for seconds in (0.001, 0.002, 5.0):
+        page.observe(counters.DRAFT_ROUND, seconds)
+    assert page.total(counters.DRAFT_ROUND) == pytest.approx(5.003)
+    assert page.mean(counters.DRAFT_ROUND) == pytest.approx(5.003 / 3)
+
+
+def test_the_hit_rate_is_of_all_outcomes_whatever_the_cause_of_a_miss() -> None:
+    page = CounterPage()
+    page.add(counters.HITS, 6)
+    for cause in Miss:
+        page.add(counters.MISSES[cause])
+    page.add(counters.LATE_TABLES, 3)  # these are hits already
+    assert page.hit_rate == pytest.approx(6 / 9)
+
+
+def test_two_pages_over_one_buffer_see_the_same() -> None:
+    buffer = bytearray(PAGE_BYTES)
+    writer, reader = CounterPage(memoryview(buffer)), CounterPage(memoryview(buffer))
+    writer.add(counters.HITS, 4)
+    writer.observe(HISTOGRAMS[-1], 9.0)
+    assert reader.value(counters.HITS) == 4
+    assert reader.total(HISTOGRAMS[-1]) == 9.0
+
+
+def test_names_are_unique_but_for_the_label() -> None:
+    names = [(counter.name, counter.label) for counter in COUNTERS]
+    assert len(set(names)) == len(names)
+    assert list(BUCKETS) == sorted(BUCKETS)

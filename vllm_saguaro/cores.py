@@ -1,7 +1,7 @@
 """Which CPU cores the target has and which the draft has. Standard library only: it runs before torch is imported.
 
-On a CPU both sides are bound by memory and by their own threads' barriers. Sharing a core costs far more than speculation
-wins, so the two sets are disjoint wherever there are two cores.
+On a CPU both sides are bound by memory and by their own threads' barriers. Sharing a core costs far more than
+speculation wins, so the two sets are disjoint wherever there are two cores.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def plan_cores(allowed: Sequence[int], draft_cpus: str | None, target_cpus: Sequ
         draft = parse_cpus(draft_cpus)
         if not set(draft) <= set(cpus):
             raise ValueError(
-                f"draft_cpus {draft_cpus!r} names cores outside of those allowed here: write some of {format_cpus(cpus)}"
+                f"draft_cpus {draft_cpus!r} names cores that are not allowed here: write some of {format_cpus(cpus)}"
             )
     elif target_cpus is not None:
         draft = tuple(cpu for cpu in cpus if cpu not in target_cpus) or cpus

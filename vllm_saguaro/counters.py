@@ -1,7 +1,7 @@
 """What this plugin counts beyond vLLM's own metrics, on one small shared page.
 
-The target side adds, whoever serves metrics reads: plain 64-bit floats in memory that both map, no message and no lock. One
-writer, so a reader can at worst see a count a moment old.
+The target side adds, whoever serves metrics reads: plain 64-bit floats in memory that both map, no message and no
+lock. One writer, so a reader can at worst see a count a moment old.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
 """The contract between target side and draft side: every message that crosses, and nothing else.
 
 Both sides count the same way. A request that is admitted gets a `slot` (its row in the table area) and a `generation`
-(how often that slot has been given out). Its `round` is the number of outcomes it has had. The draft side publishes, for
-the round that is being verified, a `Table` of predicted outcomes; the target side looks the real outcome up in it, hands
-the drafts found there to vLLM, and posts the `Outcome`. A table whose (slot, generation, round) is not the awaited one
-does not exist for the reader.
+(how often that slot has been given out). Its `round` is the number of outcomes it has had. The draft side publishes,
+for the round that is being verified, a `Table` of predicted outcomes; the target side looks the real outcome up in
+it, hands the drafts found there to vLLM, and posts the `Outcome`. A table whose (slot, generation, round) is not the
+awaited one does not exist for the reader.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 import numpy as np
 
@@ -41,10 +41,10 @@ class Admit:
 class Outcome:
     """What verification found in round `stamp.round`, and what is under verification next.
 
-    `accepted` is k: how many of the previous `speculation` were accepted. `bonus` is t*. `length` is the number of tokens of
-    the request with the bonus token (both sides check it: a mismatch means that they no longer talk of the same text).
-    `speculation` holds the drafts handed to vLLM for the next verification: those of the branch (k, t*) on a hit, perhaps
-    fewer than K when the table was late; none on a miss.
+    `accepted` is k: how many of the previous `speculation` were accepted. `bonus` is t*. `length` is the number of
+    tokens of the request with the bonus token (both sides check it: a mismatch means that they no longer talk of the
+    same text). `speculation` holds the drafts handed to vLLM for the next verification: those of the branch (k, t*)
+    on a hit, perhaps fewer than K when the table was late; none on a miss.
     """
 
     stamp: Stamp
@@ -78,8 +78,8 @@ class Table:
     """The speculation cache of one request and round: predicted outcome (k, t*) -> the next drafts.
 
     `accepted[i]`, `bonus[i]` name branch i. `drafts[d][i]` is its d-th token: branches grow together, so the depth
-    `len(drafts)` is the same for all; it reaches K when the round is finished and is a valid, shorter speculation before.
-    `seconds` is the time from the outcome that began the round to the newest depth.
+    `len(drafts)` is the same for all; it reaches K when the round is finished and is a valid, shorter speculation
+    before. `seconds` is the time from the outcome that began the round to the newest depth.
     """
 
     stamp: Stamp
@@ -100,7 +100,7 @@ class Table:
         return tuple(int(row[branch]) for row in self.drafts)
 
 
-class Miss(str, Enum):
+class Miss(StrEnum):
     """Why an outcome got no drafts."""
 
     NOT_PREDICTED = "not_predicted"

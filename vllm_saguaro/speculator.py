@@ -1,7 +1,8 @@
 """The target side of a round: look each outcome up, hand the drafts over, tell the draft side.
 
-Works on plain lists, so it serves any runner that has outcomes on the host. Nothing here waits for the draft, and nothing that
-the draft does or fails to do can fail a request: the worst case is a row that is verified without drafts.
+Works on plain lists, so it serves any runner that has outcomes on the host. Nothing here waits for the draft, and
+nothing that the draft does or fails to do can fail a request: the worst case is a row that is verified without
+drafts.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from vllm_saguaro.placement.channel import Channel
 class Verified:
     """One row of a step of the target.
 
-    `sampled`: the accepted drafts and then the bonus token; empty when the row was a piece of a prompt. `length`: tokens of
-    the request with them. `tokens` and `temperature` are asked for only when the draft side has to learn the request anew.
+    `sampled`: the accepted drafts and then the bonus token; empty when the row was a piece of a prompt. `length`:
+    tokens of the request with them. `tokens` and `temperature` are asked for only when the draft side has to learn
+    the request anew.
     """
 
     request_id: str

@@ -12,6 +12,7 @@ from typing import Any
 
 from scripts.benchmark import procfs, provenance
 from scripts.benchmark.client import WorkerHandle
+from scripts.benchmark.counters import HITS, count
 from scripts.benchmark.deepened import deepened
 from scripts.benchmark.progress import Progress
 from scripts.benchmark.records import Engine, Repetition, Report, Run, Workload
@@ -65,7 +66,7 @@ def measure(settings: Settings, progress: Progress | None = None, warn: Callable
             _take_turns(settings, report, workers, progress)
     finally:
         progress.end()
-    for text in _interference(report):
+    for text in [*_interference(report), *_broken(report)]:
         note(text)
     report.summaries = {name: summary.to_json() for name, summary in summarise(report.runs).items()}
     return report
@@ -171,3 +172,12 @@ def _interference(report: Report) -> list[str]:
         if engine["idle_cpu"] > _IDLE:
             found.append(f"{name} took {engine['idle_cpu']:.0%} of a core with nothing to do")
     return found
+
+
+def _broken(report: Report) -> list[str]:
+    """Runs whose numbers say nothing of the method, because it did not work."""
+    return [
+        f"{run.name}: no table was ever there when it was needed; is the draft side running?"
+        for run in report.runs
+        if run.engine.mode == "saguaro" and not sum(count(one.counters, HITS) for one in run.repetitions)
+    ]

@@ -62,7 +62,9 @@ def test_the_users_choice_is_the_drafts_and_the_rest_the_targets() -> None:
     assert plan_cores(range(8), "2-3,6") == CorePlan((0, 1, 4, 5, 7), (2, 3, 6))
 
 
-@pytest.mark.parametrize(("choice", "message"), [("8", "outside"), ("0-8", "outside"), ("0-7", "no core to the target")])
+@pytest.mark.parametrize(
+    ("choice", "message"), [("8", "outside"), ("0-8", "outside"), ("0-7", "no core to the target")]
+)
 def test_an_impossible_choice_is_refused(choice: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_cores(range(8), choice)

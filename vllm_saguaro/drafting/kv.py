@@ -41,7 +41,7 @@ class BlockPool:
 
 @dataclass(frozen=True, slots=True)
 class BranchSpan:
-    """Which blocks a branch owns: block indices `first` .. `first + count - 1` of its row, `copies` when the first starts inside."""
+    """The blocks a branch owns in its row, `first` .. `first + count - 1`; `copies` when it starts inside the first."""
 
     first: int
     count: int

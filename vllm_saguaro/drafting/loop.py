@@ -73,11 +73,18 @@ class DraftLoop:
     def _begin_round(self) -> bool:
         """Glue and fork for every request that awaits a table and lacks at most a few tokens."""
         self._prompts_next = True
-        few = self._few
-        entries = [e for e in self._entries.values() if not e.forked and len(e.trunk.pending()) <= few]
+        model, entries, tokens = self.engine.model, list[Entry](), 0
+        for entry in self._entries.values():
+            pending = len(entry.trunk.pending())
+            if entry.forked or pending > self._few:
+                continue
+            if len(entries) == model.max_rows or tokens + pending > model.max_tokens:
+                break  # the others come in the next round
+            entries.append(entry)
+            tokens += pending
         if not entries:
             return False
-        self.engine.extend([e.trunk for e in entries], few)
+        self.engine.extend([e.trunk for e in entries], self._few)
         ready = [e for e in entries if e.trunk.valid == e.trunk.length]
         for entry in entries:
             entry.forked = True  # also where no block was left: this round goes without, the next one tries again

@@ -58,5 +58,5 @@ class DraftModel(Protocol):
         ...
 
     def copy_blocks(self, source: Sequence[int], destination: Sequence[int]) -> None:
-        """Copy the KV of whole blocks, in every layer: source[i] to destination[i]. Sources and destinations are disjoint."""
+        """Copy the KV of whole blocks in every layer, source[i] to destination[i]; the two are disjoint."""
         ...

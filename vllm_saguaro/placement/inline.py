@@ -1,7 +1,7 @@
 """The synchronous twin: the draft side in the target's own thread, for debugging and ablation.
 
-Same engine, same loop, same mailbox cells as the process placement; only that `post` runs the whole round before it returns,
-so every table is complete and the target waits for all of it.
+Same engine, same loop, same mailbox cells as the process placement; only that `post` runs the whole round before it
+returns, so every table is complete and the target waits for all of it.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 One writer and one reader on each way, neither ever waits for the other. The memory is anonymous (a memfd, passed on by
 inheritance), so no name is left in /dev/shm however the two processes end. Layout, in 64-bit words:
 
-    control  [_CONTROL_WORDS]            head and tail of the ring, state of the draft side, its maximum length
-    tables   [slots][_CELL_WORDS(N, K)]  sequence, generation, round, branches, depth, nanoseconds, keys [N], drafts [K][N]
-    ring     [ring_bytes]                frames: length (8 bytes), then the step as `wire` encodes it, padded to 8
+    control  [16]               head and tail of the ring, state of the draft side, its maximum length
+    tables   [slots][cell]      sequence, generation, round, branches, depth, nanoseconds, keys [N], drafts [K][N]
+    ring     [ring_bytes]       frames: length (8 bytes), then the step as `wire` encodes it, padded to 8
 
 A cell is a sequence lock: odd while its keys are being replaced. Within a round a cell only grows: a depth is written
 before the depth count says so.

@@ -1,7 +1,8 @@
 """The draft side in a process of its own, on its own cores.
 
-The mailbox lies in a memfd that the child inherits, the wake-up is an eventfd, and the child's standard input is a pipe that
-nobody writes to after the start: it ends when this process ends, in whatever way, and the child ends with it.
+The mailbox lies in a memfd that the child inherits, the wake-up is an eventfd, and the child's standard input is a
+pipe that nobody writes to after the start: it ends when this process ends, in whatever way, and the child ends with
+it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class ProcessChannel:
     def __init__(
         self, module: str, options: Mapping[str, Any], shape: MailboxShape, environment: Mapping[str, str]
     ) -> None:
-        """`python -m module` is the draft side; it gets `options` and `shape` as one line of JSON on its standard input.
+        """`python -m module` is the draft side; it gets `options` and `shape` as one line of JSON on its standard
+        input.
 
         `environment` is the child's whole environment.
         """

@@ -24,7 +24,8 @@ WORKER_CLASS: Final = "vllm_saguaro.vllm_hooks.worker.SaguaroWorker"
 OPTIONS_ATTRIBUTE: Final = "saguaro"
 """Where our options travel: on the `SpeculativeConfig` object, which every process gets whole.
 
-Not in `additional_config`: vLLM hashes that into the key of its compile cache, so each new N would compile the target anew.
+Not in `additional_config`: vLLM hashes that into the key of its compile cache, so each new N would compile the target
+anew.
 """
 
 _MARK: Final = "_vllm_saguaro_door"
@@ -185,6 +186,11 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     plan = _plan_cores(config)
     if plan is not None:
         logger.info("saguaro: %s", plan.describe())
+
+    if str(target.dtype) == "torch.bfloat16" and cores.bf16_is_slow(cores.processor_flags()):
+        logger.warning(
+            "This processor emulates bfloat16 (no AVX-512 BF16, no AMX): --dtype float32 is about twice as fast."
+        )
 
     parallel.worker_cls = WORKER_CLASS
     # Unpadded drafts need it off; said here so that vLLM does not warn of what the user cannot change.

@@ -1,10 +1,10 @@
 """Our counters among vLLM's metrics: in `LLM.get_metrics()` and at the server's `/metrics` alike.
 
-vLLM offers stat loggers to the server alone, and carries no foreign numbers from a worker to its front end (read in 0.32
-and 0.33: `v1/metrics/loggers.py`, `v1/metrics/reader.py`, `v1/metrics/prometheus.py`). So the worker counts on a shared page,
-and the front end registers one collector that reads the page when asked. The page is a memfd of the front end, opened
-by the worker through /proc: it has no name, so nothing is left of it. `PrometheusStatLogger` unregisters collectors that have a
-`_name` beginning with "vllm:"; this one has none.
+vLLM offers stat loggers to the server alone, and carries no foreign numbers from a worker to its front end (read in
+0.32 and 0.33: `v1/metrics/loggers.py`, `v1/metrics/reader.py`, `v1/metrics/prometheus.py`). So the worker counts on a
+shared page, and the front end registers one collector that reads the page when asked. The page is a memfd of the
+front end, opened by the worker through /proc: it has no name, so nothing is left of it. `PrometheusStatLogger`
+unregisters collectors that have a `_name` beginning with "vllm:"; this one has none.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Registered:
 
 
 def open_page(model_name: str) -> str | None:
-    """Front end: make the page of a new engine and register its collector. Returns where a worker on this host finds it."""
+    """Front end: make a new engine's page and register its collector. Returns where a worker on this host finds it."""
     if not hasattr(os, "memfd_create"):
         return None
     fd = os.memfd_create("saguaro-counters")

@@ -1,9 +1,9 @@
 """The seam to Model Runner V1 (vLLM 0.32 and 0.33, `v1/worker/gpu_model_runner.py`; the CPU runner is a subclass).
 
-V1 in synchronous mode is a host-side runner: after bookkeeping it calls `propose_draft_token_ids` with the accepted tokens as
-lists, row i belonging to `input_batch.req_ids[i]`, and takes ragged lists of drafts back; an empty list costs nothing. That
-mode is reached with `disable_padded_drafter_batch`, which the constructor of vLLM's own `DraftModelProposer` refuses: it is
-set on the worker's configuration after the runner has been made.
+V1 in synchronous mode is a host-side runner: after bookkeeping it calls `propose_draft_token_ids` with the accepted
+tokens as lists, row i belonging to `input_batch.req_ids[i]`, and takes ragged lists of drafts back; an empty list
+costs nothing. That mode is reached with `disable_padded_drafter_batch`, which the constructor of vLLM's own
+`DraftModelProposer` refuses: it is set on the worker's configuration after the runner has been made.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class SaguaroDrafter(DraftModelProposer):
     """Stands where the runner expects its own drafter, and asks the speculator.
 
-    It is a `DraftModelProposer` only because the runner asserts so in several places; it has no model, no KV cache and no
-    graphs in this process, so what the runner does to those is nothing here.
+    It is a `DraftModelProposer` only because the runner asserts so in several places; it has no model, no KV cache
+    and no graphs in this process, so what the runner does to those is nothing here.
     """
 
     supports_mm_inputs = False

@@ -1,7 +1,7 @@
 """The worker door: `parallel_config.worker_cls` names this class (vLLM 0.32 and 0.33, `v1/worker/cpu_worker.py`).
 
-The worker is the one object that sees everything in the right order: it makes the runner (`init_device`), loads the target
-(`load_model`), is told of each step before the forward (`execute_model`), and is shut down.
+The worker is the one object that sees everything in the right order: it makes the runner (`init_device`), loads the
+target (`load_model`), is told of each step before the forward (`execute_model`), and is shut down.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ class SaguaroWorker(CPUWorker):
         """The fields of `DraftModelConfig`, as plain values."""
         draft: dict[str, Any] = self._options["draft"]
         names = {field.name for field in dataclasses.fields(DraftModelConfig)}
-        # A little beyond the target's limit, so that a text which the target can hold is never too long for its branches.
+        # A little beyond the target's limit, so that a text which the target can hold is never too long for its
+        # branches.
         longest = self.model_config.max_model_len + config.num_speculative_tokens + 1
         rows = max(MAX_ROWS_A_TREE, config.branches, SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs)
         return {name: value for name, value in draft.items() if name in names} | {
@@ -118,7 +119,7 @@ class SaguaroWorker(CPUWorker):
         page = self._drafter.speculator.page
         if page.value(counters.HITS):
             logger.info(
-                "Saguaro: hit rate %.3f, draft round %.2f ms, verify and scheduling %.2f ms, target waited %.0f us a step.",
+                "Saguaro: hit rate %.3f, draft round %.2f ms, verify pass %.2f ms, the target waited %.0f us a step.",
                 page.hit_rate,
                 1e3 * page.mean(counters.DRAFT_ROUND),
                 1e3 * page.mean(counters.VERIFY),

@@ -106,7 +106,9 @@ class FakeModel:
 
     def _logits(self, hashes: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):
-            salted = hashes[:, None] + np.arange(1, self.vocab_size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+            salted = hashes[:, None] + np.arange(1, self.vocab_size + 1, dtype=np.uint64) * np.uint64(
+                0x9E3779B97F4A7C15
+            )
         uniform = (mix(salted) >> np.uint64(11)).astype(np.float64) / 2.0**53
         gumbel = -np.log(-np.log(uniform.clip(1e-12, 1 - 1e-12)))
         return (2.0 * gumbel).astype(np.float32)

@@ -25,6 +25,7 @@ class FakeWorker:
 
     diary: ClassVar[list[str]] = []
     different: ClassVar[str] = ""
+    hits: ClassVar[int] = 1
 
     def __init__(self, name: str, log: Path) -> None:
         self.name = name
@@ -55,7 +56,7 @@ class FakeWorker:
             "rounds": 100,
             "steps": 100,
             "drafting_seconds": 0.1,
-            "counters": {},
+            "counters": {"vllm:saguaro_hits": self.hits},
             "token_ids": [[1, 2], [3, last]],
         }
 
@@ -136,6 +137,12 @@ def test_interference_is_reported(settings: Settings, monkeypatch: pytest.Monkey
     assert report.notes == heard
     assert report.notes[0].startswith("other processes took up to")
     assert report.notes[1] == "saguaro K=4 N=12 ranked took 100% of a core with nothing to do"
+
+
+def test_a_draft_side_that_does_nothing_is_reported(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeWorker, "hits", 0)
+    (note,) = session.measure(settings).notes
+    assert note.startswith("saguaro K=4 N=12 ranked, batch 1, T=0: no table was ever there")
 
 
 def test_workers_end_when_something_fails(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

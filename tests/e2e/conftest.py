@@ -1,0 +1,126 @@
+"""The engines that the end-to-end tests look at. Each group of them is one process, started once for all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.e2e import plans
+from tests.e2e.harness import BASE, DRAFT, EngineRun, Json, engines, is_gone_within, run_engines, saguaro, shared_memory
+
+K = 4
+
+
+def common() -> list[Json]:
+    """The scenarios that every placement and plain vLLM go through under the same options."""
+    return [
+        plans.greedy(1),
+        plans.greedy(8),
+        plans.few_tokens(),
+        plans.stops(),
+        plans.several_outputs(),
+        plans.processed_logits(),
+    ]
+
+
+@dataclass(frozen=True)
+class Plain:
+    """vLLM without us: no speculation, the same with the ragged options, and its own draft_model."""
+
+    default: EngineRun
+    ragged: EngineRun
+    draft_model: EngineRun
+
+
+@pytest.fixture(scope="session")
+def plain() -> Plain:
+    own = {"speculative_config": {"method": "draft_model", "model": str(DRAFT), "num_speculative_tokens": K}}
+    return Plain(
+        *run_engines(
+            [
+                {"options": BASE, "scenarios": [*common(), plans.with_events("eight at once")]},
+                {"options": BASE | plans.RAGGED, "scenarios": [plans.ragged_arrivals()]},
+                {"options": BASE | own, "scenarios": [plans.greedy(1)]},
+            ]
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Inline:
+    """The synchronous twin: every table is complete, and the same run gives the same result."""
+
+    default: EngineRun
+    ragged: EngineRun
+    fan_outs: dict[str, EngineRun]
+
+
+FAN_OUTS: dict[str, Json] = {
+    "geometric": {"fan_out": "geometric"},
+    "uniform": {"fan_out": "uniform"},
+    "ranked, K=6, N=48": {"num_speculative_tokens": 6, "branches": 48},
+    "geometric, K=1, N=1": {"fan_out": "geometric", "num_speculative_tokens": 1, "branches": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def inline() -> Inline:
+    options = BASE | saguaro(placement="inline")
+    scenarios = [
+        *common(),
+        *map(plans.samples, plans.VARIANTS),
+        plans.seeded("seeds"),
+        plans.seeded("the same seeds"),
+        *(plans.greedy(8, name=how, sabotage=how) for how in ("no_copy", "wrong_branch")),
+    ]
+    default, ragged, *others = run_engines(
+        [
+            {"options": options, "scenarios": scenarios},
+            {"options": options | plans.RAGGED, "scenarios": [plans.ragged_arrivals()]},
+            *(
+                {"options": BASE | saguaro(placement="inline", **keys), "scenarios": [plans.greedy(8)]}
+                for keys in FAN_OUTS.values()
+            ),
+        ]
+    )
+    return Inline(default, ragged, dict(zip(FAN_OUTS, others, strict=True)))
+
+
+@dataclass(frozen=True)
+class Process:
+    """The draft in a process of its own: ended in order, and together with an engine that is killed."""
+
+    default: EngineRun
+    ragged: EngineRun
+    memory_before: set[str]
+    memory_after: set[str]
+    draft_gone_after_shutdown: bool
+    draft_gone_after_kill: bool
+
+
+@pytest.fixture(scope="session")
+def process() -> Iterator[Process]:
+    options = BASE | saguaro(placement="process")
+    scenarios = [
+        *common(),
+        plans.samples("T=0.8"),
+        plans.with_events("draft stopped", (8, "stop_draft")),
+        plans.with_events("draft back", (0, "continue_draft")),
+        plans.with_events("draft killed", (8, "kill_draft")),
+        plans.greedy(8, name="without a draft", count=8),
+    ]
+    before = shared_memory()
+    with engines(
+        [
+            {"options": options, "scenarios": scenarios[:-2]},
+            {"options": options | plans.RAGGED, "scenarios": [plans.ragged_arrivals()], "end": "wait"},
+        ]
+    ) as group:
+        default = group.read_engine()
+        after_shutdown = is_gone_within(default.answer["draft_pid"], 3)
+        ragged = group.read_engine()
+        group.process.kill()
+        after_kill = is_gone_within(ragged.answer["draft_pid"], 3)
+    yield Process(default, ragged, before, shared_memory(), after_shutdown, after_kill)

@@ -1,0 +1,289 @@
+"""Real vLLM engines in a process of their own, one after the other, driven by JSON: `python -m tests.e2e.engine`.
+
+Standard input, one JSON object: `engines`, each with `options` (for `LLM`), `scenarios` and `end`. Standard output, one JSON
+line an engine, as soon as its scenarios are through. What vLLM writes to standard output goes to standard error.
+
+A scenario has a `kind`:
+
+    batches   `prompts` in turn, `batch` at a time, through `LLM.generate`
+    stops     greedy texts, then the same prompts again with stops that lie inside those texts
+    arrivals  `requests` that come step by step through `llm.llm_engine`, with aborts, and `events` at given steps
+
+`end`: "shutdown" in order, "raise" an exception, or "wait" for a signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, Any
+
+from tests.e2e.sabotage import sabotaged
+
+Json = dict[str, Any]
+
+TIMEOUT_SECONDS = 900
+
+
+def main() -> None:
+    """Run every engine of the specification on standard input."""
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS, exit=True)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    spec = json.load(sys.stdin)
+    for engine in spec["engines"]:
+        run_engine(engine, answers)
+
+
+def run_engine(spec: Json, answers: IO[str]) -> None:
+    """Start one engine, run its scenarios, say what came out, and end it as told."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(**spec["options"])
+    engine = Engine(llm)
+    answer: Json = {"scenarios": {}, "draft_pid": engine.draft_pid, "pid": os.getpid()}
+    for scenario in spec["scenarios"]:
+        before = engine.metrics()
+        engine.records.clear()
+        started = time.perf_counter()
+        with sabotaged(scenario.get("sabotage")):
+            results = KINDS[scenario["kind"]](engine, scenario)
+        after = engine.metrics()
+        answer["scenarios"][scenario["name"]] = {
+            "results": results,
+            "records": list(engine.records),
+            "metrics": {name: value - before.get(name, 0.0) for name, value in after.items()},
+            "seconds": time.perf_counter() - started,
+        }
+    answer["left"] = engine.left_over()
+    end = spec.get("end", "shutdown")
+    if end == "shutdown":
+        started = time.perf_counter()
+        llm.llm_engine.engine_core.shutdown()
+        answer["shutdown_seconds"] = time.perf_counter() - started
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+    if end == "raise":
+        raise RuntimeError("the engine's process ends with this")
+    while end == "wait":
+        time.sleep(3600)
+    del llm, engine
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+class Engine:
+    """An `LLM` whose inside can be reached, since it runs in this process."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        self.records: list[tuple[str, int, list[int]]] = []
+        """What was drafted: request id, tokens of the request at that moment, the drafts."""
+        if llm.llm_engine.vllm_config.speculative_config is not None:
+            self._record_drafts()
+
+    @property
+    def draft_pid(self) -> int | None:
+        return getattr(getattr(self.worker, "_channel", None), "pid", None)
+
+    def metrics(self) -> dict[str, float]:
+        """Counters, vectors and histograms by name, with the labels that tell one engine's apart."""
+        found: dict[str, float] = {}
+        for metric in self.llm.get_metrics():
+            labels = [f"{k}={v}" for k, v in metric.labels.items() if k not in ("model_name", "engine")]
+            name = metric.name + ("{" + ",".join(labels) + "}" if labels else "")
+            if hasattr(metric, "buckets"):
+                found[name + ":count"], found[name + ":sum"] = metric.count, metric.sum
+            elif hasattr(metric, "values"):
+                found |= {f"{name}[{i}]": value for i, value in enumerate(metric.values)}
+            else:
+                found[name] = metric.value
+        return found
+
+    def left_over(self) -> Json:
+        """What the two sides still hold. The last requests leave with the next step that does something: make one."""
+        drafter = getattr(self.worker, "_drafter", None)
+        if drafter is None:
+            return {}
+        self.llm.generate([{"prompt_token_ids": [1]}], sampling({"max_tokens": 1}), use_tqdm=False)
+        speculator = drafter.speculator
+        left = {"requests": len(speculator._requests), "slots_taken": speculator_slots(speculator)}
+        engine = getattr(speculator.channel, "_engine", None)
+        if engine is not None:
+            left["blocks_taken"] = engine.pool.num_blocks - engine.pool.num_free
+        return left
+
+    def _record_drafts(self) -> None:
+        runner = self.worker.model_runner
+        original = runner.propose_draft_token_ids
+
+        def propose(scheduler_output: Any, sampled: Any, *others: Any, **named: Any) -> Any:
+            drafts = original(scheduler_output, sampled, *others, **named)
+            batch = runner.input_batch
+            lengths = batch.num_tokens_no_spec[: batch.num_reqs].tolist()
+            if not isinstance(sampled, list):  # vLLM's own drafter is asked before the new tokens are booked
+                lengths = [n + int((row >= 0).sum()) for n, row in zip(lengths, sampled, strict=True)]
+            rows = drafts if isinstance(drafts, list) else drafts.tolist()
+            self.records.extend(zip(batch.req_ids, lengths, map(list, rows), strict=False))
+            return drafts
+
+        runner.propose_draft_token_ids = propose
+
+
+def speculator_slots(speculator: Any) -> int:
+    return len(speculator._generations) - len(speculator._free)
+
+
+# ---- scenarios ------------------------------------------------------------------------------------------------------
+
+
+def run_batches(engine: Engine, scenario: Json) -> list[Json]:
+    prompts, params = scenario["prompts"], scenario["params"]
+    each = params if isinstance(params, list) else [params] * len(prompts)
+    size = scenario.get("batch") or len(prompts)
+    results: list[Json] = []
+    for at in range(0, len(prompts), size):
+        done = engine.llm.generate(
+            [as_prompt(prompt) for prompt in prompts[at : at + size]],
+            [sampling(one) for one in each[at : at + size]],
+            use_tqdm=False,
+        )
+        results += [describe(output) for output in done]
+    return results
+
+
+def run_stops(engine: Engine, scenario: Json) -> list[Json]:
+    """For each prompt and each of the `positions` in its greedy text: stop at the token there, or at the text there.
+
+    A token that occurs earlier is no candidate: the stop would lie elsewhere.
+    """
+    prompts, params = scenario["prompts"], scenario["params"]
+    whole = run_batches(engine, {"prompts": prompts, "params": params})
+    tokenizer = engine.llm.get_tokenizer()
+    cases: list[Json] = []
+    for prompt, result in zip(prompts, whole, strict=True):
+        tokens, text = result["outputs"][0]["token_ids"], result["outputs"][0]["text"]
+        for position in scenario["positions"]:
+            case = {"prompt": prompt, "whole": result, "position": position}
+            if tokens[position] not in tokens[:position]:
+                cases.append(case | {"params": params | {"stop_token_ids": [tokens[position]]}})
+            piece = tokenizer.decode(tokens[position : position + 2])
+            if piece.strip() and piece in text:
+                cases.append(case | {"params": params | {"stop": [piece]}})
+    stopped = run_batches(
+        engine, {"prompts": [case["prompt"] for case in cases], "params": [case["params"] for case in cases]}
+    )
+    return [case | {"stopped": result} for case, result in zip(cases, stopped, strict=True)]
+
+
+def run_arrivals(engine: Engine, scenario: Json) -> list[Json]:
+    """Each request: `key`, `id`, `prompt`, `params`; it starts at `step`, or when the request with key `after` has ended.
+
+    It is aborted as soon as it has `abort_after` tokens. Results by key, aborted ones with what they had.
+    """
+    core = engine.llm.llm_engine
+    waiting = list(scenario["requests"])
+    events = list(scenario.get("events", ()))
+    running: dict[str, Json] = {}
+    latest: dict[str, Json] = {}
+    ended: set[str] = set()
+
+    def end(request: Json, aborted: bool) -> None:
+        ended.add(request["key"])
+        del running[request["id"]]
+        latest.setdefault(request["key"], {"outputs": [{"token_ids": [], "text": ""}]})["aborted"] = aborted
+
+    step = 0
+    while waiting or running:
+        for event in [event for event in events if event["step"] <= step]:
+            events.remove(event)
+            EVENTS[event["do"]](engine)
+        for request in [r for r in waiting if r["after"] in ended or (r["after"] is None and r["step"] <= step)]:
+            waiting.remove(request)
+            running[request["id"]] = request
+            core.add_request(request["id"], as_prompt(request["prompt"]), sampling(request["params"]))
+        for output in core.step():
+            request = running[output.request_id]
+            latest[request["key"]] = describe(output)
+            if output.finished:
+                end(request, aborted=False)
+        for request in list(running.values()):
+            have = len(latest.get(request["key"], {"outputs": [{"token_ids": []}]})["outputs"][0]["token_ids"])
+            if request["abort_after"] is not None and have >= request["abort_after"]:
+                core.abort_request([request["id"]])
+                end(request, aborted=True)
+        step += 1
+    return [latest[request["key"]] | {"key": request["key"]} for request in scenario["requests"]]
+
+
+KINDS: dict[str, Callable[[Engine, Json], list[Json]]] = {
+    "batches": run_batches,
+    "stops": run_stops,
+    "arrivals": run_arrivals,
+}
+
+
+def signal_draft(number: signal.Signals) -> Callable[[Engine], None]:
+    def send(engine: Engine) -> None:
+        assert engine.draft_pid is not None
+        os.kill(engine.draft_pid, number)
+
+    return send
+
+
+EVENTS: dict[str, Callable[[Engine], None]] = {
+    "kill_draft": signal_draft(signal.SIGKILL),
+    "stop_draft": signal_draft(signal.SIGSTOP),
+    "continue_draft": signal_draft(signal.SIGCONT),
+}
+
+
+# ---- vLLM's objects -------------------------------------------------------------------------------------------------
+
+
+def as_prompt(prompt: str | list[int]) -> Any:
+    return prompt if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+
+
+def sampling(params: Json) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(**({"temperature": 0.0} | params))
+
+
+def describe(output: Any) -> Json:
+    return {
+        "request_id": output.request_id,
+        "prompt_length": len(output.prompt_token_ids),
+        "outputs": [
+            {
+                "token_ids": list(one.token_ids),
+                "text": one.text,
+                "finish_reason": one.finish_reason,
+                "stop_reason": one.stop_reason,
+                "gaps": list(gaps(one.logprobs)) if one.logprobs else None,
+            }
+            for one in output.outputs
+        ],
+    }
+
+
+def gaps(logprobs: Any) -> Iterator[float]:
+    """How far the likeliest token was ahead of the second, token by token."""
+    for position in logprobs:
+        first, second = sorted((entry.logprob for entry in position.values()), reverse=True)[:2]
+        yield first - second
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main()

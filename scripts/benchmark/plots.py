@@ -36,7 +36,9 @@ def plot_speeds(report: Report, summaries: dict[str, Summary], path: Path) -> Pa
         axes.text(0, row, f" {speed.median:.0f}", va="center", ha="left")
     axes.invert_yaxis()
     axes.set_xlabel("tokens per second (median; bars: smallest and largest)")
-    axes.set_title(_title(report.settings), fontsize=9)
+    depths = {name: report.settings[f"{name}_layers"] for name in ("target", "draft")}
+    deepened = "".join(f", {name} deepened to {layers} layers" for name, layers in depths.items() if layers)
+    axes.set_title(_title(report.settings) + deepened, fontsize=9)
     return _save(figure, path)
 
 

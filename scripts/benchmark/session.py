@@ -103,7 +103,7 @@ def _idle_share(worker: WorkerHandle, seconds: float = 1.0) -> float:
     """The share of one core that an engine takes while nobody asks it anything."""
     before = worker.cpu_seconds()
     time.sleep(seconds)
-    return round((worker.cpu_seconds() - before) / seconds, 3)
+    return round(max(0.0, worker.cpu_seconds() - before) / seconds, 3)  # a child that ended is missing
 
 
 def _take_turns(settings: Settings, report: Report, workers: dict[Engine, WorkerHandle], progress: Progress) -> None:

@@ -1,7 +1,7 @@
 """Real vLLM engines in a process of their own, one after the other, driven by JSON: `python -m tests.e2e.engine`.
 
-Standard input, one JSON object: `engines`, each with `options` (for `LLM`), `scenarios` and `end`. Standard output, one JSON
-line an engine, as soon as its scenarios are through. What vLLM writes to standard output goes to standard error.
+Standard input, one JSON object: `engines`, each with `options` (for `LLM`), `scenarios` and `end`. Standard output, one
+JSON line an engine, as soon as its scenarios are through. What vLLM writes there goes to standard error.
 
 A scenario has a `kind`:
 
@@ -186,9 +186,10 @@ def run_stops(engine: Engine, scenario: Json) -> list[Json]:
 
 
 def run_arrivals(engine: Engine, scenario: Json) -> list[Json]:
-    """Each request: `key`, `id`, `prompt`, `params`; it starts at `step`, or when the request with key `after` has ended.
+    """Each request: `key`, `id`, `prompt`, `params`.
 
-    It is aborted as soon as it has `abort_after` tokens. Results by key, aborted ones with what they had.
+    It starts at `step`, or when the request with key `after` has ended, and is aborted as soon as it has `abort_after`
+    tokens. An aborted one's result is what it had.
     """
     core = engine.llm.llm_engine
     waiting = list(scenario["requests"])

@@ -129,7 +129,11 @@ def engines(specs: Sequence[Json]) -> Iterator[Group]:
         log = Path(folder) / "log.txt"
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.e2e.engine"],
+                (
+                    [sys.executable, os.environ["SAGUARO_ENGINE"]]
+                    if "SAGUARO_ENGINE" in os.environ
+                    else [sys.executable, "-m", "tests.e2e.engine"]
+                ),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -166,12 +170,20 @@ def prompts() -> tuple[str, ...]:
 
 
 @cache
-def prompt_tokens() -> tuple[int, ...]:
-    """All held-out prompts in one row of tokens, to cut prompts of any length from."""
+def _tokenizer() -> Any:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(TARGET / "tokenizer.json"))
-    return tuple(token for prompt in prompts() for token in tokenizer.encode(prompt, add_special_tokens=False).ids)
+    return Tokenizer.from_file(str(TARGET / "tokenizer.json"))
+
+
+def tokenize(text: str) -> list[int]:
+    return _tokenizer().encode(text, add_special_tokens=False).ids
+
+
+@cache
+def prompt_tokens() -> tuple[int, ...]:
+    """All held-out prompts in one row of tokens, to cut prompts of any length from."""
+    return tuple(token for prompt in prompts() for token in tokenize(prompt))
 
 
 def text_of(start: int, length: int) -> list[int]:

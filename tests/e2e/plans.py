@@ -1,10 +1,10 @@
-"""What the engines of the end-to-end tests are asked to do. Plain vLLM gets the same scenarios under the same options."""
+"""What the engines of the end-to-end tests are asked to do. Plain vLLM gets the same, under the same options."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tests.e2e.harness import Json, prompts, text_of
+from tests.e2e.harness import Json, prompts, text_of, tokenize
 
 HELD_OUT, TOKENS = 24, 96
 SAMPLED_PROMPT = "    def __init__(self, "
@@ -24,10 +24,16 @@ def batches(name: str, asked: list[Any], params: Json | list[Json], batch: int, 
 # ---- greedy ---------------------------------------------------------------------------------------------------------
 
 
-def greedy(batch: int, count: int = HELD_OUT, tokens: int = TOKENS, **more: Any) -> Json:
-    """Held-out prompts. Log probabilities are asked for nowhere: they change what the sampler does."""
-    params = {"max_tokens": tokens, "ignore_eos": True}
-    return batches(f"greedy, batch {batch}", list(prompts()[:count]), params, batch, **more)
+def greedy(batch: int, name: str | None = None, **more: Any) -> Json:
+    """Held-out prompts, `batch` at a time."""
+    params = {"max_tokens": TOKENS, "ignore_eos": True}
+    return batches(name or f"greedy, batch {batch}", list(prompts()[:HELD_OUT]), params, batch, **more)
+
+
+def mixed() -> Json:
+    """Held-out prompts again, every other one greedy, the rest sampled."""
+    params: list[Json] = [{"temperature": row % 2 * 1.2, "max_tokens": TOKENS, "ignore_eos": True} for row in range(8)]
+    return batches("greedy among sampled", list(prompts()[:8]), params, 8)
 
 
 def few_tokens() -> Json:
@@ -53,8 +59,17 @@ def stops() -> Json:
     }
 
 
+ONE_TOKEN: Json = {"temperature": 1.0, "max_tokens": 32, "ignore_eos": True}
+
+
 def several_outputs() -> Json:
-    return batches("n=2", list(prompts()[32:36]), {"n": 2, "max_tokens": 32, "ignore_eos": True}, 4)
+    """Two outputs a prompt, which vLLM refuses to greedy requests: sampling from almost no mass is the same."""
+    return batches("n=2", list(prompts()[32:36]), ONE_TOKEN | {"top_p": 1e-6, "n": 2}, 4)
+
+
+def only_top_k() -> Json:
+    """As above, by top_k: another path through vLLM's sampler, and the whole batch without drafts at its first step."""
+    return batches("top_k=1", list(prompts()[32:36]), ONE_TOKEN | {"top_k": 1}, 4)
 
 
 def processed_logits() -> Json:
@@ -121,7 +136,7 @@ def with_events(name: str, *events: tuple[int, str]) -> Json:
 
 def samples(variant: str) -> Json:
     params = {"n": SAMPLES, "max_tokens": SAMPLED_TOKENS, "ignore_eos": True, **VARIANTS[variant]}
-    return batches(variant, [SAMPLED_PROMPT], params, 1)
+    return batches(variant, [tokenize(SAMPLED_PROMPT)], params, 1)
 
 
 def seeded(name: str) -> Json:

@@ -63,7 +63,7 @@ def test_the_users_choice_is_the_drafts_and_the_rest_the_targets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"), [("8", "outside"), ("0-8", "outside"), ("0-7", "no core to the target")]
+    ("choice", "message"), [("8", "names cores"), ("0-8", "names cores"), ("0-7", "no core to the target")]
 )
 def test_an_impossible_choice_is_refused(choice: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

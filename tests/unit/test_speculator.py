@@ -7,7 +7,7 @@ import pytest
 
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import Admit, Miss, Outcome, Stamp, Step, Table
+from vllm_saguaro.messages import Admit, Outcome, Stamp, Step, Table
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.speculator import Speculator, Verified
 

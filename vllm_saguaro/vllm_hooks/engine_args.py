@@ -200,7 +200,7 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
         "draft": _draft_options(engine_args, speculative, passed, draft_size, config.draft_max_length),
         "target_vocab_size": target_size,
         "cores": plan.to_dict() if plan is not None else None,
-        "counters": open_page(engine_args.served_model_name or target.model),
+        "counters": open_page(_served_name(engine_args, target)),
     }
     setattr(speculative, OPTIONS_ATTRIBUTE, options)
     return speculative
@@ -217,6 +217,12 @@ def _plan_cores(config: SaguaroConfig) -> cores.CorePlan | None:
         return cores.apply_in_frontend(config.draft_cpus)
     except ValueError as error:
         raise SaguaroConfigError(str(error)) from error
+
+
+def _served_name(engine_args: Any, target: Any) -> str:
+    """The model's name in vLLM's own metrics: the first of its served names."""
+    served = engine_args.served_model_name or target.model
+    return served if isinstance(served, str) else served[0]
 
 
 def _gather(engine_args: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A `DraftModel` without weights whose paged KV really matters, and the oracle that says what it should answer.
 
-Each slot of a block holds the token fed there. The hidden state of a position is a hash of the whole context as it is READ
-from the KV through the row's block table, so a wrong block, a stale block, a copy that was left out or a wrong position
-changes every logit. The oracle computes the same from a plain list of tokens.
+Each slot of a block holds the token fed there. The hidden state of a position is a hash of the whole context as it is
+READ from the KV through the row's block table, so a wrong block, a stale block, a copy that was left out or a wrong
+position changes every logit. The oracle computes the same from a plain list of tokens.
 """
 
 from __future__ import annotations

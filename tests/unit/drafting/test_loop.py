@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,6 +76,8 @@ def test_an_outcome_in_the_middle_of_a_tree_abandons_it() -> None:
     assert len(r.drafts) == len(table.drafts)
     driver.loop.advance()
     assert driver.history == [(r.stamp, 0)]  # the new round at once, not another step of the old tree
+    assert driver.model.batches[-1] == (1, 1)
+    assert len(driver.check_table(r).bonus) == 4
     driver.work()
     assert len(driver.check_table(r).drafts) == K
 
@@ -189,7 +193,11 @@ def test_blocks_released_in_the_middle_of_a_tree_are_not_given_to_a_newcomer_too
     driver.submit([leaving.admit(), staying.admit()])
     driver.work(most=turns)
     assert driver.loop._tree is not None
+    free = driver.engine.pool.num_free
     driver.submit([coming.admit()], releases=[leaving.release()])
+    while driver.loop._tree is not None:
+        assert driver.engine.pool.num_free == free  # still being written
+        driver.loop.advance()
     driver.work()
     assert len(driver.check_table(staying).drafts) == K
     assert len(driver.check_table(coming).drafts) == K  # a foreign token in its KV would have changed these
@@ -230,9 +238,8 @@ def test_a_long_prompt_and_a_decoding_request_take_turns() -> None:
             assert driver.loop.advance()
     assert driver.table_of(coming) is not None, "the prompt starved"
     chunks = [i for i, (rows, tokens) in enumerate(driver.model.batches) if (rows, tokens) == (1, 8)]
-    gaps = [after - before for before, after in zip(chunks, chunks[1:], strict=False)]
+    gaps = [after - before for before, after in pairwise(chunks)]
     assert max(gaps) <= 2 + K  # glue and K steps of the other between two chunks
-    assert chunks == sorted(chunks)
 
 
 def test_prompts_do_not_hold_up_a_round_by_more_than_one_chunk() -> None:
@@ -278,7 +285,7 @@ def test_an_empty_prompt_does_not_end_the_draft_side() -> None:
 
 
 def test_another_requests_outcome_does_not_leave_a_newcomer_without_a_table() -> None:
-    """While the target still reads a newcomer's prompt, others have outcomes; the newcomer's first is looked up as well."""
+    """While the target reads a newcomer's prompt others have outcomes; the newcomer's first is looked up as well."""
     decoding, coming = request(0, 9), request(1, 9)
     driver = started(decoding)
     driver.submit([coming.admit()])

@@ -1,7 +1,7 @@
 """A second process at a mailbox: `python -m tests.unit.placement.hammer ROLE FD SECONDS`.
 
-`tables` publishes as fast as it can, each table's content derived from its stamp. `steps` receives as fast as it can and
-checks that nothing is lost, doubled or torn. It answers with one line on standard output.
+`tables` publishes as fast as it can, each table's content derived from its stamp. `steps` receives as fast as it can
+and checks that nothing is lost, doubled or torn. It answers with one line on standard output.
 """
 
 from __future__ import annotations

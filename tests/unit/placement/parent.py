@@ -1,4 +1,4 @@
-"""Opens a channel to the test child. As a program, `python -m tests.unit.placement.parent`, a parent with a draft process.
+"""Opens a channel to the test child. As a program, `python -m tests.unit.placement.parent`, a parent with such a child.
 
 It prints the child's pid when that is ready, and exits without closing anything as soon as a line comes in on its
 standard input, unless it is killed before.

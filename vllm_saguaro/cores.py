@@ -14,6 +14,7 @@ from typing import Any
 
 DRAFT_SHARE = 8
 """One core in so many goes to the draft: it has a small fraction of the target's weights to read."""
+_HIGHEST_CPU = 65535
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _OURS = "VLLM_SAGUARO_OMP_THREADS_BIND"
 
@@ -59,6 +60,11 @@ def plan_cores(allowed: Sequence[int], draft_cpus: str | None, target_cpus: Sequ
     else:
         draft = cpus
     if target_cpus is not None:
+        if draft_cpus is not None and set(draft) & set(target_cpus):
+            raise ValueError(
+                f"draft_cpus {draft_cpus!r} overlaps the cores that {_BINDING} gives to the target "
+                f"({format_cpus(target_cpus)}): write other ones"
+            )
         return CorePlan(tuple(target_cpus), draft, bind_target=False)
     target = tuple(cpu for cpu in cpus if cpu not in draft)
     if not target and draft_cpus is not None and len(cpus) > 1:
@@ -108,6 +114,8 @@ def parse_cpus(text: str) -> tuple[int, ...]:
         low, dash, high = part.strip().partition("-")
         if not low.isdecimal() or (dash and not high.isdecimal()) or (dash and int(high) < int(low)):
             raise ValueError(f"{text!r} is no list of cores: write for example 3 or 2-3,6")
+        if int(high if dash else low) > _HIGHEST_CPU:
+            raise ValueError(f"{text!r} names a core beyond {_HIGHEST_CPU}: write for example 3 or 2-3,6")
         found.update(range(int(low), int(high if dash else low) + 1))
     return tuple(sorted(found))
 

@@ -65,6 +65,7 @@ class Speculator:
     def propose(self, rows: Sequence[Verified]) -> list[list[int]]:
         """The drafts to verify next, row by row; `[]` where there are none."""
         known_at = time.perf_counter()
+        self._notice_the_end()
         step = Step()
         drafts = [list(self._turn(row, step)) if row.sampled else [] for row in rows]
         self._post(step)
@@ -117,6 +118,7 @@ class Speculator:
 
         The draft reads a prompt while the target does.
         """
+        self._notice_the_end()
         step = Step()
         for request_id in left:
             self._release(request_id, step)
@@ -151,10 +153,10 @@ class Speculator:
         if row.request_id in self._too_long or not self.channel.alive:
             return
         self._release(row.request_id, step)
-        if self._fits(row):
-            self._admit(row.request_id, row.tokens(), row.temperature(), step)
-        else:
+        if not self._fits(row):
             self._leave_out(row.request_id)
+        elif self._free:
+            self._admit(row.request_id, row.tokens(), row.temperature(), step)
 
     def _fits(self, row: Verified) -> bool:
         return row.length + self._num_speculative_tokens + 1 <= self.channel.max_length
@@ -174,6 +176,8 @@ class Speculator:
         touched = {admit.stamp.slot for admit in step.admits} | {outcome.stamp.slot for outcome in step.outcomes}
         for request_id in [r for r, request in self._requests.items() if request.stamp.slot in touched]:
             self._free.append(self._requests.pop(request_id).stamp.slot)
+
+    def _notice_the_end(self) -> None:
         if not self.channel.alive and not self._lost:
             self._lost = True
             self._log.error("The draft side has ended: decoding goes on without drafts.")

@@ -80,7 +80,7 @@ def inline() -> Inline:
             {"options": options, "scenarios": scenarios},
             {"options": options | plans.RAGGED, "scenarios": [plans.ragged_arrivals()]},
             *(
-                {"options": BASE | saguaro(placement="inline", **keys), "scenarios": [plans.greedy(8)]}
+                {"options": BASE | saguaro(placement="inline", **keys), "scenarios": [plans.greedy(8, count=8)]}
                 for keys in FAN_OUTS.values()
             ),
         ]

@@ -24,10 +24,10 @@ def batches(name: str, asked: list[Any], params: Json | list[Json], batch: int, 
 # ---- greedy ---------------------------------------------------------------------------------------------------------
 
 
-def greedy(batch: int, name: str | None = None, **more: Any) -> Json:
+def greedy(batch: int, name: str | None = None, count: int = HELD_OUT, **more: Any) -> Json:
     """Held-out prompts, `batch` at a time."""
     params = {"max_tokens": TOKENS, "ignore_eos": True}
-    return batches(name or f"greedy, batch {batch}", list(prompts()[:HELD_OUT]), params, batch, **more)
+    return batches(name or f"greedy, batch {batch}", list(prompts()[:count]), params, batch, **more)
 
 
 def mixed() -> Json:

@@ -100,7 +100,7 @@ class DraftEngine:
 
     def release(self, trunk: Trunk) -> None:
         """Give back every block of a request."""
-        self._drop_branches(trunk)
+        self.drop_branches(trunk)
         self.pool.give(trunk.blocks)
         trunk.blocks, trunk.valid, trunk.hidden = [], 0, None
 
@@ -148,27 +148,20 @@ class DraftEngine:
         Returns the tree that grows them, or None when no branch found room. Where blocks run short the least likely
         branches go without; a branch that would run past the model's maximum length is left out.
         """
-        chosen = self._choose(trunks, branches or self.branches)
+        self._place(self._choose(trunks, branches or self.branches))
         block_size, steps = self.model.block_size, self.num_speculative_tokens
         source: list[int] = []
         destination: list[int] = []
         rows: list[list[int]] = []
         start: list[int] = []
-        for trunk, accepted, bonus in chosen:
-            trunk.branches = []
-            for k, token in zip(accepted, bonus, strict=True):
-                position = len(trunk.tokens) + k
-                if token < 0 or position + steps > self.model.max_length:
-                    continue
-                span = branch_span(position, steps, block_size)
-                own = self.pool.take(span.count)
-                if own is None:
-                    break
-                if span.copies:
-                    source.append(trunk.blocks[span.first])
-                    destination.append(own[0])
-                trunk.branches.append(Branch(k, token, span.first, own, row=len(rows)))
-                rows.append(trunk.blocks[: span.first] + own)
+        for trunk in trunks:
+            for branch in trunk.branches:
+                branch.row = len(rows)
+                position = len(trunk.tokens) + branch.accepted
+                if branch_span(position, steps, block_size).copies:
+                    source.append(trunk.blocks[branch.first])
+                    destination.append(branch.blocks[0])
+                rows.append(trunk.blocks[: branch.first] + branch.blocks)
                 start.append(position)
         if not rows:
             return None
@@ -225,7 +218,7 @@ class DraftEngine:
         if branch is None:
             trunk.valid = min(trunk.valid, position)
             trunk.hidden = None
-            self._drop_branches(trunk)
+            self.drop_branches(trunk)
             return False
         tree = trunk.tree
         assert tree is not None
@@ -236,8 +229,27 @@ class DraftEngine:
         self.pool.give(trunk.blocks[branch.first :])
         trunk.blocks = trunk.blocks[: branch.first] + branch.blocks
         trunk.branches.remove(branch)
-        self._drop_branches(trunk)
+        self.drop_branches(trunk)
         return True
+
+    def _place(self, chosen: list[tuple[Trunk, list[tuple[int, int]]]]) -> None:
+        """Give the chosen outcomes their branches: the likeliest of every trunk first, as far as there are blocks."""
+        steps = self.num_speculative_tokens
+        for trunk, _ in chosen:
+            self.drop_branches(trunk)
+        for rank in range(max(len(predicted) for _, predicted in chosen)):
+            for trunk, predicted in chosen:
+                if rank >= len(predicted):
+                    continue
+                accepted, bonus = predicted[rank]
+                position = len(trunk.tokens) + accepted
+                if position + steps > self.model.max_length:
+                    continue
+                span = branch_span(position, steps, self.model.block_size)
+                own = self.pool.take(span.count)
+                if own is None:
+                    return
+                trunk.branches.append(Branch(accepted, bonus, span.first, own))
 
     def _matching(self, trunk: Trunk, accepted: int, bonus: int, speculation: list[int]) -> Branch | None:
         tree = trunk.tree
@@ -249,13 +261,14 @@ class DraftEngine:
                 return branch if drafted == speculation else None
         return None
 
-    def _drop_branches(self, trunk: Trunk) -> None:
+    def drop_branches(self, trunk: Trunk) -> None:
+        """Give up the branches of a trunk. Only while no tree that they are in is growing."""
         for branch in trunk.branches:
             self.pool.give(branch.blocks)
         trunk.branches, trunk.tree = [], None
 
-    def _choose(self, trunks: list[Trunk], branches: int) -> list[tuple[Trunk, list[int], list[int]]]:
-        """The likeliest outcomes (k, t*) of each trunk, likeliest first."""
+    def _choose(self, trunks: list[Trunk], branches: int) -> list[tuple[Trunk, list[tuple[int, int]]]]:
+        """The outcomes (k, t*) to draft for of each trunk, likeliest first."""
         widest = max(len(t.speculation) for t in trunks)
         counts = [len(t.speculation) + 1 for t in trunks]
         states = torch.cat([t.hidden for t in trunks if t.hidden is not None])
@@ -278,4 +291,10 @@ class DraftEngine:
             torch.tensor([t.temperature for t in trunks], dtype=torch.float32, device=device),
             branches,
         )
-        return list(zip(trunks, found.accepted.tolist(), found.bonus.tolist(), strict=True))
+        order = found.probability.argsort(dim=1, descending=True, stable=True)
+        accepted, bonus = found.accepted.gather(1, order).tolist(), found.bonus.gather(1, order).tolist()
+        return [
+            # Where fewer outcomes are possible than asked for, the rest is marked and has no token.
+            (trunk, [(k, token) for k, token in zip(*pair, strict=True) if token != outcomes.NO_TOKEN])
+            for trunk, *pair in zip(trunks, accepted, bonus, strict=True)
+        ]

@@ -7,7 +7,7 @@ between two forwards: the process placement looks into its mailbox, the inline p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_saguaro.drafting.engine import DraftEngine, Tree, Trunk
@@ -53,8 +53,7 @@ class DraftLoop:
         for admit in step.admits:
             self._admit(admit)
         if step.outcomes:
-            # The tree under way was for outcomes that are now history: what it reached has been published.
-            self._tree, self._growing = None, []
+            self._stop_growing({outcome.stamp.slot for outcome in step.outcomes})
         for outcome in step.outcomes:
             self._settle(outcome)
         for release in step.releases:
@@ -69,6 +68,17 @@ class DraftLoop:
         # Prompts and rounds take turns where both wait, so that neither starves the other.
         first, second = (self._prefill, self._begin_round) if self._prompts_next else (self._begin_round, self._prefill)
         return first() or second()
+
+    def _stop_growing(self, settled: set[int]) -> None:
+        """The tree under way was for outcomes that are now history: what it reached has been published.
+
+        Requests in it that have no outcome in this step begin their round again, with the others.
+        """
+        for entry in self._growing:
+            if entry.stamp.slot not in settled:
+                self.engine.drop_branches(entry.trunk)
+                entry.forked = False
+        self._tree, self._growing = None, []
 
     def _begin_round(self) -> bool:
         """Glue and fork for every request that awaits a table and lacks at most a few tokens."""
@@ -89,7 +99,7 @@ class DraftLoop:
         for entry in entries:
             entry.forked = True  # also where no block was left: this round goes without, the next one tries again
         if ready:
-            share = max(1, min(self.engine.branches, MAX_ROWS_A_TREE // len(ready)))
+            share = max(1, min(self.engine.branches, min(MAX_ROWS_A_TREE, model.max_rows) // len(ready)))
             self._tree = self.engine.fork([e.trunk for e in ready], share)
             self._growing = [e for e in ready if e.trunk.branches]
             self._publish_growing()
@@ -120,10 +130,15 @@ class DraftLoop:
         old = self._entries.pop(admit.stamp.slot, None)
         if old is not None:
             self._leave(old)
-        if len(admit.token_ids) > self.engine.model.max_length:
+        if not self._can_hold(admit.token_ids):
             return
         trunk = self.engine.admit(list(admit.token_ids), admit.temperature)
         self._entries[admit.stamp.slot] = Entry(admit.stamp, trunk, time.perf_counter())
+
+    def _can_hold(self, token_ids: Sequence[int]) -> bool:
+        """Whether the draft has room for this text and knows its tokens: a target may have more of them."""
+        model = self.engine.model
+        return 0 < len(token_ids) <= model.max_length and max(token_ids) < model.vocab_size
 
     def _settle(self, outcome: Outcome) -> None:
         entry = self._entries.get(outcome.stamp.slot)
@@ -132,7 +147,12 @@ class DraftLoop:
         trunk = entry.trunk
         agrees = outcome.accepted <= len(trunk.speculation)
         fits = outcome.length + len(outcome.speculation) <= self.engine.model.max_length
-        if not fits or not agrees or len(trunk.tokens) + outcome.accepted + 1 != outcome.length:
+        if (
+            not fits
+            or not self._can_hold((outcome.bonus, *outcome.speculation))
+            or not agrees
+            or len(trunk.tokens) + outcome.accepted + 1 != outcome.length
+        ):
             # Too long, or the two sides no longer talk of the same text: better no table than a useless one.
             self._leave(self._entries.pop(outcome.stamp.slot))
             return

@@ -30,10 +30,11 @@ class InlineChannel:
 
     def post(self, step: Step) -> bool:
         """Run everything that the step gives rise to."""
-        if not self._mailbox.post(step):
+        if not self.alive or not self._mailbox.post(step):
             return False
         received = self._mailbox.receive()
-        assert received is not None
+        if received is None:
+            return False
         self._loop.submit(received)
         while self._loop.advance():
             pass
@@ -41,7 +42,7 @@ class InlineChannel:
 
     def read(self, slot: int) -> Table | None:
         """The table of a slot."""
-        return self._mailbox.read(slot)
+        return self._mailbox.read(slot) if self.alive else None
 
     def wait_until_ready(self) -> None:
         """Nothing to wait for: the engine was made in the constructor."""

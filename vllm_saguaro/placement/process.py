@@ -28,6 +28,7 @@ START_TIMEOUT_SECONDS = 600.0
 _END_TIMEOUT_SECONDS = 5.0
 _YIELD_SECONDS = 2e-3
 _NAP_SECONDS = 50e-3
+_PARENT_CHECK_SECONDS = 1.0
 
 
 class ProcessChannel:
@@ -59,13 +60,16 @@ class ProcessChannel:
             "branches": shape.branches,
             "num_speculative_tokens": shape.num_speculative_tokens,
             "ring_bytes": shape.ring_bytes,
+            "parent": os.getpid(),
             "options": dict(options),
         }
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(start).encode() + b"\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it ended at once: `wait_until_ready` says so
+            self._process.stdin.write(json.dumps(start).encode() + b"\n")
+            self._process.stdin.flush()
         self.alive = True
         self._closed = False
+        self._max_length = 0
         threading.Thread(target=self._watch, name="saguaro-draft-watch", daemon=True).start()
 
     @property
@@ -76,7 +80,7 @@ class ProcessChannel:
     @property
     def max_length(self) -> int:
         """Longest text, in tokens, that the draft can hold."""
-        return self._mailbox.max_length
+        return self._max_length
 
     def post(self, step: Step) -> bool:
         """Put the step into the mailbox, and ring if the draft side sleeps."""
@@ -101,6 +105,7 @@ class ProcessChannel:
             time.sleep(0.01)
         if self._mailbox.state == DraftState.FAILED:
             raise DraftFailed("the draft process could not load its model: its own error is in the log above")
+        self._max_length = self._mailbox.max_length
 
     def close(self) -> None:
         """End the process: by closing its standard input, by force if it does not listen."""
@@ -133,6 +138,7 @@ class DraftEnd:
         self.mailbox = Mailbox(memoryview(self._memory), shape)
         self.options: Mapping[str, Any] = start["options"]
         self._bell_fd: int = start["bell_fd"]
+        self._parent: int = start["parent"]
 
     def end_with_parent(self) -> None:
         """From now on this process ends as soon as its standard input does, whatever it is doing."""
@@ -161,6 +167,9 @@ class DraftEnd:
             os.eventfd_read(self._bell_fd)
 
     def _follow(self) -> None:
-        while os.read(sys.stdin.fileno(), 4096):
-            pass
+        stdin = sys.stdin.fileno()
+        while os.getppid() == self._parent:  # a fork of the parent may still hold the pipe's other end
+            readable, _, _ = select.select([stdin], [], [], _PARENT_CHECK_SECONDS)
+            if readable and not os.read(stdin, 4096):
+                break
         os._exit(0)

@@ -100,4 +100,5 @@ def install(runner: GPUModelRunner, speculator: Speculator) -> SaguaroDrafter:
 
 
 def _temperature(sampling_params: Any) -> float:
-    return float(getattr(sampling_params, "temperature", 0.0) or 0.0)
+    """A request's temperature; it crosses as a float32, and beyond a point the prediction is uniform anyway."""
+    return min(float(getattr(sampling_params, "temperature", 0.0) or 0.0), 1e6)

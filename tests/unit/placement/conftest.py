@@ -1,4 +1,4 @@
-"""Lets the tests here import their own helpers by full name."""
+"""Lets the tests here import their own modules by full name."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Train the small pair under ``assets/pair``: a target, and a draft distilled from it.
 
-    python scripts/train_pair.py                 # everything; about 45 minutes on one core with AMX
+    python scripts/train_pair.py                 # everything; 45 to 60 minutes on one core with AMX
     python scripts/train_pair.py --keep-target   # distil a new draft from the target that is already there
     python scripts/train_pair.py --tiny --output /tmp/pair   # seconds: shows that the script works, nothing more
 

@@ -19,7 +19,7 @@ METHOD: Final = "saguaro"
 FAN_OUTS: Final = ("ranked", "geometric", "uniform")
 PLACEMENTS: Final = ("process", "inline")
 BACKUPS: Final = ("none",)
-MAX_BRANCHES: Final = 512
+MAX_BRANCHES: Final = 256
 MAX_SPECULATIVE_TOKENS: Final = 16
 
 OWN_KEYS: Final = ("branches", "fan_out", "placement", "draft_cpus", "backup")

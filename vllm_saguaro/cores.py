@@ -15,6 +15,7 @@ from typing import Any
 DRAFT_SHARE = 8
 """One core in so many goes to the draft: it has a small fraction of the target's weights to read."""
 _HIGHEST_CPU = 65535
+_ENOUGH_CORES = 4
 _BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 _OURS = "VLLM_SAGUARO_OMP_THREADS_BIND"
 
@@ -35,15 +36,20 @@ class CorePlan:
     def describe(self) -> str:
         """One line for the log."""
         if set(self.target) & set(self.draft):
-            return f"target and draft share {format_cpus(self.target)}: with one core there is nothing to overlap on"
+            return (
+                f"target and draft share core {format_cpus(self.draft)}: with one core there is nothing to overlap on"
+            )
         return f"target on cores {format_cpus(self.target)}, draft on cores {format_cpus(self.draft)}"
 
 
-def plan_cores(allowed: Sequence[int], draft_cpus: str | None, target_cpus: Sequence[int] | None = None) -> CorePlan:
+def plan_cores(
+    allowed: Sequence[int], draft_cpus: str | None, target_cpus: Sequence[int] | None = None, reserved: int = 0
+) -> CorePlan:
     """Divide the CPUs that this process may use.
 
     `draft_cpus` is the user's choice for the draft, like "2-3,6"; the target gets the rest. Without one the draft gets
-    the last one in eight (at least one). `target_cpus`: what the user has bound the target to, if anything; it stays.
+    the last one in eight (at least one), and before those `reserved` cores stay free for vLLM's other processes.
+    `target_cpus`: what the user has bound the target to, if anything; it stays.
     Raises `ValueError` when the choice is not within `allowed` or leaves nothing.
     """
     cpus = tuple(sorted(allowed))
@@ -67,6 +73,7 @@ def plan_cores(allowed: Sequence[int], draft_cpus: str | None, target_cpus: Sequ
             )
         return CorePlan(tuple(target_cpus), draft, bind_target=False)
     target = tuple(cpu for cpu in cpus if cpu not in draft)
+    target = target[: max(1, len(target) - reserved)]
     if not target and draft_cpus is not None and len(cpus) > 1:
         raise ValueError(f"draft_cpus {draft_cpus!r} leaves no core to the target: write fewer of {format_cpus(cpus)}")
     return CorePlan(target or cpus, draft)
@@ -86,7 +93,10 @@ def apply_in_frontend(draft_cpus: str | None, environment: MutableMapping[str, s
         return CorePlan(plan.target, plan.draft, bind_target=False)
     if binding != "auto":
         return plan_cores(allowed_cpus(), draft_cpus, parse_cpus(binding.replace("|", ",")))
-    plan = plan_cores(one_cpu_a_core(allowed_cpus()), draft_cpus)
+    cpus = one_cpu_a_core(allowed_cpus() if draft_cpus else one_node(allowed_cpus()))
+    # vLLM's own binding keeps a core free for the process of its scheduler, where there are enough.
+    reserved = int(environment.get("VLLM_CPU_NUM_OF_RESERVED_CPU") or (len(cpus) >= _ENOUGH_CORES))
+    plan = plan_cores(cpus, draft_cpus, reserved=reserved)
     environment[_BINDING] = environment[_OURS] = format_cpus(plan.target)
     return plan
 
@@ -96,6 +106,15 @@ def undo_in_frontend(environment: MutableMapping[str, str] = os.environ) -> None
     ours = environment.pop(_OURS, None)
     if ours is not None and environment.get(_BINDING) == ours:
         del environment[_BINDING]
+
+
+def one_node(cpus: Sequence[int]) -> tuple[int, ...]:
+    """Those of the CPUs that share a memory node with the first: the target's weights lie there."""
+    for node in sorted(Path("/sys/devices/system/node").glob("node[0-9]*/cpulist")):
+        listed = node.read_text().strip()
+        if listed and min(cpus) in (members := parse_cpus(listed)):
+            return tuple(cpu for cpu in sorted(cpus) if cpu in members)
+    return tuple(sorted(cpus))
 
 
 def one_cpu_a_core(cpus: Sequence[int]) -> tuple[int, ...]:

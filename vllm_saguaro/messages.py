@@ -15,6 +15,9 @@ from enum import StrEnum
 
 import numpy as np
 
+GONE = -1
+"""The round of a table that says: the draft side no longer has this request."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stamp:

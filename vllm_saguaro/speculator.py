@@ -7,6 +7,7 @@ drafts.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +15,11 @@ from dataclasses import dataclass
 
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import Admit, Miss, Outcome, Release, Stamp, Step
+from vllm_saguaro.messages import GONE, Admit, Miss, Outcome, Release, Stamp, Step
 from vllm_saguaro.placement.channel import Channel
+
+_LONGEST_REST = 63
+"""Steps without learning anew, at most, for a draft side that refuses what it is told: it hangs, or is far behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +60,22 @@ class Speculator:
         self._requests: dict[str, _Request] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._generations = [0] * slots
-        self._too_long: set[str] = set()
+        self._left_out: set[str] = set()
         self._handed_at: float | None = None
         self._lost = False
+        self._rest = 0
+        self._refusals = 0
+        self._warned = False
 
     # ---- one step of the loop ----------------------------------------------------------------------------------
 
-    def propose(self, rows: Sequence[Verified]) -> list[list[int]]:
-        """The drafts to verify next, row by row; `[]` where there are none."""
+    def propose(self, rows: Sequence[Verified], most: int | None = None) -> list[list[int]]:
+        """The drafts to verify next, row by row, `most` at most (None: K); `[]` where there are none."""
         known_at = time.perf_counter()
         self._notice_the_end()
         step = Step()
-        drafts = [list(self._turn(row, step)) if row.sampled else [] for row in rows]
+        most = self._num_speculative_tokens if most is None else most
+        drafts = [list(self._turn(row, step, most)) if row.sampled else [] for row in rows]
         self._post(step)
         now = time.perf_counter()
         if step.outcomes:
@@ -77,14 +85,14 @@ class Speculator:
         self._handed_at = now
         return drafts
 
-    def _turn(self, row: Verified, step: Step) -> tuple[int, ...]:
+    def _turn(self, row: Verified, step: Step, most: int) -> tuple[int, ...]:
         """Settle one row: find its outcome (k, t*) among the predicted ones, and note it for the draft side."""
         accepted, bonus = len(row.sampled) - 1, row.sampled[-1]
         request = self._requests.get(row.request_id)
         if request is None or request.length + accepted + 1 != row.length or not self._fits(row):
             self._learn_anew(row, step)
             return self._miss(Miss.ABSENT)
-        speculation = self._look_up(request, accepted, bonus)
+        speculation = self._look_up(request, accepted, bonus)[:most]
         step.outcomes.append(Outcome(request.stamp, accepted, bonus, row.length, speculation))
         request.length = row.length
         request.stamp = Stamp(request.stamp.slot, request.stamp.generation, request.stamp.round + 1)
@@ -92,6 +100,8 @@ class Speculator:
 
     def _look_up(self, request: _Request, accepted: int, bonus: int) -> tuple[int, ...]:
         table = self.channel.read(request.stamp.slot)
+        if table is not None and table.stamp == dataclasses.replace(request.stamp, round=GONE):
+            return self._miss(Miss.ABSENT)
         if table is None or table.stamp != request.stamp:
             return self._miss(Miss.LATE if self.channel.alive else Miss.ABSENT)
         branch = table.find(accepted, bonus)
@@ -142,7 +152,7 @@ class Speculator:
         step.admits.append(Admit(stamp, temperature, tuple(tokens)))
 
     def _release(self, request_id: str, step: Step) -> None:
-        self._too_long.discard(request_id)
+        self._left_out.discard(request_id)
         request = self._requests.pop(request_id, None)
         if request is not None:
             self._free.append(request.stamp.slot)
@@ -150,7 +160,7 @@ class Speculator:
 
     def _learn_anew(self, row: Verified, step: Step) -> None:
         """Let the draft side have a request that it does not have, or has otherwise, unless it is too long for it."""
-        if row.request_id in self._too_long or not self.channel.alive:
+        if row.request_id in self._left_out or not self.channel.alive or self._rest:
             return
         self._release(row.request_id, step)
         if not self._fits(row):
@@ -162,19 +172,34 @@ class Speculator:
         return row.length + self._num_speculative_tokens + 1 <= self.channel.max_length
 
     def _leave_out(self, request_id: str) -> None:
-        self._too_long.add(request_id)
-        self._log.warning(
-            "Request %s is longer than the draft model can hold (%d tokens): it goes on without drafts.",
-            request_id,
-            self.channel.max_length,
-        )
+        self._left_out.add(request_id)
+        if not self._warned:
+            self._warned = True
+            self._log.warning(
+                "Request %s is longer than the draft model can hold (%d tokens): it goes on without drafts, as will "
+                "others like it.",
+                request_id,
+                self.channel.max_length,
+            )
 
     def _post(self, step: Step) -> None:
-        if not step or self.channel.post(step):
+        """Tell the draft side. What it refuses it will never see: those requests are forgotten, and learnt anew later.
+
+        Each text goes in a frame of its own, so that one which finds no room takes nothing else with it.
+        """
+        known = Step(outcomes=step.outcomes, releases=step.releases)
+        refused = [] if not known or self.channel.post(known) else [outcome.stamp for outcome in step.outcomes]
+        for admit in step.admits:
+            if refused or not self.channel.post(Step(admits=[admit])):
+                refused.append(admit.stamp)
+        if not refused:
+            self._rest = max(0, self._rest - 1)
+            self._refusals = 0 if known or step.admits else self._refusals
             return
-        # The draft side will never see this step: forget the requests in it, they are learnt anew.
-        touched = {admit.stamp.slot for admit in step.admits} | {outcome.stamp.slot for outcome in step.outcomes}
-        for request_id in [r for r, request in self._requests.items() if request.stamp.slot in touched]:
+        self._rest = min(2**self._refusals - 1, _LONGEST_REST)
+        self._refusals += 1
+        slots = {stamp.slot for stamp in refused}
+        for request_id in [r for r, request in self._requests.items() if request.stamp.slot in slots]:
             self._free.append(self._requests.pop(request_id).stamp.slot)
 
     def _notice_the_end(self) -> None:

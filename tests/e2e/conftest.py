@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -34,18 +36,14 @@ class Plain:
     draft_model: EngineRun
 
 
-@pytest.fixture(scope="session")
-def plain() -> Plain:
+def plain_engines() -> list[Json]:
     own = {"speculative_config": {"method": "draft_model", "model": str(DRAFT), "num_speculative_tokens": K}}
-    return Plain(
-        *run_engines(
-            [
-                {"options": BASE, "scenarios": [*common(), plans.only_top_k(), plans.with_events("eight at once")]},
-                {"options": BASE | plans.RAGGED, "scenarios": [plans.ragged_arrivals()]},
-                {"options": BASE | own, "scenarios": [plans.greedy(1)]},
-            ]
-        )
-    )
+    default = [*common(), plans.only_top_k(), plans.with_events("eight at once")]
+    return [
+        {"options": BASE, "scenarios": default},
+        {"options": BASE | plans.RAGGED, "scenarios": [plans.ragged_arrivals()]},
+        {"options": BASE | own, "scenarios": [plans.greedy(1)]},
+    ]
 
 
 @dataclass(frozen=True)
@@ -65,34 +63,55 @@ FAN_OUTS: dict[str, Json] = {
 }
 
 
-@pytest.fixture(scope="session")
-def inline() -> Inline:
+def inline_engines() -> list[Json]:
     options = BASE | saguaro(placement="inline")
-    scenarios = [
+    default = [
         *common(),
         *(plans.samples(variant) for variant in plans.VARIANTS if "top_k" not in variant),
         plans.seeded("seeds"),
         plans.seeded("the same seeds"),
         *(plans.greedy(8, name=how, sabotage=how) for how in ("no_copy", "wrong_branch")),
     ]
-    default, ragged, *others = run_engines(
-        [
-            {"options": options, "scenarios": scenarios},
-            {"options": options | plans.RAGGED, "scenarios": [plans.ragged_arrivals()]},
-            *(
-                {"options": BASE | saguaro(placement="inline", **keys), "scenarios": [plans.greedy(8, count=8)]}
-                for keys in FAN_OUTS.values()
-            ),
-        ]
-    )
+    fan_outs = [
+        {"options": BASE | saguaro(placement="inline", **keys), "scenarios": [plans.greedy(8, count=8)]}
+        for keys in FAN_OUTS.values()
+    ]
+    ragged = {"options": options | plans.RAGGED, "scenarios": [plans.ragged_arrivals()]}
+    return [{"options": options, "scenarios": default}, ragged, *fan_outs]
+
+
+def top_k_engine() -> Json:
+    """An engine of its own: vLLM's CPU sampler cannot take top_k where no row of a batch has drafts."""
+    scenarios = [plans.samples(variant) for variant in plans.VARIANTS if "top_k" in variant]
+    return {"options": BASE | saguaro(placement="inline"), "scenarios": [*scenarios, plans.only_top_k()]}
+
+
+@pytest.fixture(scope="session")
+def side_by_side() -> dict[str, Future[list[EngineRun]]]:
+    """All engines that need no second core, on a core each: two run at any time, and neither waits for the other."""
+    first, *_, last = [*sorted(os.sched_getaffinity(0))] * 2
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        return {
+            "inline": one.submit(run_engines, inline_engines(), cpus=[last]),
+            "plain": other.submit(run_engines, plain_engines(), cpus=[first]),
+            "top_k": other.submit(run_engines, [top_k_engine()], cpus=[first]),
+        }
+
+
+@pytest.fixture(scope="session")
+def plain(side_by_side: dict[str, Future[list[EngineRun]]]) -> Plain:
+    return Plain(*side_by_side["plain"].result())
+
+
+@pytest.fixture(scope="session")
+def inline(side_by_side: dict[str, Future[list[EngineRun]]]) -> Inline:
+    default, ragged, *others = side_by_side["inline"].result()
     return Inline(default, ragged, dict(zip(FAN_OUTS, others, strict=True)))
 
 
 @pytest.fixture(scope="session")
-def only_top_k() -> EngineRun:
-    """An engine of its own: vLLM's CPU sampler cannot take top_k where no row of a batch has drafts."""
-    scenarios = [plans.samples(variant) for variant in plans.VARIANTS if "top_k" in variant] + [plans.only_top_k()]
-    return run_engines([{"options": BASE | saguaro(placement="inline"), "scenarios": scenarios}])[0]
+def only_top_k(side_by_side: dict[str, Future[list[EngineRun]]]) -> EngineRun:
+    return side_by_side["top_k"].result()[0]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Real vLLM engines in a process of their own, one after the other, driven by JSON: `python -m tests.e2e.engine`.
 
-Standard input, one JSON object: `engines`, each with `options` (for `LLM`), `scenarios` and `end`. Standard output, one
-JSON line an engine, as soon as its scenarios are through. What vLLM writes there goes to standard error.
+Standard input, one JSON object: `cpus` (the cores to stay on, or none), and `engines`, each with `options` (for `LLM`),
+`scenarios` and `end`. Standard output, one JSON line an engine, as soon as its scenarios are through. What vLLM writes
+to standard output goes to standard error.
 
 A scenario has a `kind`:
 
@@ -25,8 +26,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from tests.e2e.sabotage import sabotaged
-
 Json = dict[str, Any]
 
 TIMEOUT_SECONDS = 900
@@ -38,6 +37,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     spec = json.load(sys.stdin)
+    if spec["cpus"]:
+        os.sched_setaffinity(0, spec["cpus"])  # before torch is there: it starts as many threads as there are cores
     for engine in spec["engines"]:
         run_engine(engine, answers)
 
@@ -46,6 +47,8 @@ def run_engine(spec: Json, answers: IO[str]) -> None:
     """Start one engine, run its scenarios, say what came out, and end it as told."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+
+    from tests.e2e.sabotage import sabotaged
 
     llm = LLM(**spec["options"])
     engine = Engine(llm)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,12 +26,17 @@ def target() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32).eval()
 
 
+@cache
 @torch.no_grad()
+def logits_after(texts: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """The target's logits [texts, V] of what follows each text (all equally long)."""
+    parts = torch.tensor(texts).split(256)
+    return torch.cat([target()(part, logits_to_keep=1).logits[:, -1] for part in parts])
+
+
 def probabilities(prompt: Sequence[int], prefixes: Sequence[Sequence[int]], params: Json) -> np.ndarray:
-    """p [prefixes, V] of the token that follows the prompt and each prefix (all equally long), as vLLM samples it."""
-    texts = torch.tensor([[*prompt, *prefix] for prefix in prefixes])
-    logits = torch.cat([target()(part).logits[:, -1] for part in texts.split(256)]).double()
-    logits = logits / params["temperature"]
+    """p [prefixes, V] of the token that follows the prompt and each prefix, as vLLM samples it."""
+    logits = logits_after(tuple((*prompt, *prefix) for prefix in prefixes)).double() / params["temperature"]
     if "top_k" in params:
         smallest = logits.topk(params["top_k"]).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -111,11 +117,26 @@ def rank_p(samples: Sequence[Sequence[int]], contexts: Contexts, position: int, 
     return chi_square_p(counts, np.full(BINS, len(samples) / BINS))
 
 
-def all_p(samples: Sequence[Sequence[int]], contexts: Contexts, seed: int = 0) -> dict[str, float]:
-    """Every test of a set of samples, by name."""
+def draft_p(samples: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]], contexts: Contexts) -> float:
+    """Of how often the second token is the draft that was proposed for it, where one was.
+
+    The draft is chosen before the token is drawn, so the token is equal to it with probability p(draft).
+    """
+    drafted = [(sample, draft[0]) for sample, draft in zip(samples, drafts, strict=True) if draft]
+    chances = np.array([contexts[sample[:1]][draft] for sample, draft in drafted])
+    taken = sum(sample[1] == draft for sample, draft in drafted)
+    spread = math.sqrt((chances * (1 - chances)).sum())
+    return math.erfc(abs(taken - chances.sum()) / spread / math.sqrt(2)) if spread else 1.0
+
+
+def all_p(
+    samples: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]], contexts: Contexts, seed: int = 0
+) -> dict[str, float]:
+    """Every test of a set of samples, by name. `drafts`: what was proposed after each sample's first token."""
     rng = np.random.default_rng(seed)
-    found: dict[str, Any] = {
+    found = {
         "first token": first_token_p(samples, contexts),
         "second token": second_token_p(samples, contexts),
+        "draft taken": draft_p(samples, drafts, contexts),
     }
     return found | {f"rank at {at}": rank_p(samples, contexts, at, rng) for at in range(len(samples[0]))}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGET = Path(os.environ.get("SAGUARO_PAIR", ROOT / "assets" / "pair")) / "target"
+TARGET = ROOT / "assets" / "pair" / "target"
 DRAFT = TARGET / "draft"
 PROMPTS = TARGET.parent / "prompts.jsonl"
 
@@ -116,8 +116,6 @@ class Group:
         log = self.whole_log()
         self.engines.append(EngineRun(scenarios, answer, log[self._log_read :]))
         self._log_read = len(log)
-        for n, sc in scenarios.items():
-            print(f"TIME {n} {sc.seconds:.1f}", file=open("/tmp/e2e/times.txt", "a"))
         return self.engines[-1]
 
     def whole_log(self) -> str:
@@ -125,17 +123,13 @@ class Group:
 
 
 @contextlib.contextmanager
-def engines(specs: Sequence[Json]) -> Iterator[Group]:
-    """Start a process for these engines; it is gone when this ends."""
+def engines(specs: Sequence[Json], cpus: Sequence[int] = ()) -> Iterator[Group]:
+    """Start a process for these engines, on these cores (all, if none are named); it is gone when this ends."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
         with log.open("w") as file:
             process = subprocess.Popen(
-                (
-                    [sys.executable, os.environ["SAGUARO_ENGINE"]]
-                    if "SAGUARO_ENGINE" in os.environ
-                    else [sys.executable, "-m", "tests.e2e.engine"]
-                ),
+                [sys.executable, "-m", "tests.e2e.engine"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -144,7 +138,7 @@ def engines(specs: Sequence[Json]) -> Iterator[Group]:
                 env={**os.environ, **ENVIRONMENT},
             )
         assert process.stdin is not None
-        process.stdin.write(json.dumps({"engines": list(specs)}))
+        process.stdin.write(json.dumps({"engines": list(specs), "cpus": list(cpus)}))
         process.stdin.close()
         group = Group(process, log)
         try:
@@ -154,9 +148,9 @@ def engines(specs: Sequence[Json]) -> Iterator[Group]:
             process.wait()
 
 
-def run_engines(specs: Sequence[Json]) -> list[EngineRun]:
+def run_engines(specs: Sequence[Json], cpus: Sequence[int] = ()) -> list[EngineRun]:
     """Run all engines to their end, and insist that the process ended well."""
-    with engines(specs) as group:
+    with engines(specs, cpus) as group:
         runs = [group.read_engine() for _ in specs]
         assert group.process.wait(60) == 0, group.whole_log()[-6000:]
         return runs

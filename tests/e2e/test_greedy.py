@@ -116,7 +116,7 @@ def test_wrong_draft_kv_leaves_the_text_but_not_the_acceptance(inline: Inline, p
     """The comparisons of acceptance above can fail: this is what they see when the draft's KV is wrong."""
     healthy, broken = inline.default["greedy, batch 8"], inline.default[how]
     assert_same_texts(broken, plain.default["greedy, batch 8"])
-    assert emitted_a_round(broken) < 0.93 * emitted_a_round(healthy)
+    assert emitted_a_round(broken) < 0.75 * emitted_a_round(healthy)
 
 
 def emitted_a_round(scenario: Scenario) -> float:

@@ -56,7 +56,7 @@ def test_samples_follow_the_targets_distribution(scenario: Scenario, variant: st
     samples = samples_of(scenario)
     assert len(samples) == plans.SAMPLES
     assert {len(sample) for sample in samples} == {plans.SAMPLED_TOKENS}
-    found = all_p(samples, contexts(samples, variant))
+    found = all_p(samples, handed_over(scenario), contexts(samples, variant))
     assert min(found.values()) > SMALLEST_P, found
 
 
@@ -72,7 +72,7 @@ def test_samples_with_the_draft_in_a_process(process: Process) -> None:
     """What is ready in time differs from run to run, and so do these samples: hence the smaller bound."""
     scenario = process.default["T=0.8"]
     samples = samples_of(scenario)
-    found = all_p(samples, contexts(samples, "T=0.8"))
+    found = all_p(samples, handed_over(scenario), contexts(samples, "T=0.8"))
     assert min(found.values()) > SMALLEST_P / 100, found
     assert scenario.hits > 0
 
@@ -83,7 +83,7 @@ def test_samples_with_the_draft_in_a_process(process: Process) -> None:
 def test_it_would_see_another_temperature(scenario: Scenario, variant: str) -> None:
     samples = samples_of(scenario)
     wrong = plans.VARIANTS[variant] | {"temperature": 2.0 - plans.VARIANTS[variant]["temperature"]}
-    found = all_p(samples, Contexts(tokenize(plans.SAMPLED_PROMPT), samples, wrong))
+    found = all_p(samples, handed_over(scenario), Contexts(tokenize(plans.SAMPLED_PROMPT), samples, wrong))
     assert min(found.values()) < SMALLEST_P / 100, found
 
 
@@ -93,7 +93,7 @@ def test_it_would_see_drafts_that_are_always_accepted(inline: Inline) -> None:
         [*sample[:1], *drafts[: plans.SAMPLED_TOKENS - 1], *sample[1 + len(drafts) :]]
         for sample, drafts in zip(samples_of(scenario), handed_over(scenario), strict=True)
     ]
-    found = all_p(forged, contexts(forged, "T=0.8"))
+    found = all_p(forged, handed_over(scenario), contexts(forged, "T=0.8"))
     assert min(found.values()) < SMALLEST_P / 100, found
 
 
@@ -110,7 +110,7 @@ def test_it_would_see_a_rejected_draft_drawn_again(inline: Inline) -> None:
             accepted = rng.random() < p[drafts[0]]
             second = drafts[0] if accepted else int(rng.choice(len(p), p=p / p.sum()))
         forged.append([sample[0], second])
-    found = all_p(forged, exact)
+    found = all_p(forged, handed_over(scenario), exact)
     assert min(found.values()) < SMALLEST_P / 100, found
 
 

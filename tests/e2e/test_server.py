@@ -119,9 +119,9 @@ def serve(how: signal.Signals, folder: Path) -> Served:
     return Served(list(texts), list(pieces), metrics, status, took, processes, left, new, log.read_text())
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
-    return serve(signal.SIGINT, tmp_path_factory.mktemp("server"))
+@pytest.fixture(scope="module", params=[signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    return serve(request.param, tmp_path_factory.mktemp("server"))
 
 
 def test_streamed_texts_are_plain_vllms(served: Served, plain: Plain) -> None:
@@ -153,11 +153,12 @@ def test_metrics_of_the_server_have_ours(served: Served) -> None:
     assert value("vllm:spec_decode_num_accepted_tokens_total") > 0
 
 
-def test_the_server_says_which_cores_and_which_draft(served: Served) -> None:
-    assert re.search(r"saguaro.*draft", served.log)
+def test_the_server_says_which_draft_and_which_cores(served: Served) -> None:
+    assert re.search(r"saguaro drafts with .*draft", served.log)
+    assert re.search(r"target .*cores? .*draft", served.log)
 
 
-def test_interrupting_the_server_ends_everything(served: Served) -> None:
+def test_a_signal_ends_the_server_and_all_it_started(served: Served) -> None:
     assert served.status == 0
     assert len(served.processes) >= 3  # the server, the engine and the draft
     assert served.left_running == []

@@ -81,11 +81,11 @@ def test_keys_without_a_meaning_here_are_refused_by_name(key: str) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"branches": 0}, "branches is out of range: 0; write a number from 1 to 512"),
-        ({"branches": 513}, "branches is out of range: 513; write a number from 1 to 512"),
-        ({"branches": "12"}, 'branches must be a whole number, not "12": write a number from 1 to 512'),
-        ({"branches": True}, "branches must be a whole number, not True: write a number from 1 to 512"),
-        ({"branches": 1.5}, "branches must be a whole number, not 1.5: write a number from 1 to 512"),
+        ({"branches": 0}, "branches is out of range: 0; write a number from 1 to 256"),
+        ({"branches": 257}, "branches is out of range: 257; write a number from 1 to 256"),
+        ({"branches": "12"}, 'branches must be a whole number, not "12": write a number from 1 to 256'),
+        ({"branches": True}, "branches must be a whole number, not True: write a number from 1 to 256"),
+        ({"branches": 1.5}, "branches must be a whole number, not 1.5: write a number from 1 to 256"),
         (
             {"num_speculative_tokens": 17},
             "num_speculative_tokens is out of range: 17; write a number from 1 to 16",

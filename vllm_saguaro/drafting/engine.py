@@ -104,6 +104,11 @@ class DraftEngine:
         self.pool.give(trunk.blocks)
         trunk.blocks, trunk.valid, trunk.hidden = [], 0, None
 
+    def has_room_for(self, trunk: Trunk) -> bool:
+        """Whether there are blocks for the whole trunk and one branch."""
+        needed = blocks_for(trunk.length + self.num_speculative_tokens, self.model.block_size)
+        return needed - len(trunk.blocks) <= self.pool.num_free
+
     @torch.inference_mode()
     def extend(self, trunks: list[Trunk], most: int) -> None:
         """Feed each trunk up to `most` of its pending tokens, in one forward.

@@ -6,15 +6,19 @@ between two forwards: the process placement looks into its mailbox, the inline p
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_saguaro.drafting.engine import DraftEngine, Tree, Trunk
-from vllm_saguaro.messages import Admit, Outcome, Release, Stamp, Step, Table
+from vllm_saguaro.messages import GONE, Admit, Outcome, Release, Stamp, Step, Table
 
 MAX_ROWS_A_TREE = 256
 """Branches of all requests together; with more requests each gets fewer, so that a round stays a few forwards long."""
+
+PROMPT_PIECE = 256
+"""Tokens of a prompt in one forward while other requests wait for their tables."""
 
 
 @dataclass(slots=True)
@@ -118,10 +122,13 @@ class DraftLoop:
         if not waiting:
             return False
         entry = min(waiting, key=lambda e: e.known_at)
-        before = entry.trunk.valid
-        self.engine.extend([entry.trunk], self.engine.model.max_tokens)
-        if entry.trunk.valid == before:
-            entry.forked = True  # no block left: tried again at its next outcome
+        model, trunk, alone = self.engine.model, entry.trunk, len(self._entries) == 1
+        before = trunk.valid
+        if self.engine.has_room_for(trunk):
+            self.engine.extend([trunk], model.max_tokens if alone else min(PROMPT_PIECE, model.max_tokens))
+        if trunk.valid == before:
+            self.engine.release(trunk)  # half a prompt is of no use, and others may need the blocks
+            entry.forked = True  # tried again at its next outcome
         return True
 
     # ---- what the target side says -----------------------------------------------------------------------------
@@ -155,6 +162,7 @@ class DraftLoop:
         ):
             # Too long, or the two sides no longer talk of the same text: better no table than a useless one.
             self._leave(self._entries.pop(outcome.stamp.slot))
+            self._publish(Table(dataclasses.replace(entry.stamp, round=GONE), [], [], []))
             return
         self.engine.settle(trunk, outcome.accepted, outcome.bonus, list(outcome.speculation))
         stamp = Stamp(entry.stamp.slot, entry.stamp.generation, entry.stamp.round + 1)
@@ -169,6 +177,8 @@ class DraftLoop:
         # A growing tree still writes into this request's blocks: they are free once it stands still.
         self._leaving.append(entry.trunk)
         self._growing = [other for other in self._growing if other is not entry]
+        if not self._growing:
+            self._tree = None
 
     def _let_go(self) -> None:
         for trunk in self._leaving:

@@ -20,6 +20,11 @@ class Channel(Protocol):
         """Whether the draft side can still answer. Once False it stays False."""
         ...
 
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the draft side has outside of this process."""
+        ...
+
     def post(self, step: Step) -> bool:
         """Tell the draft side a step. False when it could not be taken: nothing of it will be acted on."""
         ...

@@ -28,6 +28,11 @@ class InlineChannel:
         """Longest text, in tokens, that the draft can hold."""
         return self._engine.model.max_length
 
+    @property
+    def resident_bytes(self) -> int:
+        """Nothing outside of this process."""
+        return 0
+
     def post(self, step: Step) -> bool:
         """Run everything that the step gives rise to."""
         if not self.alive or not self._mailbox.post(step):

@@ -13,6 +13,7 @@ before the depth count says so.
 
 from __future__ import annotations
 
+import array
 import threading
 from dataclasses import dataclass
 from enum import IntEnum
@@ -65,7 +66,8 @@ class Mailbox:
         self._cells = buffer[:ring_at]
         self._words = self._cells.cast("q")
         self._ring = buffer[ring_at : shape.total_bytes]
-        # Taking and leaving a lock orders memory accesses on every processor; a bare store does so on x86 only.
+        # x86 keeps stores in order and loads in order by itself. Elsewhere leaving a lock and then taking it again
+        # keeps what was before from what comes after.
         self._fence = threading.Lock()
 
     def close(self) -> None:
@@ -160,8 +162,7 @@ class Mailbox:
             return
         at = cell + _KEYS + shape.branches * depth
         newest = table.drafts[-1]
-        for branch in range(count):
-            words[at + branch] = newest[branch]
+        words[at : at + count] = array.array("q", map(int, newest))
         words[cell + _NANOSECONDS] = int(table.seconds * 1e9)
         self._publish(cell + _DEPTH, depth)
 
@@ -180,8 +181,9 @@ class Mailbox:
             rows = [
                 words[at + shape.branches * d : at + shape.branches * d + count].tolist() for d in range(1, depth + 1)
             ]
-        if words[cell + _SEQUENCE] != sequence:
-            return None
+        with self._fence:
+            if words[cell + _SEQUENCE] != sequence:
+                return None
         stamp = Stamp(slot, generation, round_)
         return Table(stamp, [key >> 32 for key in keys], [key & 0xFFFFFFFF for key in keys], rows, nanoseconds / 1e9)
 
@@ -189,6 +191,8 @@ class Mailbox:
 
     def _publish(self, at: int, value: int) -> None:
         """Store a word that tells the other side that everything before it is there."""
+        with self._fence:
+            pass
         with self._fence:
             self._words[at] = value
 

@@ -16,7 +16,9 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vllm_saguaro.messages import Step, Table
@@ -48,7 +50,7 @@ class ProcessChannel:
         self._mailbox = Mailbox(memoryview(self._memory), shape)
         self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-P", "-m", module],  # -P: not what lies in the working directory
             stdin=subprocess.PIPE,
             pass_fds=(self._memory_fd, self._bell_fd),
             env=dict(environment),
@@ -70,7 +72,9 @@ class ProcessChannel:
         self.alive = True
         self._closed = False
         self._max_length = 0
-        threading.Thread(target=self._watch, name="saguaro-draft-watch", daemon=True).start()
+        threading.Thread(
+            target=_watch, args=(self._process, weakref.ref(self)), name="saguaro-draft-watch", daemon=True
+        ).start()
 
     @property
     def pid(self) -> int:
@@ -124,9 +128,21 @@ class ProcessChannel:
         os.close(self._memory_fd)
         os.close(self._bell_fd)
 
-    def _watch(self) -> None:
-        self._process.wait()
-        self.alive = False
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the draft process has now; 0 where the system does not tell."""
+        try:
+            pages = Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1]
+        except OSError:
+            return 0
+        return int(pages) * mmap.PAGESIZE
+
+
+def _watch(process: subprocess.Popen[bytes], channel: weakref.ref[ProcessChannel]) -> None:
+    process.wait()
+    owner = channel()
+    if owner is not None:
+        owner.alive = False
 
 
 class DraftEnd:

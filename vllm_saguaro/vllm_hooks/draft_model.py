@@ -71,7 +71,11 @@ class DraftModelConfig:
     code_revision: str | None = None
     quantization: str | None = None
     attention_backend: str | None = None
+    kv_cache_dtype: str = "auto"
+    moe_backend: str | None = None
+    config_format: str = "auto"
     load_format: str = "auto"
+    download_dir: str | None = None
 
 
 class VllmDraftModel:
@@ -245,10 +249,16 @@ def _environment(kept: bool) -> Iterator[None]:
         os.environ.update(before if kept else {})
 
 
+_SAME_IN_ENGINE_ARGS = (
+    *("model", "dtype", "seed", "trust_remote_code", "revision", "code_revision", "quantization", "enforce_eager"),
+    *("kv_cache_dtype", "config_format", "load_format", "download_dir"),
+)
+
+
 def _engine_config(config: DraftModelConfig) -> VllmConfig:
-    same = ("model", "dtype", "seed", "trust_remote_code", "revision", "code_revision", "quantization", "load_format")
     vllm_config = EngineArgs(
-        **{name: getattr(config, name) for name in (*same, "enforce_eager")},
+        **{name: getattr(config, name) for name in _SAME_IN_ENGINE_ARGS},
+        **({"moe_backend": config.moe_backend} if config.moe_backend else {}),
         attention_backend=AttentionBackendEnum[config.attention_backend] if config.attention_backend else None,
         max_model_len=config.max_length,
         max_num_seqs=config.max_rows,

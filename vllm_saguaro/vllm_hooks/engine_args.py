@@ -8,6 +8,7 @@ method is asked for.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -176,9 +177,12 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     target_size = target.get_vocab_size()
     check_vocabularies(target.model, target_size, target.tokenizer, passed["model"], draft_size, passed.get("revision"))
 
+    # A schedule for K also keeps vLLM's scheduler from padding a request's first step with draft ids of -1 (0.32, 0.33:
+    # `v1/core/sched/scheduler.py`), which the CPU's rejection kernel now and then accepts at temperature > 0.
+    passed.setdefault("num_speculative_tokens_per_batch_size", [(1, 1, config.num_speculative_tokens)])
     speculative = _translate(engine_args, original, target, parallel, passed, align=draft_size != target_size)
     draft = speculative.draft_model_config
-    config = SaguaroConfig.from_dict({**config.to_dict(), "draft_max_length": int(draft.max_model_len)})
+    config = dataclasses.replace(config, draft_max_length=_draft_limit(draft, target, passed, config))
     # vLLM stops all speculation of a batch (0.33: shortens the target) at the draft's limit. Our draft side skips just
     # the requests beyond it, so vLLM is told that there is none.
     draft.max_model_len = target.max_model_len
@@ -217,6 +221,18 @@ def _plan_cores(config: SaguaroConfig) -> cores.CorePlan | None:
         return cores.apply_in_frontend(config.draft_cpus)
     except ValueError as error:
         raise SaguaroConfigError(str(error)) from error
+
+
+def _draft_limit(draft: Any, target: Any, passed: dict[str, Any], config: SaguaroConfig) -> int:
+    """The longest text that the draft may hold: its own limit, but no more than the target's texts and their branches.
+
+    vLLM has already lowered the draft's `max_model_len` to the target's.
+    """
+    limit = int(draft.max_model_len)
+    if passed.get("max_model_len") is not None:
+        return limit
+    trained = getattr(draft.hf_text_config, "max_position_embeddings", None) or limit
+    return max(limit, min(int(trained), target.max_model_len + config.num_speculative_tokens + 1))
 
 
 def _served_name(engine_args: Any, target: Any) -> str:
@@ -289,7 +305,7 @@ def _draft_options(
         "dtype": str(draft.dtype).removeprefix("torch."),
         "quantization": passed.get("quantization"),
         "max_model_len": max_model_len,
-        "vocab_size": vocab_size,
+        "own_vocab_size": vocab_size,
         "seed": draft.seed,
         "enforce_eager": bool(draft.enforce_eager if eager is None else eager),
         "attention_backend": getattr(backend, "name", None),

@@ -18,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 
 from vllm_saguaro.counters import BUCKETS, COUNTERS, HISTOGRAMS, PAGE_BYTES, CounterPage
 
+_PAGE_NAME = "saguaro-counters"
 _LABELS = ("model_name", "engine")
 
 
@@ -64,7 +65,7 @@ def open_page(model_name: str) -> str | None:
     """Front end: make a new engine's page and register its collector. Returns where a worker on this host finds it."""
     if not hasattr(os, "memfd_create"):
         return None
-    fd = os.memfd_create("saguaro-counters")
+    fd = os.memfd_create(_PAGE_NAME)
     os.ftruncate(fd, PAGE_BYTES)
     page = CounterPage(memoryview(mmap.mmap(fd, PAGE_BYTES)))
     if _Registered.current is not None:
@@ -76,7 +77,8 @@ def open_page(model_name: str) -> str | None:
 
 def attach_page(path: str | None) -> CounterPage:
     """Worker: the page at `path`, or one of its own where there is none (another host, another system)."""
-    if path is None or not os.path.exists(path):
+    # Elsewhere (another host, another PID namespace) the same path may be some other file of some other process.
+    if path is None or not os.path.islink(path) or not os.readlink(path).startswith(f"/memfd:{_PAGE_NAME}"):
         return CounterPage()
     with open(path, "r+b") as file:
         return CounterPage(memoryview(mmap.mmap(file.fileno(), PAGE_BYTES)))

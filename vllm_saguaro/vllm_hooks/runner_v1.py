@@ -76,7 +76,7 @@ class SaguaroDrafter(DraftModelProposer):
             )
             for row, (request_id, sampled) in enumerate(zip(batch.req_ids, sampled_token_ids, strict=True))
         ]
-        return self.speculator.propose(rows)
+        return self.speculator.propose(rows, scheduler_output.num_spec_tokens_to_schedule)
 
     def _tokens(self, row: int) -> list[int]:
         batch = self.runner.input_batch

@@ -6,8 +6,8 @@ target (`load_model`), is told of each step before the forward (`execute_model`)
 
 from __future__ import annotations
 
-import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ from vllm_saguaro.placement.mailbox import MailboxShape
 from vllm_saguaro.placement.process import ProcessChannel
 from vllm_saguaro.speculator import Speculator
 from vllm_saguaro.vllm_hooks import compatibility, runner_v1
-from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig
 from vllm_saguaro.vllm_hooks.draft_process import load_engine
 from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
 from vllm_saguaro.vllm_hooks.metrics import attach_page
@@ -43,11 +42,11 @@ class SaguaroWorker(CPUWorker):
         vllm_config = kwargs.get("vllm_config") or args[0]
         compatibility.check_seams(compatibility.WORKER)
         self._options: dict[str, Any] = getattr(vllm_config.speculative_config, OPTIONS_ATTRIBUTE)
-        self._former_cpus = cores.allowed_cpus()
+        self._former: tuple[tuple[int, ...], int] | None = None
         plan = self._options["cores"]
         if plan and plan["bind_target"]:
-            cores.pin(plan["target"])
-            torch.set_num_threads(len(plan["target"]))
+            self._former = cores.allowed_cpus(), torch.get_num_threads()
+            _bind(plan["target"], len(plan["target"]))
         super().__init__(*args, **kwargs)
 
     def init_device(self) -> None:
@@ -66,10 +65,18 @@ class SaguaroWorker(CPUWorker):
         speculator = Speculator(self._channel, slots, config.num_speculative_tokens, page, logger)
         self._drafter = runner_v1.install(self.model_runner, speculator)
 
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Load the target while the draft loads elsewhere; when either fails, nothing of the draft is left behind."""
+        try:
+            super().load_model(load_dummy_weights=load_dummy_weights)
+        except BaseException:
+            self._channel.close()
+            raise
+
     def determine_available_memory(self) -> int:
-        """Leave the draft's KV budget out of what the target's KV cache may take."""
+        """Leave what the draft process has, and its KV budget, out of what the target's KV cache may take."""
         if self.cache_config.kv_cache_memory_bytes is None:
-            self.requested_cpu_memory -= DRAFT_KV_BYTES
+            self.requested_cpu_memory -= DRAFT_KV_BYTES + self._channel.resident_bytes
         return super().determine_available_memory()
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -79,43 +86,43 @@ class SaguaroWorker(CPUWorker):
 
     def shutdown(self) -> None:
         """End the draft side with the worker."""
-        if hasattr(self, "_channel"):
-            self._report()
+        if hasattr(self, "_channel") and self._channel.alive:
             self._channel.close()
+            self._report()
         super().shutdown()
-        cores.pin(self._former_cpus)
+        if self._former is not None:
+            _bind(*self._former)
+            self._former = None
 
     def _open_channel(self, config: SaguaroConfig, shape: MailboxShape) -> Channel:
         plan = self._options["cores"]
         options = {
-            "model": self._draft_model_options(config),
+            "model": self._draft_model_options(),
             "branches": config.branches,
             "num_speculative_tokens": config.num_speculative_tokens,
             "fan_out": config.fan_out,
             "cpus": plan["draft"] if plan else [],
         }
         if config.placement == "inline":
-            logger.info("Drafting inline, in the target's own thread: for debugging and ablation, not for speed.")
+            logger.warning("Drafting inline, in the target's own thread: for debugging and ablation, not for speed.")
             return InlineChannel(lambda: load_engine(options), shape)
         environment = cores.draft_environment(dict(os.environ), options["cpus"] or [0])
         return ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment)
 
-    def _draft_model_options(self, config: SaguaroConfig) -> dict[str, Any]:
+    def _draft_model_options(self) -> dict[str, Any]:
         """The fields of `DraftModelConfig`, as plain values."""
-        draft: dict[str, Any] = self._options["draft"]
-        names = {field.name for field in dataclasses.fields(DraftModelConfig)}
-        # A little beyond the target's limit, so that a text which the target can hold is never too long for its
-        # branches.
-        longest = self.model_config.max_model_len + config.num_speculative_tokens + 1
-        rows = max(MAX_ROWS_A_TREE, config.branches, SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs)
-        return {name: value for name, value in draft.items() if name in names} | {
-            "max_length": min(draft["max_model_len"], longest),
-            "max_rows": rows,
+        draft: dict[str, Any] = dict(self._options["draft"])
+        del draft["own_vocab_size"]
+        return draft | {
+            "max_length": draft.pop("max_model_len"),
+            "max_rows": max(MAX_ROWS_A_TREE, SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs),
             "kv_cache_bytes": DRAFT_KV_BYTES,
             "vocab_size": self._options["target_vocab_size"],
         }
 
     def _report(self) -> None:
+        if not hasattr(self, "_drafter"):
+            return
         page = self._drafter.speculator.page
         if page.value(counters.HITS):
             logger.info(
@@ -125,3 +132,10 @@ class SaguaroWorker(CPUWorker):
                 1e3 * page.mean(counters.VERIFY),
                 1e6 * page.mean(counters.TARGET_WAIT),
             )
+
+
+def _bind(cpus: Sequence[int], threads: int) -> None:
+    """Keep this thread and the compute threads that it starts on these cores."""
+    cores.pin(cpus)
+    # The CPU worker replaces `torch.set_num_threads` by a no-op for the whole process; this is the function itself.
+    torch._C.set_num_threads(threads)

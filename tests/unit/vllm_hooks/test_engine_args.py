@@ -100,7 +100,7 @@ def test_the_word_alone_takes_the_targets_own_draft(pair: Path, word: Any, plann
         "dtype": "float32",
         "quantization": None,
         "max_model_len": 256,
-        "vocab_size": 320,
+        "own_vocab_size": 320,
         "seed": 0,
         "enforce_eager": False,
         "attention_backend": None,
@@ -187,7 +187,7 @@ def test_padding_passes_vllms_own_check(pair: Path, make_model: ModelMaker, draf
     speculative = config.speculative_config
     assert speculative.draft_model_config.get_vocab_size() == config.model_config.get_vocab_size() == 320
     speculative.verify_equal_vocab_size_if_draft_model()
-    assert options_of(config)["draft"]["vocab_size"] == draft_size
+    assert options_of(config)["draft"]["own_vocab_size"] == draft_size
     assert options_of(config)["target_vocab_size"] == 320
     assert config.model_config.hf_overrides == {}, "the target's own stay untouched"
 

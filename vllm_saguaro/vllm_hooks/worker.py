@@ -22,7 +22,7 @@ from vllm_saguaro.placement.inline import InlineChannel
 from vllm_saguaro.placement.mailbox import MailboxShape
 from vllm_saguaro.placement.process import ProcessChannel
 from vllm_saguaro.speculator import Speculator
-from vllm_saguaro.vllm_hooks import compatibility, runner_v1
+from vllm_saguaro.vllm_hooks import compatibility, cpu_sampler, runner_v1
 from vllm_saguaro.vllm_hooks.draft_process import load_engine
 from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
 from vllm_saguaro.vllm_hooks.metrics import attach_page
@@ -64,6 +64,7 @@ class SaguaroWorker(CPUWorker):
         page = attach_page(self._options.get("counters"))
         speculator = Speculator(self._channel, slots, config.num_speculative_tokens, page, logger)
         self._drafter = runner_v1.install(self.model_runner, speculator)
+        cpu_sampler.mend(self.model_runner)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the target while the draft loads elsewhere; when either fails, nothing of the draft is left behind."""

@@ -55,7 +55,7 @@ TARGET_WAIT = Histogram(
 )
 VERIFY = Histogram(
     "saguaro_verify_seconds",
-    "From the drafts in hand to the next outcomes: scheduling, verify pass, sampling.",
+    "From the drafts in hand to the next outcomes: telling the draft side, scheduling, verify pass, sampling.",
     8 + 2 * (_BINS + 1),
 )
 COUNTERS = (HITS, LATE_TABLES, *MISSES.values())

@@ -61,7 +61,7 @@ class Speculator:
         self._free = list(range(slots - 1, -1, -1))
         self._generations = [0] * slots
         self._left_out: set[str] = set()
-        self._handed_at: float | None = None
+        self._in_hand_at: float | None = None
         self._lost = False
         self._rest = 0
         self._refusals = 0
@@ -76,13 +76,13 @@ class Speculator:
         step = Step()
         most = self._num_speculative_tokens if most is None else most
         drafts = [list(self._turn(row, step, most)) if row.sampled else [] for row in rows]
+        in_hand_at = time.perf_counter()
         self._post(step)
-        now = time.perf_counter()
         if step.outcomes:
-            self.page.observe(counters.TARGET_WAIT, now - known_at)
-            if self._handed_at is not None:
-                self.page.observe(counters.VERIFY, known_at - self._handed_at)
-        self._handed_at = now
+            self.page.observe(counters.TARGET_WAIT, in_hand_at - known_at)
+            if self._in_hand_at is not None:
+                self.page.observe(counters.VERIFY, known_at - self._in_hand_at)
+            self._in_hand_at = in_hand_at
         return drafts
 
     def _turn(self, row: Verified, step: Step, most: int) -> tuple[int, ...]:
@@ -100,10 +100,9 @@ class Speculator:
 
     def _look_up(self, request: _Request, accepted: int, bonus: int) -> tuple[int, ...]:
         table = self.channel.read(request.stamp.slot)
-        if table is not None and table.stamp == dataclasses.replace(request.stamp, round=GONE):
-            return self._miss(Miss.ABSENT)
         if table is None or table.stamp != request.stamp:
-            return self._miss(Miss.LATE if self.channel.alive else Miss.ABSENT)
+            gone = table is not None and table.stamp == dataclasses.replace(request.stamp, round=GONE)
+            return self._miss(Miss.ABSENT if gone or not self.channel.alive else Miss.LATE)
         branch = table.find(accepted, bonus)
         if branch is None:
             return self._miss(Miss.NOT_PREDICTED)
@@ -133,7 +132,7 @@ class Speculator:
         for request_id in left:
             self._release(request_id, step)
         if not self._requests:
-            self._handed_at = None  # a pause between requests is no verify pass
+            self._in_hand_at = None  # a pause between requests is no verify pass
         for request_id, tokens, temperature in arrived:
             self._release(request_id, step)  # an id that is used again, without its end having been seen
             self._admit(request_id, tokens, temperature, step)
@@ -187,14 +186,16 @@ class Speculator:
 
         Each text goes in a frame of its own, so that one which finds no room takes nothing else with it.
         """
-        known = Step(outcomes=step.outcomes, releases=step.releases)
-        refused = [] if not known or self.channel.post(known) else [outcome.stamp for outcome in step.outcomes]
-        for admit in step.admits:
+        texts, step.admits = step.admits, []
+        refused = [] if not step or self.channel.post(step) else [outcome.stamp for outcome in step.outcomes]
+        for admit in texts:
             if refused or not self.channel.post(Step(admits=[admit])):
                 refused.append(admit.stamp)
         if not refused:
-            self._rest = max(0, self._rest - 1)
-            self._refusals = 0 if known or step.admits else self._refusals
+            if self._rest:
+                self._rest -= 1
+            elif texts or step:
+                self._refusals = 0
             return
         self._rest = min(2**self._refusals - 1, _LONGEST_REST)
         self._refusals += 1

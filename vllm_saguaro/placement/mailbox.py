@@ -176,11 +176,9 @@ class Mailbox:
         with self._fence:
             _, generation, round_, count, depth, nanoseconds = words[cell : cell + _KEYS].tolist()
         with self._fence:
-            at = cell + _KEYS
+            at, stride = cell + _KEYS, shape.branches
             keys = words[at : at + count].tolist()
-            rows = [
-                words[at + shape.branches * d : at + shape.branches * d + count].tolist() for d in range(1, depth + 1)
-            ]
+            rows = [words[row : row + count].tolist() for row in range(at + stride, at + stride * (depth + 1), stride)]
         with self._fence:
             if words[cell + _SEQUENCE] != sequence:
                 return None

@@ -1,8 +1,8 @@
 """Faults of the verification of vLLM 0.32 on the CPU, kept from those who ask for us; `draft_model` has them too.
 
-1. `utils/cpu_triton_utils.py`, `_expand_kernel_impl`: the result of the C++ kernel stays in a converted copy, so for any
-   tensor that is not int64 `expand_batch_to_tokens` returns uninitialised memory. Temperatures, top-k and top-p at the
-   drafts' positions are then garbage, for greedy rows too as soon as one row of the batch samples.
+1. `utils/cpu_triton_utils.py`, `_expand_kernel_impl`: the result of the C++ kernel stays in a converted copy, so for
+   any tensor that is not int64 `expand_batch_to_tokens` returns uninitialised memory. Temperatures, top-k and top-p at
+   the drafts' positions are then garbage, for greedy rows too as soon as one row of the batch samples.
 2. `v1/worker/gpu_model_runner.py`, `_sample`: a step without a single draft goes through the rejection sampler as well,
    whose top-k then fails on empty logits, which ends the engine.
 3. `v1/core/sched/scheduler.py`: drafts of -1 as padding, see `engine_args.py`.

@@ -1,8 +1,8 @@
 """Measure saguaro against plain vLLM and vLLM's own draft_model, in turn within one run.
 
-    python scripts/bench.py --k 3 4 6 --target-layers 24 --draft-layers 6
+    python scripts/bench.py --k 3 4 6 --target-layers 12 --draft-layers 6
     python scripts/bench.py compare results/before.json results/after.json
-    python scripts/bench.py curve --depths 24:2 24:6 24:12 --k 3 4 6
+    python scripts/bench.py curve --depths 40:2 12:2 12:6 --k 3 4
 
 What is measured, and how to read the tables: docs/benchmark.md.
 """
@@ -28,7 +28,7 @@ from scripts.benchmark.summary import summarise
 from scripts.benchmark.tables import report_text
 
 COMMANDS = ("run", "compare", "curve")
-DEPTHS = [(24, 2), (24, 4), (24, 6), (24, 8), (24, 12)]
+DEPTHS = [(40, 2), (20, 2), (12, 2), (12, 4), (12, 6), (12, 9)]
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -32,8 +32,8 @@ DEFAULTS = Settings(
     prompts=12,
     tokens=64,
     repetitions=3,
-    target_layers=24,
-    draft_layers=6,
+    target_layers=12,
+    draft_layers=4,
     eager=True,
 )
 OUTPUT = ROOT / "results" / "demo.json"

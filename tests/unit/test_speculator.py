@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 
@@ -7,7 +8,7 @@ import pytest
 
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import Admit, Outcome, Stamp, Step, Table
+from vllm_saguaro.messages import GONE, Admit, Miss, Outcome, Stamp, Step, Table
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.speculator import Speculator, Verified
 
@@ -19,6 +20,7 @@ class FakeChannel:
     """A draft side that remembers what it was told and answers what it was given."""
 
     max_length = 40
+    resident_bytes = 0
 
     def __init__(self) -> None:
         self.alive = True
@@ -400,3 +402,19 @@ def test_a_pause_between_requests_is_no_verify_pass() -> None:
     bench.arrive("b")
     bench.propose(bench.row("b", 31))
     assert sum(bench.page.bins(counters.VERIFY)) == 0
+
+
+def test_a_schedule_for_k_cuts_what_is_handed_over_and_the_draft_side_hears_of_it() -> None:
+    bench = arrived(a=PROMPT)
+    (stamp,) = [admit.stamp for admit in admitted(bench)]
+    bench.table(stamp, (0, 31))
+    assert bench.speculator.propose([bench.row("a", 31)], 2) == [[0, 1]]
+    assert bench.channel.steps[-1].outcomes[0].speculation == (0, 1)
+
+
+def test_a_request_that_the_draft_side_gave_up_counts_as_absent() -> None:
+    bench = arrived(a=PROMPT)
+    (stamp,) = [admit.stamp for admit in admitted(bench)]
+    bench.channel.tables[stamp.slot] = Table(dataclasses.replace(stamp, round=GONE), [], [], [])
+    assert bench.propose(bench.row("a", 31)) == [[]]
+    assert bench.page.value(counters.MISSES[Miss.ABSENT]) == 1

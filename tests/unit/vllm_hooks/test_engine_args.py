@@ -171,6 +171,19 @@ def test_our_options_do_not_change_what_vllm_compiles(pair: Path) -> None:
     assert few.create_engine_config().compute_hash() == many.create_engine_config().compute_hash()
 
 
+def test_vllm_is_given_a_schedule_for_k_so_that_it_does_not_pad_with_drafts_of_its_own(pair: Path) -> None:
+    for written, expected in (({}, [(1, 1, 4)]), ({"num_speculative_tokens_per_batch_size": [(1, 8, 2)]}, [(1, 8, 2)])):
+        config = engine(pair, speculative_config={"method": "saguaro", **written}).create_engine_config()
+        assert config.speculative_config is not None
+        assert config.speculative_config.num_speculative_tokens_per_batch_size == expected
+
+
+def test_the_draft_may_hold_a_little_more_than_the_target_where_it_can(pair: Path, make_model: ModelMaker) -> None:
+    long = make_model("long", vocab_size=320, max_position_embeddings=4096)
+    config = engine(pair, speculative_config={"method": "saguaro", "model": str(long)}).create_engine_config()
+    assert options_of(config)["draft_max_length"] == config.model_config.max_model_len + 4 + 1
+
+
 def test_eager_falls_back_to_the_targets(pair: Path) -> None:
     config = engine(pair, speculative_config="saguaro", enforce_eager=True).create_engine_config()
     assert options_of(config)["draft"]["enforce_eager"]

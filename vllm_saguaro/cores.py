@@ -93,7 +93,12 @@ def apply_in_frontend(draft_cpus: str | None, environment: MutableMapping[str, s
         return CorePlan(plan.target, plan.draft, bind_target=False)
     if binding != "auto":
         return plan_cores(allowed_cpus(), draft_cpus, parse_cpus(binding.replace("|", ",")))
-    cpus = one_cpu_a_core(allowed_cpus() if draft_cpus else one_node(allowed_cpus()))
+    allowed = allowed_cpus()
+    if draft_cpus is None:
+        cpus = one_cpu_a_core(one_node(allowed))
+    else:
+        chosen = plan_cores(allowed, draft_cpus)
+        cpus = tuple(sorted({*one_cpu_a_core(one_node(chosen.target)), *chosen.draft}))
     # vLLM's own binding keeps a core free for the process of its scheduler, where there are enough.
     reserved = int(environment.get("VLLM_CPU_NUM_OF_RESERVED_CPU") or (len(cpus) >= _ENOUGH_CORES))
     plan = plan_cores(cpus, draft_cpus, reserved=reserved)

@@ -19,7 +19,7 @@ from vllm_saguaro.messages import GONE, Admit, Miss, Outcome, Release, Stamp, St
 from vllm_saguaro.placement.channel import Channel
 
 _LONGEST_REST = 63
-"""Steps without learning anew, at most, for a draft side that refuses what it is told: it hangs, or is far behind."""
+"""Posts without learning anew, at most, for a draft side that refuses what it is told: it hangs, or is far behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class Speculator:
         self._left_out: set[str] = set()
         self._in_hand_at: float | None = None
         self._lost = False
+        self._unheard: list[Release] = []
         self._rest = 0
         self._refusals = 0
         self._warned = False
@@ -82,7 +83,7 @@ class Speculator:
             self.page.observe(counters.TARGET_WAIT, in_hand_at - known_at)
             if self._in_hand_at is not None:
                 self.page.observe(counters.VERIFY, known_at - self._in_hand_at)
-            self._in_hand_at = in_hand_at
+        self._in_hand_at = in_hand_at if step.outcomes else None
         return drafts
 
     def _turn(self, row: Verified, step: Step, most: int) -> tuple[int, ...]:
@@ -184,20 +185,22 @@ class Speculator:
     def _post(self, step: Step) -> None:
         """Tell the draft side. What it refuses it will never see: those requests are forgotten, and learnt anew later.
 
-        Each text goes in a frame of its own, so that one which finds no room takes nothing else with it.
+        Each text goes in a frame of its own, so that one which finds no room takes nothing else with it. Releases are
+        said again until they are taken: the draft side holds memory for those requests.
         """
         texts, step.admits = step.admits, []
-        refused = [] if not step or self.channel.post(step) else [outcome.stamp for outcome in step.outcomes]
-        for admit in texts:
-            if refused or not self.channel.post(Step(admits=[admit])):
-                refused.append(admit.stamp)
-        if not refused:
+        step.releases = self._unheard + step.releases
+        taken = not step or self.channel.post(step)
+        self._unheard = [] if taken or not self.channel.alive else step.releases
+        refused = [] if taken else [outcome.stamp for outcome in step.outcomes]
+        refused += [admit.stamp for admit in texts if not self.channel.post(Step(admits=[admit]))]
+        if taken and not refused:
             if self._rest:
                 self._rest -= 1
             elif texts or step:
                 self._refusals = 0
             return
-        self._rest = min(2**self._refusals - 1, _LONGEST_REST)
+        self._rest = min(2 ** min(self._refusals, 6) - 1, _LONGEST_REST)
         self._refusals += 1
         slots = {stamp.slot for stamp in refused}
         for request_id in [r for r, request in self._requests.items() if request.stamp.slot in slots]:

@@ -138,6 +138,7 @@ class DraftLoop:
         if old is not None:
             self._leave(old)
         if not self._can_hold(admit.token_ids):
+            self._publish(Table(dataclasses.replace(admit.stamp, round=GONE), [], [], []))
             return
         trunk = self.engine.admit(list(admit.token_ids), admit.temperature)
         self._entries[admit.stamp.slot] = Entry(admit.stamp, trunk, time.perf_counter())

@@ -19,7 +19,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vllm_saguaro.messages import Step, Table
 from vllm_saguaro.placement.channel import DraftFailed
@@ -69,6 +69,8 @@ class ProcessChannel:
         with contextlib.suppress(BrokenPipeError):  # it ended at once: `wait_until_ready` says so
             self._process.stdin.write(json.dumps(start).encode() + b"\n")
             self._process.stdin.flush()
+        # Should this object be dropped without `close`, the end of the pipe still ends the child.
+        self._finalizer = weakref.finalize(self, _close_quietly, self._process.stdin)
         self.alive = True
         self._closed = False
         self._max_length = 0
@@ -116,8 +118,7 @@ class ProcessChannel:
         if self._closed:
             return
         self._closed, self.alive = True, False
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._finalizer()
         try:
             self._process.wait(_END_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -136,6 +137,11 @@ class ProcessChannel:
         except OSError:
             return 0
         return int(pages) * mmap.PAGESIZE
+
+
+def _close_quietly(pipe: IO[bytes]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # what was still to be flushed to a child that has ended
+        pipe.close()
 
 
 def _watch(process: subprocess.Popen[bytes], channel: weakref.ref[ProcessChannel]) -> None:

@@ -41,7 +41,7 @@ def expand(
 ) -> None:
     """Repeat each entry of `input_val` [B] for its tokens, into `output` [T]; `cu_num_tokens` [B] counts them up.
 
-    Entries equal to `replace_from` become `replace_to`. The names are those of the kernel, which is called by keyword.
+    Entries equal to `replace_from` become `replace_to`. Parameters in the order of the kernel's.
     """
     counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1))
     output.copy_(torch.where(input_val == replace_from, replace_to, input_val).repeat_interleave(counts))

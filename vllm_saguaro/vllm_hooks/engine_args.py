@@ -179,7 +179,8 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
 
     # A schedule for K also keeps vLLM's scheduler from padding a request's first step with draft ids of -1 (0.32, 0.33:
     # `v1/core/sched/scheduler.py`), which the CPU's rejection kernel now and then accepts at temperature > 0.
-    passed.setdefault("num_speculative_tokens_per_batch_size", [(1, 1, config.num_speculative_tokens)])
+    if not passed.get("num_speculative_tokens_per_batch_size"):
+        passed["num_speculative_tokens_per_batch_size"] = [(1, 1, config.num_speculative_tokens)]
     speculative = _translate(engine_args, original, target, parallel, passed, align=draft_size != target_size)
     draft = speculative.draft_model_config
     config = dataclasses.replace(config, draft_max_length=_draft_limit(draft, target, passed, config))
@@ -215,6 +216,7 @@ def _plan_cores(config: SaguaroConfig) -> cores.CorePlan | None:
 
     None where the draft has no process: it then works in the target's thread, on the target's cores.
     """
+    cores.undo_in_frontend()
     if config.placement != "process":
         return None
     try:
@@ -229,9 +231,11 @@ def _draft_limit(draft: Any, target: Any, passed: dict[str, Any], config: Saguar
     vLLM has already lowered the draft's `max_model_len` to the target's.
     """
     limit = int(draft.max_model_len)
-    if passed.get("max_model_len") is not None:
-        return limit
-    trained = getattr(draft.hf_text_config, "max_position_embeddings", None) or limit
+    hf_config = draft.hf_text_config
+    rope = getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {}
+    if passed.get("max_model_len") is not None or rope.get("rope_type", "default") != "default":
+        return limit  # with scaled positions a longer limit may change how the draft computes the short texts too
+    trained = getattr(hf_config, "max_position_embeddings", None) or limit
     return max(limit, min(int(trained), target.max_model_len + config.num_speculative_tokens + 1))
 
 

@@ -6,8 +6,9 @@ target (`load_model`), is told of each step before the forward (`execute_model`)
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,42 +44,44 @@ class SaguaroWorker(CPUWorker):
         compatibility.check_seams(compatibility.WORKER)
         self._options: dict[str, Any] = getattr(vllm_config.speculative_config, OPTIONS_ATTRIBUTE)
         self._former: tuple[tuple[int, ...], int] | None = None
+        self._channel: Channel | None = None
         plan = self._options["cores"]
-        if plan and plan["bind_target"]:
-            self._former = cores.allowed_cpus(), torch.get_num_threads()
-            _bind(plan["target"], len(plan["target"]))
-        super().__init__(*args, **kwargs)
+        with self._all_or_nothing():
+            if plan and plan["bind_target"]:
+                self._former = cores.allowed_cpus(), torch.get_num_threads()
+                _bind(plan["target"], len(plan["target"]))
+            super().__init__(*args, **kwargs)
 
     def init_device(self) -> None:
         """Make the runner, start the draft side, and put it where the runner's own drafter was."""
-        super().init_device()
-        config = SaguaroConfig.from_dict(self._options)
-        slots = SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs
-        shape = MailboxShape(
-            slots=slots,
-            branches=config.branches,
-            num_speculative_tokens=config.num_speculative_tokens,
-            ring_bytes=(4 << 20) + 8 * self.model_config.max_model_len,
-        )
-        self._channel = self._open_channel(config, shape)
-        page = attach_page(self._options.get("counters"))
-        speculator = Speculator(self._channel, slots, config.num_speculative_tokens, page, logger)
-        self._drafter = runner_v1.install(self.model_runner, speculator)
-        cpu_sampler.mend(self.model_runner)
+        with self._all_or_nothing():
+            super().init_device()
+            config = SaguaroConfig.from_dict(self._options)
+            slots = SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs
+            shape = MailboxShape(
+                slots=slots,
+                branches=config.branches,
+                num_speculative_tokens=config.num_speculative_tokens,
+                ring_bytes=(4 << 20) + 8 * self.model_config.max_model_len,
+            )
+            self._channel = self._open_channel(config, shape)
+            self._page = attach_page(self._options.get("counters"))
+            speculator = Speculator(self._channel, slots, config.num_speculative_tokens, self._page, logger)
+            self._drafter = runner_v1.install(self.model_runner, speculator)
+            cpu_sampler.mend(self.model_runner)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
-        """Load the target while the draft loads elsewhere; when either fails, nothing of the draft is left behind."""
-        try:
+        """Load the target while the draft loads elsewhere."""
+        with self._all_or_nothing():
             super().load_model(load_dummy_weights=load_dummy_weights)
-        except BaseException:
-            self._channel.close()
-            raise
 
     def determine_available_memory(self) -> int:
         """Leave what the draft process has, and its KV budget, out of what the target's KV cache may take."""
-        if self.cache_config.kv_cache_memory_bytes is None:
-            self.requested_cpu_memory -= DRAFT_KV_BYTES + self._channel.resident_bytes
-        return super().determine_available_memory()
+        with self._all_or_nothing():
+            if self.cache_config.kv_cache_memory_bytes is None:
+                assert self._channel is not None
+                self.requested_cpu_memory -= DRAFT_KV_BYTES + self._channel.resident_bytes
+            return super().determine_available_memory()
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Tell the draft side who came and who left, then run the target."""
@@ -87,10 +90,24 @@ class SaguaroWorker(CPUWorker):
 
     def shutdown(self) -> None:
         """End the draft side with the worker."""
-        if hasattr(self, "_channel") and self._channel.alive:
-            self._channel.close()
+        if self._channel is not None:
             self._report()
+        self._undo()
         super().shutdown()
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """A part of the start that, when it fails, leaves neither a draft process nor a bound thread behind."""
+        try:
+            yield
+        except BaseException:
+            self._undo()
+            raise
+
+    def _undo(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
         if self._former is not None:
             _bind(*self._former)
             self._former = None
@@ -122,9 +139,7 @@ class SaguaroWorker(CPUWorker):
         }
 
     def _report(self) -> None:
-        if not hasattr(self, "_drafter"):
-            return
-        page = self._drafter.speculator.page
+        page = self._page
         if page.value(counters.HITS):
             logger.info(
                 "Saguaro: hit rate %.3f, draft round %.2f ms, verify pass %.2f ms, the target waited %.0f us a step.",

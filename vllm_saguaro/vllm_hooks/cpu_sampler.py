@@ -7,7 +7,8 @@
    whose top-k then fails on empty logits, which ends the engine.
 3. `v1/core/sched/scheduler.py`: drafts of -1 as padding, see `engine_args.py`.
 
-1 and 2 are mended here, through the door that vLLM has for replacing kernels and on the runner that is ours.
+1 and 2 are mended here (1 for the whole process: a later engine in it has the right kernel too), through the door
+that vLLM has for replacing kernels and on the runner that is ours.
 """
 
 from __future__ import annotations

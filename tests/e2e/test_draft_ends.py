@@ -61,7 +61,7 @@ def test_healthy_engines_log_no_error(process: Process) -> None:
 
 def test_shutdown_ends_the_draft(process: Process) -> None:
     assert process.draft_gone_after_shutdown
-    assert process.default.answer["shutdown_seconds"] < 3
+    assert process.default.answer["shutdown_seconds"] < 5  # beyond that it would have been ended by force
 
 
 def test_killing_the_engine_ends_the_draft(process: Process) -> None:

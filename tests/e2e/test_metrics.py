@@ -50,10 +50,11 @@ def test_every_hit_with_a_full_table_has_a_round_time(scenario: Scenario) -> Non
     assert scenario.metrics["vllm:saguaro_draft_round_seconds:count"] == full
 
 
-def test_the_target_hardly_waits_for_a_draft_in_a_process(process: Process) -> None:
+def test_the_target_does_not_wait_for_a_draft_in_a_process(process: Process) -> None:
     metrics = process.default["greedy, batch 1"].metrics
-    mean = metrics["vllm:saguaro_target_wait_seconds:sum"] / metrics["vllm:saguaro_target_wait_seconds:count"]
-    assert mean < 1e-3
+    waited = metrics["vllm:saguaro_target_wait_seconds:sum"] / metrics["vllm:saguaro_target_wait_seconds:count"]
+    verify = metrics["vllm:saguaro_verify_seconds:sum"] / metrics["vllm:saguaro_verify_seconds:count"]
+    assert waited < verify / 4  # a look-up, about a hundredth; a draft round is of the order of a verify pass
 
 
 def test_vllms_own_counters_go_on_counting(scenario: Scenario) -> None:

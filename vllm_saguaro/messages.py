@@ -27,6 +27,14 @@ class Stamp:
     generation: int
     round: int
 
+    def next(self) -> Stamp:
+        """The stamp after one more outcome."""
+        return Stamp(self.slot, self.generation, self.round + 1)
+
+    def gone(self) -> Stamp:
+        """The stamp of the table that says that the draft side no longer has this request."""
+        return Stamp(self.slot, self.generation, GONE)
+
 
 @dataclass(frozen=True, slots=True)
 class Admit:

@@ -7,7 +7,6 @@ drafts.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import GONE, Admit, Miss, Outcome, Release, Stamp, Step
+from vllm_saguaro.messages import Admit, Miss, Outcome, Release, Stamp, Step
 from vllm_saguaro.placement.channel import Channel
 
 _LONGEST_REST = 63
@@ -90,19 +89,19 @@ class Speculator:
         """Settle one row: find its outcome (k, t*) among the predicted ones, and note it for the draft side."""
         accepted, bonus = len(row.sampled) - 1, row.sampled[-1]
         request = self._requests.get(row.request_id)
-        if request is None or request.length + accepted + 1 != row.length or not self._fits(row):
+        if request is None or request.length + accepted + 1 != row.length or not self._fits(row.length):
             self._learn_anew(row, step)
             return self._miss(Miss.ABSENT)
         speculation = self._look_up(request, accepted, bonus)[:most]
         step.outcomes.append(Outcome(request.stamp, accepted, bonus, row.length, speculation))
         request.length = row.length
-        request.stamp = Stamp(request.stamp.slot, request.stamp.generation, request.stamp.round + 1)
+        request.stamp = request.stamp.next()
         return speculation
 
     def _look_up(self, request: _Request, accepted: int, bonus: int) -> tuple[int, ...]:
         table = self.channel.read(request.stamp.slot)
         if table is None or table.stamp != request.stamp:
-            gone = table is not None and table.stamp == dataclasses.replace(request.stamp, round=GONE)
+            gone = table is not None and table.stamp == request.stamp.gone()
             return self._miss(Miss.ABSENT if gone or not self.channel.alive else Miss.LATE)
         branch = table.find(accepted, bonus)
         if branch is None:
@@ -142,7 +141,7 @@ class Speculator:
     def _admit(self, request_id: str, tokens: Sequence[int], temperature: float, step: Step) -> None:
         if not self._free or not self.channel.alive:
             return
-        if len(tokens) + self._num_speculative_tokens + 1 > self.channel.max_length:
+        if not self._fits(len(tokens)):
             self._leave_out(request_id)
             return
         slot = self._free.pop()
@@ -163,13 +162,13 @@ class Speculator:
         if row.request_id in self._left_out or not self.channel.alive or self._rest:
             return
         self._release(row.request_id, step)
-        if not self._fits(row):
+        if not self._fits(row.length):
             self._leave_out(row.request_id)
         elif self._free:
             self._admit(row.request_id, row.tokens(), row.temperature(), step)
 
-    def _fits(self, row: Verified) -> bool:
-        return row.length + self._num_speculative_tokens + 1 <= self.channel.max_length
+    def _fits(self, length: int) -> bool:
+        return length + self._num_speculative_tokens + 1 <= self.channel.max_length
 
     def _leave_out(self, request_id: str) -> None:
         self._left_out.add(request_id)

@@ -6,13 +6,12 @@ between two forwards: the process placement looks into its mailbox, the inline p
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vllm_saguaro.drafting.engine import DraftEngine, Tree, Trunk
-from vllm_saguaro.messages import GONE, Admit, Outcome, Release, Stamp, Step, Table
+from vllm_saguaro.messages import Admit, Outcome, Release, Stamp, Step, Table
 
 MAX_ROWS_A_TREE = 256
 """Branches of all requests together; with more requests each gets fewer, so that a round stays a few forwards long."""
@@ -138,7 +137,7 @@ class DraftLoop:
         if old is not None:
             self._leave(old)
         if not self._can_hold(admit.token_ids):
-            self._publish(Table(dataclasses.replace(admit.stamp, round=GONE), [], [], []))
+            self._publish(Table(admit.stamp.gone(), [], [], []))
             return
         trunk = self.engine.admit(list(admit.token_ids), admit.temperature)
         self._entries[admit.stamp.slot] = Entry(admit.stamp, trunk, time.perf_counter())
@@ -163,11 +162,10 @@ class DraftLoop:
         ):
             # Too long, or the two sides no longer talk of the same text: better no table than a useless one.
             self._leave(self._entries.pop(outcome.stamp.slot))
-            self._publish(Table(dataclasses.replace(entry.stamp, round=GONE), [], [], []))
+            self._publish(Table(entry.stamp.gone(), [], [], []))
             return
         self.engine.settle(trunk, outcome.accepted, outcome.bonus, list(outcome.speculation))
-        stamp = Stamp(entry.stamp.slot, entry.stamp.generation, entry.stamp.round + 1)
-        entry.stamp, entry.known_at, entry.forked = stamp, time.perf_counter(), False
+        entry.stamp, entry.known_at, entry.forked = entry.stamp.next(), time.perf_counter(), False
 
     def _release(self, release: Release) -> None:
         entry = self._entries.get(release.stamp.slot)

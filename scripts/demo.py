@@ -28,7 +28,7 @@ from scripts.benchmark.tables import demo_table
 
 DEFAULTS = Settings(
     k=(4,),
-    branches=(12,),
+    branches=("auto",),
     prompts=12,
     tokens=64,
     repetitions=3,

@@ -16,13 +16,18 @@ from vllm_saguaro.cores import parse_cpus
 
 METHOD: Final = "saguaro"
 
-FAN_OUTS: Final = ("ranked", "geometric", "uniform")
+FAN_OUTS: Final = ("ranked", "uncalibrated", "geometric", "uniform")
 PLACEMENTS: Final = ("process", "inline")
-BACKUPS: Final = ("none",)
+BACKUPS: Final = ("auto", "none", "ngram", "jit")
+DRAFT_SAMPLE_METHODS: Final = ("coupled", "probabilistic", "greedy")
+AUTO: Final = "auto"
 MAX_BRANCHES: Final = 256
+AUTO_MAX_BRANCHES: Final = 48
+"""N at most where it chooses itself: beyond, a branch adds a percent of hits at most."""
+INLINE_BRANCHES: Final = 12
 MAX_SPECULATIVE_TOKENS: Final = 16
 
-OWN_KEYS: Final = ("branches", "fan_out", "placement", "draft_cpus", "backup")
+OWN_KEYS: Final = ("branches", "fan_out", "placement", "draft_cpus", "backup", "sampling_c", "adaptive")
 
 # vLLM's keys that mean for our draft what they mean for vLLM's own `draft_model`.
 VLLM_KEYS: Final = (
@@ -83,16 +88,25 @@ class SaguaroConfig:
     configuration has been read.
     """
 
-    branches: int = 12
+    branches: int | str = AUTO
     fan_out: str = "ranked"
     placement: str = "process"
     draft_cpus: str | None = None
-    backup: str = "none"
+    backup: str = AUTO
+    sampling_c: float | str = AUTO
+    adaptive: bool | None = None
+    draft_sample_method: str = "coupled"
     num_speculative_tokens: int = 4
     draft_max_length: int = 0
 
     def __post_init__(self) -> None:
-        _require_int("branches", self.branches, 1, MAX_BRANCHES)
+        if self.branches != AUTO:
+            _require_int("branches", self.branches, 1, MAX_BRANCHES, or_else=AUTO)
+        if self.sampling_c != AUTO:
+            _require_fraction("sampling_c", self.sampling_c)
+        if self.adaptive is not None and not isinstance(self.adaptive, bool):
+            raise SaguaroConfigError(f"adaptive must be true or false, not {_show(self.adaptive)}")
+        _require_choice("draft_sample_method", self.draft_sample_method, DRAFT_SAMPLE_METHODS)
         _require_int("num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
         _require_int("draft_max_length", self.draft_max_length, 0, None)
         _require_choice("fan_out", self.fan_out, FAN_OUTS)
@@ -100,6 +114,23 @@ class SaguaroConfig:
         _require_choice("backup", self.backup, BACKUPS)
         if self.draft_cpus is not None:
             _require_cpus(self.draft_cpus)
+
+    @property
+    def most_branches(self) -> int:
+        """N at most: what room is made for."""
+        if isinstance(self.branches, int):
+            return self.branches
+        return INLINE_BRANCHES if self.placement == "inline" else AUTO_MAX_BRANCHES
+
+    @property
+    def chooses_branches(self) -> bool:
+        """Whether N follows what is measured. Inline the target waits for any N: there is nothing to choose by."""
+        return self.branches == AUTO and self.placement != "inline"
+
+    @property
+    def chooses_itself(self) -> bool:
+        """Whether K, and whether to draft at all, follow what is measured. Not where the draft works inline."""
+        return self.placement != "inline" if self.adaptive is None else self.adaptive
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for JSON."""
@@ -135,6 +166,8 @@ def split_options(options: Mapping[Any, Any]) -> tuple[SaguaroConfig, dict[str, 
         own["draft_cpus"] = str(own["draft_cpus"])
     if "num_speculative_tokens" in passed:
         own["num_speculative_tokens"] = passed["num_speculative_tokens"]
+    # vLLM knows two of the three; its own drafter would take them for itself.
+    own |= {key: passed.pop(key) for key in ("draft_sample_method",) if key in passed}
     config = SaguaroConfig(**own)
     passed["num_speculative_tokens"] = config.num_speculative_tokens
     _check_vllm_values(passed)
@@ -165,13 +198,6 @@ def _check_vllm_values(passed: Mapping[str, Any]) -> None:
             'rejection_sample_method "block" is ignored by vLLM\'s CPU runner (it samples "standard"): write "standard"'
         )
     _require_choice("rejection_sample_method", rejection, ("standard",))
-    sampling = passed.get("draft_sample_method", "greedy")
-    if sampling == "probabilistic":
-        raise SaguaroConfigError(
-            'draft_sample_method "probabilistic" is not served yet: the drafts of this version are the draft model\'s '
-            'likeliest tokens, verified exactly at every temperature: write "greedy" or leave it out'
-        )
-    _require_choice("draft_sample_method", sampling, ("greedy",))
 
 
 def _refusal(key: object) -> str:
@@ -187,13 +213,24 @@ def _refusal(key: object) -> str:
     return f'unknown key "{key}" in the speculative config: write one of {", ".join(known)}'
 
 
-def _require_int(name: str, value: object, low: int, high: int | None) -> None:
-    """Whole numbers only; Python counts True as 1, a user does not."""
+def _require_int(name: str, value: object, low: int, high: int | None, or_else: str | None = None) -> None:
+    """Whole numbers only; Python counts True as 1, a user does not. `or_else`: a word that is allowed as well."""
     span = f"from {low} to {high}" if high is not None else f"of at least {low}"
+    span += f', or "{or_else}"' if or_else is not None else ""
     if isinstance(value, bool) or not isinstance(value, int):
         raise SaguaroConfigError(f"{name} must be a whole number, not {_show(value)}: write a number {span}")
     if value < low or (high is not None and value > high):
         raise SaguaroConfigError(f"{name} is out of range: {value}; write a number {span}")
+
+
+def _require_fraction(name: str, value: object) -> None:
+    """A number from 0 to 1, or "auto"."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SaguaroConfigError(
+            f'{name} must be a number, not {_show(value)}: write a number from 0 to 1, or "{AUTO}"'
+        )
+    if not 0 <= value <= 1:
+        raise SaguaroConfigError(f'{name} is out of range: {value}; write a number from 0 to 1, or "{AUTO}"')
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -14,16 +14,28 @@ from vllm_saguaro.messages import Miss
 BUCKETS = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 """Upper bounds of the time histograms, in seconds."""
 _BINS = len(BUCKETS) + 1
+_FIRST_BIN = 16
+"""Words before it are for counters and gauges."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counter:
-    """A count that only goes up. `label` is the value of the one label `cause`, or empty."""
+    """A count that only goes up. `label` is the value of the one label `label_name`, or empty."""
 
     name: str
     documentation: str
     word: int
     label: str = ""
+    label_name: str = "cause"
+
+
+@dataclass(frozen=True, slots=True)
+class Gauge:
+    """A number that goes up and down."""
+
+    name: str
+    documentation: str
+    word: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +57,37 @@ MISSES = {
     )
     for word, cause in enumerate(Miss, start=2)
 }
+BACKUPS = {
+    kind: Counter("saguaro_backups", "Missed outcomes that got drafts from elsewhere, by kind.", word, kind, "kind")
+    for word, kind in enumerate(("ngram", "jit"), start=5)
+}
+QUIET_STEPS = Counter("saguaro_quiet_steps", "Steps without any drafts, because drafting did not pay.", 7)
+DRAFTS = Gauge("saguaro_drafts", "Drafts of a request that are worth verifying now, at most K.", 8)
+BRANCHES = Gauge("saguaro_branches", "Outcomes that the newest table has drafts for.", 9)
 DRAFT_ROUND = Histogram(
-    "saguaro_draft_round_seconds", "From an outcome to the finished table of the next round, on the draft side.", 8
+    "saguaro_draft_round_seconds",
+    "From an outcome to the finished table of the next round, on the draft side.",
+    _FIRST_BIN,
 )
 TARGET_WAIT = Histogram(
     "saguaro_target_wait_seconds",
-    "From the outcomes of a step to the drafts in hand, on the target side.",
-    8 + _BINS + 1,
+    "From the outcomes of a step to the drafts of its hits in hand, on the target side.",
+    _FIRST_BIN + _BINS + 1,
 )
 VERIFY = Histogram(
     "saguaro_verify_seconds",
     "From the drafts in hand to the next outcomes: telling the draft side, scheduling, verify pass, sampling.",
-    8 + 2 * (_BINS + 1),
+    _FIRST_BIN + 2 * (_BINS + 1),
 )
-COUNTERS = (HITS, LATE_TABLES, *MISSES.values())
-HISTOGRAMS = (DRAFT_ROUND, TARGET_WAIT, VERIFY)
-PAGE_BYTES = 8 * (8 + len(HISTOGRAMS) * (_BINS + 1))
+BACKUP_WAIT = Histogram(
+    "saguaro_backup_wait_seconds",
+    "Waiting for just-in-time drafts in steps where every request missed.",
+    _FIRST_BIN + 3 * (_BINS + 1),
+)
+COUNTERS = (HITS, LATE_TABLES, *MISSES.values(), *BACKUPS.values(), QUIET_STEPS)
+GAUGES = (DRAFTS, BRANCHES)
+HISTOGRAMS = (DRAFT_ROUND, TARGET_WAIT, VERIFY, BACKUP_WAIT)
+PAGE_BYTES = 8 * (_FIRST_BIN + len(HISTOGRAMS) * (_BINS + 1))
 
 
 class CounterPage:
@@ -78,8 +105,12 @@ class CounterPage:
         self._words[histogram.word + bisect_left(BUCKETS, seconds)] += 1
         self._words[histogram.word + _BINS] += seconds
 
-    def value(self, counter: Counter) -> float:
-        """The count."""
+    def set(self, gauge: Gauge, value: float) -> None:
+        """Say what it is now."""
+        self._words[gauge.word] = value
+
+    def value(self, counter: Counter | Gauge) -> float:
+        """The count, or what it is now."""
         return self._words[counter.word]
 
     def bins(self, histogram: Histogram) -> list[float]:

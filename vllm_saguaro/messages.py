@@ -18,6 +18,9 @@ import numpy as np
 GONE = -1
 """The round of a table that says: the draft side no longer has this request."""
 
+GREEDY_BELOW = 1e-5
+"""Below this temperature a request is greedy (vLLM draws the line at the same place)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
@@ -36,15 +39,54 @@ class Stamp:
         return Stamp(self.slot, self.generation, GONE)
 
 
-@dataclass(frozen=True, slots=True)
-class Admit:
-    """A request enters (or re-enters after the draft lost it): its tokens so far, and how it samples.
+class Noise(StrEnum):
+    """Where the noise of a request's tokens comes from, if it is known beforehand (see `algorithm/noise.py`)."""
 
-    `temperature` is the request's; 0 is greedy. It only shapes the prediction of outcomes, never the output.
+    UNKNOWN = "unknown"
+    SEED = "seed"
+    """The generator that vLLM makes from the request's own seed."""
+    KEY = "key"
+    """A key that the target side gave the request, which had no seed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a request samples, as far as it helps the draft side. It shapes drafts and predictions, never the output.
+
+    `top_k` 0, `top_p` 1 and `min_p` 0 are off. Noise number i belongs to the text position `prompt_length + i`; `seed`
+    is the seed or the key that it comes from.
     """
 
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    noise: Noise = Noise.UNKNOWN
+    seed: int = 0
+    prompt_length: int = 0
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
+    def coupled(self) -> bool:
+        """Whether target and draft sample with the same known noise."""
+        return self.noise is not Noise.UNKNOWN and not self.greedy
+
+    @property
+    def cut(self) -> bool:
+        """Whether some tokens are out whatever the noise."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """A request enters (or re-enters after the draft lost it): its tokens so far, and how it samples."""
+
     stamp: Stamp
-    temperature: float
+    sampling: Sampling
     token_ids: tuple[int, ...]
 
 
@@ -52,10 +94,11 @@ class Admit:
 class Outcome:
     """What verification found in round `stamp.round`, and what is under verification next.
 
-    `accepted` is k: how many of the previous `speculation` were accepted. `bonus` is t*. `length` is the number of
-    tokens of the request with the bonus token (both sides check it: a mismatch means that they no longer talk of the
-    same text). `speculation` holds the drafts handed to vLLM for the next verification: those of the branch (k, t*)
-    on a hit, perhaps fewer than K when the table was late; none on a miss.
+    `accepted` is k: how many of the previous `speculation` were accepted; `verified` of them were in the pass at all
+    (the scheduler may take fewer). `bonus` is t*. `length` is the number of tokens of the request with the bonus token
+    (both sides check it: a mismatch means that they no longer talk of the same text). `speculation` holds the drafts
+    handed to vLLM for the next verification: those of the branch (k, t*) on a hit, perhaps fewer than K when the table
+    was late; those of the backup on a miss, or none.
     """
 
     stamp: Stamp
@@ -63,6 +106,21 @@ class Outcome:
     bonus: int
     length: int
     speculation: tuple[int, ...]
+    verified: int
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """The outcome (k, t*) of round `stamp.round` is known and had no drafts: `depth` of them, just in time.
+
+    The draft side answers with a table of the same stamp that has this outcome as its only branch. The `Outcome` itself
+    follows, with the drafts that were taken.
+    """
+
+    stamp: Stamp
+    accepted: int
+    bonus: int
+    depth: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +132,26 @@ class Release:
 
 @dataclass(slots=True)
 class Step:
-    """All that one step of the target has to tell the draft side, in the order admit, outcome, release."""
+    """All that one step of the target has to tell the draft side, in the order admit, want, outcome, release."""
 
     admits: list[Admit] = field(default_factory=list)
+    wants: list[Want] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     releases: list[Release] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.admits or self.outcomes or self.releases)
+        return bool(self.admits or self.wants or self.outcomes or self.releases)
+
+
+@dataclass(frozen=True, slots=True)
+class Proposals:
+    """q: what some tokens were drawn from, over the M candidates of each. Rows sum to 1.
+
+    tokens [..., M] int32; probabilities [..., M] float32, the very numbers that were drawn from.
+    """
+
+    tokens: np.ndarray
+    probabilities: np.ndarray
 
 
 @dataclass(slots=True)
@@ -90,7 +160,9 @@ class Table:
 
     `accepted[i]`, `bonus[i]` name branch i. `drafts[d][i]` is its d-th token: branches grow together, so the depth
     `len(drafts)` is the same for all; it reaches K when the round is finished and is a valid, shorter speculation
-    before. `seconds` is the time from the outcome that began the round to the newest depth.
+    before. `seconds` is the time from the outcome that began the round to the newest depth. `newest` is the q of the
+    newest depth [N, M], None where the drafts are certain; it is written by the draft side only, and read by
+    `Channel.proposals`. `version` tells tables of one stamp apart: a round may be begun anew, with other branches.
     """
 
     stamp: Stamp
@@ -98,6 +170,8 @@ class Table:
     bonus: Sequence[int]
     drafts: Sequence[Sequence[int] | np.ndarray]
     seconds: float = 0.0
+    newest: Proposals | None = None
+    version: int = 0
 
     def find(self, accepted: int, bonus: int) -> int | None:
         """The branch that predicted the outcome (accepted, bonus), or None: a miss."""

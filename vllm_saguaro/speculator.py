@@ -9,121 +9,201 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from vllm_saguaro import counters
+from vllm_saguaro.backups import Backups
 from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import Admit, Miss, Outcome, Release, Stamp, Step
+from vllm_saguaro.messages import Admit, Miss, Outcome, Proposals, Release, Sampling, Stamp, Step
 from vllm_saguaro.placement.channel import Channel
+from vllm_saguaro.policy import Judged, Policy, Source
+from vllm_saguaro.turn import Drawn, Request, Turn, Verified
 
 _LONGEST_REST = 63
 """Posts without learning anew, at most, for a draft side that refuses what it is told: it hangs, or is far behind."""
 
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """One row of a step of the target.
-
-    `sampled`: the accepted drafts and then the bonus token; empty when the row was a piece of a prompt. `length`:
-    tokens of the request with them. `tokens` and `temperature` are asked for only when the draft side has to learn
-    the request anew.
-    """
-
-    request_id: str
-    sampled: Sequence[int]
-    length: int
-    tokens: Callable[[], Sequence[int]]
-    temperature: Callable[[], float]
-
-
-@dataclass(slots=True)
-class _Request:
-    """What the target side knows of a request that the draft side has."""
-
-    stamp: Stamp
-    length: int
+_TELL_AFTER = 256
+"""Steps after which the log has what was chosen."""
 
 
 class Speculator:
     """Drafts for a batch, from the speculation cache that a draft side fills."""
 
     def __init__(
-        self, channel: Channel, slots: int, num_speculative_tokens: int, page: CounterPage, log: logging.Logger
+        self,
+        channel: Channel,
+        slots: int,
+        num_speculative_tokens: int,
+        page: CounterPage,
+        log: logging.Logger,
+        policy: Policy,
     ) -> None:
         """`slots`: requests that the channel can hold tables for."""
         self.channel = channel
         self.page = page
+        self.policy = policy
+        self._backups = Backups(channel, page, policy)
         self._num_speculative_tokens = num_speculative_tokens
         self._log = log
-        self._requests: dict[str, _Request] = {}
+        self._requests: dict[str, Request] = {}
+        self._running: set[str] = set()
         self._free = list(range(slots - 1, -1, -1))
         self._generations = [0] * slots
         self._left_out: set[str] = set()
+        self._known_at: float | None = None
         self._in_hand_at: float | None = None
         self._lost = False
         self._unheard: list[Release] = []
         self._rest = 0
         self._refusals = 0
         self._warned = False
+        self._said_quiet = False
+        self._steps = 0
 
     # ---- one step of the loop ----------------------------------------------------------------------------------
 
-    def propose(self, rows: Sequence[Verified], most: int | None = None) -> list[list[int]]:
-        """The drafts to verify next, row by row, `most` at most (None: K); `[]` where there are none."""
+    def propose(
+        self, rows: Sequence[Verified], most: int | None = None, tokens_in: int | None = None
+    ) -> list[list[int]]:
+        """The drafts to verify next, row by row, `most` at most (None: K); `[]` where there are none.
+
+        `tokens_in`: tokens that the step fed, where it only decoded.
+        """
         known_at = time.perf_counter()
         self._notice_the_end()
-        step = Step()
-        most = self._num_speculative_tokens if most is None else most
-        drafts = [list(self._turn(row, step, most)) if row.sampled else [] for row in rows]
+        self._measure(rows, tokens_in, known_at)
+        if self.policy.resting(len(rows)):
+            self.page.add(counters.QUIET_STEPS)
+            self._in_hand_at = time.perf_counter()
+            return [[] for _ in rows]
+        worth = min(self._num_speculative_tokens if most is None else most, self.policy.drafts(len(rows)))
+        self.page.set(counters.DRAFTS, worth)
+        self._steps += 1
+        if self._steps == _TELL_AFTER:
+            self._tell(len(rows))
+
+        turns = [self._look_up(row) for row in rows if row.sampled]
+        found_at = time.perf_counter()
+        for turn in turns:
+            turn.speculation = turn.speculation[:worth]
+        self._backups.serve(turns, worth)
         in_hand_at = time.perf_counter()
+
+        step = Step()
+        for turn in turns:
+            self._settle(turn, step)
         self._post(step)
         if step.outcomes:
-            self.page.observe(counters.TARGET_WAIT, in_hand_at - known_at)
-            if self._in_hand_at is not None:
-                self.page.observe(counters.VERIFY, known_at - self._in_hand_at)
-        self._in_hand_at = in_hand_at if step.outcomes else None
-        return drafts
+            self.page.observe(counters.TARGET_WAIT, found_at - known_at)
+        if self.policy.quiet:
+            self._go_quiet(len(rows))
+        self._in_hand_at = in_hand_at
+        proposed = {turn.row.request_id: list(turn.speculation) for turn in turns}
+        return [proposed.get(row.request_id, []) for row in rows]
 
-    def _turn(self, row: Verified, step: Step, most: int) -> tuple[int, ...]:
-        """Settle one row: find its outcome (k, t*) among the predicted ones, and note it for the draft side."""
-        accepted, bonus = len(row.sampled) - 1, row.sampled[-1]
+    def _measure(self, rows: Sequence[Verified], tokens_in: int | None, known_at: float) -> None:
+        """Take in what this step was: its time, and what came of its drafts."""
+        before, self._known_at = self._known_at, known_at
+        if self._in_hand_at is not None and before is not None:
+            seconds, tokens_out = known_at - self._in_hand_at, sum(len(row.sampled) for row in rows)
+            self.page.observe(counters.VERIFY, seconds)
+            self.policy.observe_step(len(rows), tokens_in, tokens_out, seconds, known_at - before)
+        judged = []
+        for row in rows:
+            request = self._requests.get(row.request_id)
+            if row.sampled and row.verified and request is not None and request.drawn is not None:
+                judged.append(Judged(request.drawn.source, row.verified, len(row.sampled) - 1))
+        self.policy.observe_rows(judged, 0, 0)
+
+    def _look_up(self, row: Verified) -> Turn:
+        """Find the outcome (k, t*) of a row among the predicted ones."""
+        turn = Turn(row, len(row.sampled) - 1, row.sampled[-1])
         request = self._requests.get(row.request_id)
-        if request is None or request.length + accepted + 1 != row.length or not self._fits(row.length):
-            self._learn_anew(row, step)
-            return self._miss(Miss.ABSENT)
-        speculation = self._look_up(request, accepted, bonus)[:most]
-        step.outcomes.append(Outcome(request.stamp, accepted, bonus, row.length, speculation))
-        request.length = row.length
-        request.stamp = request.stamp.next()
-        return speculation
-
-    def _look_up(self, request: _Request, accepted: int, bonus: int) -> tuple[int, ...]:
+        if request is None or request.length + len(row.sampled) != row.length or not self._fits(row.length):
+            return self._miss(turn, Miss.ABSENT)
+        turn.request = request
         table = self.channel.read(request.stamp.slot)
         if table is None or table.stamp != request.stamp:
             gone = table is not None and table.stamp == request.stamp.gone()
-            return self._miss(Miss.ABSENT if gone or not self.channel.alive else Miss.LATE)
-        branch = table.find(accepted, bonus)
+            return self._miss(turn, Miss.ABSENT if gone or not self.channel.alive else Miss.LATE)
+        turn.wanted = True
+        self.page.set(counters.BRANCHES, len(table.bonus))
+        branch = table.find(turn.accepted, turn.bonus)
         if branch is None:
-            return self._miss(Miss.NOT_PREDICTED)
-        speculation = table.speculation(branch)
-        if not speculation:
-            return self._miss(Miss.LATE)
+            return self._miss(turn, Miss.NOT_PREDICTED)
+        turn.speculation = table.speculation(branch)
+        if not turn.speculation:
+            return self._miss(turn, Miss.LATE)
+        turn.drawn = Drawn(Source.CACHE, request.stamp, table.version, branch)
+        self.policy.observe_rows((), 1, 1)
         self.page.add(counters.HITS)
-        if len(speculation) < self._num_speculative_tokens:
+        if len(turn.speculation) < self._num_speculative_tokens:
             self.page.add(counters.LATE_TABLES)
         else:
             self.page.observe(counters.DRAFT_ROUND, table.seconds)
-        return speculation
+            self.policy.observe_round(len(turn.speculation), table.seconds)
+        return turn
 
-    def _miss(self, cause: Miss) -> tuple[int, ...]:
+    def _miss(self, turn: Turn, cause: Miss) -> Turn:
         self.page.add(counters.MISSES[cause])
-        return ()
+        if cause is not Miss.ABSENT:
+            self.policy.observe_rows((), 0, 1)
+        return turn
+
+    def _settle(self, turn: Turn, step: Step) -> None:
+        """Note the outcome of a row, and what it has under verification next, for the draft side."""
+        row, request = turn.row, turn.request
+        if request is None:
+            self._learn_anew(row, step)
+            return
+        step.outcomes.append(
+            Outcome(request.stamp, turn.accepted, turn.bonus, row.length, turn.speculation, row.verified)
+        )
+        request.length = row.length
+        request.stamp = request.stamp.next()
+        request.drawn = turn.drawn if turn.speculation else None
+
+    def proposals(self, request_id: str, count: int) -> Proposals | None:
+        """The q that the first `count` drafts under verification of a request were drawn from.
+
+        None: they are certain, or it is not known any more, which is as exact.
+        """
+        request = self._requests.get(request_id)
+        drawn = request.drawn if request is not None else None
+        if drawn is None or drawn.source is Source.NGRAM:
+            return None
+        return self.channel.proposals(drawn.stamp, drawn.version, drawn.branch, count)
+
+    def _tell(self, rows: int) -> None:
+        """Say once what was chosen."""
+        self._log.info(
+            "Saguaro, at %d running requests: %d of %d drafts verified, %d branches, hit rate %.2f; the others are in "
+            "the metrics vllm:saguaro_*.",
+            rows,
+            self.page.value(counters.DRAFTS),
+            self._num_speculative_tokens,
+            self.page.value(counters.BRANCHES),
+            self.policy.hit_rate,
+        )
+
+    def _go_quiet(self, rows: int) -> None:
+        """Drafting does not pay now: let the draft side forget everything, and rest."""
+        step = Step()
+        for request_id in list(self._requests):
+            self._release(request_id, step)
+        self._post(step)
+        if not self._said_quiet:
+            self._said_quiet = True
+            self._log.info(
+                "At %d running requests drafts cost more than they save here: decoding goes on without, and they are "
+                "tried again from time to time.",
+                rows,
+            )
 
     # ---- requests that come and go -----------------------------------------------------------------------------
 
-    def begin_step(self, arrived: Sequence[tuple[str, Sequence[int], float]], left: Sequence[str]) -> None:
-        """Before the target's pass: `arrived` as (request id, prompt tokens, temperature), `left` as request ids.
+    def begin_step(self, arrived: Sequence[tuple[str, Sequence[int], Sampling]], left: Sequence[str]) -> None:
+        """Before the target's pass: `arrived` as (request id, prompt tokens, sampling), `left` as request ids.
 
         The draft reads a prompt while the target does.
         """
@@ -131,14 +211,17 @@ class Speculator:
         step = Step()
         for request_id in left:
             self._release(request_id, step)
-        if not self._requests:
-            self._in_hand_at = None  # a pause between requests is no verify pass
-        for request_id, tokens, temperature in arrived:
+        self._running.difference_update(left)
+        if not self._running:
+            self._in_hand_at = self._known_at = None  # a pause between requests is no verify pass
+        for request_id, tokens, sampling in arrived:
+            self._running.add(request_id)
             self._release(request_id, step)  # an id that is used again, without its end having been seen
-            self._admit(request_id, tokens, temperature, step)
+            if not self.policy.quiet:
+                self._admit(request_id, tokens, sampling, step)
         self._post(step)
 
-    def _admit(self, request_id: str, tokens: Sequence[int], temperature: float, step: Step) -> None:
+    def _admit(self, request_id: str, tokens: Sequence[int], sampling: Sampling, step: Step) -> None:
         if not self._free or not self.channel.alive:
             return
         if not self._fits(len(tokens)):
@@ -147,8 +230,8 @@ class Speculator:
         slot = self._free.pop()
         self._generations[slot] += 1
         stamp = Stamp(slot, self._generations[slot], 0)
-        self._requests[request_id] = _Request(stamp, len(tokens))
-        step.admits.append(Admit(stamp, temperature, tuple(tokens)))
+        self._requests[request_id] = Request(stamp, len(tokens))
+        step.admits.append(Admit(stamp, sampling, tuple(tokens)))
 
     def _release(self, request_id: str, step: Step) -> None:
         self._left_out.discard(request_id)
@@ -165,7 +248,7 @@ class Speculator:
         if not self._fits(row.length):
             self._leave_out(row.request_id)
         elif self._free:
-            self._admit(row.request_id, row.tokens(), row.temperature(), step)
+            self._admit(row.request_id, row.tokens(), row.sampling(), step)
 
     def _fits(self, length: int) -> bool:
         return length + self._num_speculative_tokens + 1 <= self.channel.max_length
@@ -192,6 +275,8 @@ class Speculator:
         taken = not step or self.channel.post(step)
         self._unheard = [] if taken or not self.channel.alive else step.releases
         refused = [] if taken else [outcome.stamp for outcome in step.outcomes]
+        if self.channel.alive:
+            self._unheard += [Release(stamp) for stamp in refused]
         refused += [admit.stamp for admit in texts if not self.channel.post(Step(admits=[admit]))]
         if taken and not refused:
             if self._rest:

@@ -9,7 +9,7 @@ from typing import Any
 
 from scripts.benchmark.records import MODES
 from scripts.benchmark.settings import Settings, relative
-from vllm_saguaro.config import FAN_OUTS
+from vllm_saguaro.config import AUTO, DRAFT_SAMPLE_METHODS, FAN_OUTS
 
 
 def add_options(parser: argparse.ArgumentParser, defaults: Settings) -> None:
@@ -60,10 +60,24 @@ def add_options(parser: argparse.ArgumentParser, defaults: Settings) -> None:
     engines.add_argument(
         "--branches",
         nargs="+",
-        type=int,
+        type=branches,
         default=list(defaults.branches),
         metavar="N",
-        help=_help("saguaro's branches", defaults.branches),
+        help=_help('saguaro\'s branches, a number or "auto"', defaults.branches),
+    )
+    engines.add_argument(
+        "--sampling",
+        nargs="+",
+        choices=DRAFT_SAMPLE_METHODS,
+        default=list(defaults.sampling),
+        help=_help("saguaro's draft_sample_method", defaults.sampling),
+    )
+    engines.add_argument(
+        "--baseline-sampling",
+        nargs="+",
+        choices=("greedy", "probabilistic"),
+        default=list(defaults.baseline_sampling),
+        help=_help("draft_model's draft_sample_method", defaults.baseline_sampling),
     )
     engines.add_argument(
         "--fan-out",
@@ -153,6 +167,8 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         k=_unique(arguments.k),
         branches=_unique(arguments.branches),
         fan_out=_unique(arguments.fan_out),
+        sampling=_unique(arguments.sampling),
+        baseline_sampling=_unique(arguments.baseline_sampling),
         options=dict(arguments.option),
         prompts=arguments.prompts,
         tokens=arguments.tokens,
@@ -174,6 +190,11 @@ def _help(text: str, default: object) -> str:
     if isinstance(default, tuple):
         default = " ".join(map(str, default))
     return f"{text} (default: {'no' if default is None or default is False else default})"
+
+
+def branches(text: str) -> int | str:
+    """A number of branches, or "auto"."""
+    return text if text == AUTO else int(text)
 
 
 def cores(text: str) -> tuple[int, ...]:

@@ -15,14 +15,19 @@ SCHEMA = 1
 """Version of the JSON format; a reader refuses any other."""
 
 
+_USUAL_SAMPLING = {"plain": "", "draft_model": "greedy", "saguaro": "coupled"}
+"""The `draft_sample_method` that a name does not mention."""
+
+
 @dataclass(frozen=True)
 class Engine:
-    """One vLLM engine: what cannot change without loading it anew. `k`, `branches`, `fan_out` only where they apply."""
+    """One vLLM engine: what cannot change without loading it anew. All but `mode` only where they apply."""
 
     mode: str
     k: int = 0
-    branches: int = 0
+    branches: int | str = 0
     fan_out: str = ""
+    sampling: str = ""
 
     @property
     def name(self) -> str:
@@ -34,6 +39,8 @@ class Engine:
             parts.append(f"N={self.branches}")
         if self.fan_out:
             parts.append(self.fan_out)
+        if self.sampling not in ("", _USUAL_SAMPLING[self.mode]):
+            parts.append(self.sampling)
         return " ".join(parts)
 
 

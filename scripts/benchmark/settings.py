@@ -32,8 +32,10 @@ class Settings:
     batch: tuple[int, ...] = (1,)
     temperature: tuple[float, ...] = (0.0,)
     k: tuple[int, ...] = (4,)
-    branches: tuple[int, ...] = (12,)
+    branches: tuple[int | str, ...] = ("auto",)
     fan_out: tuple[str, ...] = ("ranked",)
+    sampling: tuple[str, ...] = ("coupled",)
+    baseline_sampling: tuple[str, ...] = ("greedy",)
     options: dict[str, Any] = field(default_factory=dict)
     prompts: int = 24
     tokens: int = 96
@@ -79,13 +81,14 @@ class Settings:
             if mode == "plain":
                 found.append(Engine("plain"))
             elif mode == "draft_model":
-                found += [Engine("draft_model", k) for k in self.k]
+                found += [Engine("draft_model", k, sampling=way) for k in self.k for way in self.baseline_sampling]
             else:
                 found += [
-                    Engine("saguaro", k, branches, fan_out)
+                    Engine("saguaro", k, branches, fan_out, sampling)
                     for k in self.k
                     for branches in self.branches
                     for fan_out in self.fan_out
+                    for sampling in self.sampling
                 ]
         return found
 
@@ -149,6 +152,7 @@ class Settings:
                 "method": engine.mode,
                 "model": str(draft),
                 "num_speculative_tokens": engine.k,
+                "draft_sample_method": engine.sampling,
             }
         if engine.mode == "saguaro":
             arguments["speculative_config"] |= {

@@ -68,6 +68,11 @@ class Worker:
         speculation = order["llm"].get("speculative_config") or {}
         is_draft_model = speculation.get("method") == "draft_model"
         self.stopwatch = watch_drafting(self.llm) if is_draft_model else Stopwatch()
+        if is_draft_model:
+            # Without it vLLM reads temperatures from uninitialised memory on a CPU: no baseline at T > 0.
+            from vllm_saguaro.vllm_hooks import cpu_sampler
+
+            cpu_sampler.mend_kernel()
         tokenizer = self.llm.get_tokenizer()
         longest = order["prompt_tokens"]
         # The end of a long prompt, not its beginning: the text should go on from there.

@@ -63,8 +63,13 @@ FAN_OUTS: dict[str, Json] = {
 }
 
 
+# Drafts that are the draft model's likeliest tokens, from the cache alone: those can be compared with draft_model's,
+# and judged one by one. The other kinds have their own tests (tests/exactness/test_end_to_end.py, test_requests.py).
+INLINE: Json = {"placement": "inline", "branches": 12, "backup": "none", "draft_sample_method": "greedy"}
+
+
 def inline_engines() -> list[Json]:
-    options = BASE | saguaro(placement="inline")
+    options = BASE | saguaro(**INLINE)
     default = [
         *common(),
         *(plans.samples(variant) for variant in plans.VARIANTS if "top_k" not in variant),
@@ -73,7 +78,7 @@ def inline_engines() -> list[Json]:
         *(plans.greedy(8, name=how, sabotage=how) for how in ("no_copy", "wrong_branch")),
     ]
     fan_outs = [
-        {"options": BASE | saguaro(placement="inline", **keys), "scenarios": [plans.greedy(8, count=8)]}
+        {"options": BASE | saguaro(**INLINE | keys), "scenarios": [plans.greedy(8, count=8)]}
         for keys in FAN_OUTS.values()
     ]
     ragged = {"options": options | plans.RAGGED, "scenarios": [plans.ragged_arrivals()]}
@@ -83,7 +88,7 @@ def inline_engines() -> list[Json]:
 def top_k_engine() -> Json:
     """An engine of its own: vLLM's CPU sampler cannot take top_k where no row of a batch has drafts."""
     scenarios = [plans.samples(variant) for variant in plans.VARIANTS if "top_k" in variant]
-    return {"options": BASE | saguaro(placement="inline"), "scenarios": [*scenarios, plans.only_top_k()]}
+    return {"options": BASE | saguaro(**INLINE), "scenarios": [*scenarios, plans.only_top_k()]}
 
 
 @pytest.fixture(scope="session")

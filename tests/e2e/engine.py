@@ -6,7 +6,7 @@ to standard output goes to standard error.
 
 A scenario has a `kind`:
 
-    batches   `prompts` in turn, `batch` at a time, through `LLM.generate`
+    batches   `prompts` in turn, `batch` at a time, through `LLM.generate`; `adapters`: a LoRA's folder each, or null
     stops     greedy texts, then the same prompts again with stops that lie inside those texts
     arrivals  `requests` that come step by step through `llm.llm_engine`, with aborts, and `events` at given steps
 
@@ -152,6 +152,7 @@ def speculator_slots(speculator: Any) -> int:
 def run_batches(engine: Engine, scenario: Json) -> list[Json]:
     prompts, params = scenario["prompts"], scenario["params"]
     each = params if isinstance(params, list) else [params] * len(prompts)
+    adapters = [adapter(folder) for folder in scenario.get("adapters", [None] * len(prompts))]
     size = scenario.get("batch") or len(prompts)
     results: list[Json] = []
     for at in range(0, len(prompts), size):
@@ -159,6 +160,7 @@ def run_batches(engine: Engine, scenario: Json) -> list[Json]:
             [as_prompt(prompt) for prompt in prompts[at : at + size]],
             [sampling(one) for one in each[at : at + size]],
             use_tqdm=False,
+            lora_request=adapters[at : at + size],
         )
         results += [describe(output) for output in done]
     return results
@@ -260,14 +262,28 @@ def as_prompt(prompt: str | list[int]) -> Any:
 
 def sampling(params: Json) -> Any:
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
-    return SamplingParams(**({"temperature": 0.0} | params))
+    asked: Json = {"temperature": 0.0} | params
+    if "structured_outputs" in asked:
+        asked["structured_outputs"] = StructuredOutputsParams(**asked["structured_outputs"])
+    if "logit_bias" in asked:  # JSON has no numbers as keys
+        asked["logit_bias"] = {int(token): bias for token, bias in asked["logit_bias"].items()}
+    return SamplingParams(**asked)
+
+
+def adapter(folder: str | None) -> Any:
+    """A request for the LoRA in this folder, whose name ends in its number: 1, 2, ..."""
+    from vllm.lora.request import LoRARequest
+
+    return folder and LoRARequest(folder, int(folder.rpartition("-")[2]), folder)
 
 
 def describe(output: Any) -> Json:
     return {
         "request_id": output.request_id,
         "prompt_length": len(output.prompt_token_ids),
+        "prompt_logprobs": scores(output.prompt_logprobs),
         "outputs": [
             {
                 "token_ids": list(one.token_ids),
@@ -275,17 +291,25 @@ def describe(output: Any) -> Json:
                 "finish_reason": one.finish_reason,
                 "stop_reason": one.stop_reason,
                 "gaps": list(gaps(one.logprobs)) if one.logprobs else None,
+                "logprobs": scores(one.logprobs),
             }
             for one in output.outputs
         ],
     }
 
 
+def scores(logprobs: Any) -> list[dict[int, tuple[float, int]]] | None:
+    """Token -> (log-probability, rank), position by position; nothing for a prompt's first token."""
+    if not logprobs:
+        return None
+    return [{token: (one.logprob, one.rank) for token, one in (position or {}).items()} for position in logprobs]
+
+
 def gaps(logprobs: Any) -> Iterator[float]:
-    """How far the likeliest token was ahead of the second, token by token."""
+    """How far the likeliest token was ahead of the second, where two are known, token by token."""
     for position in logprobs:
-        first, second = sorted((entry.logprob for entry in position.values()), reverse=True)[:2]
-        yield first - second
+        ranked = sorted((entry.logprob for entry in position.values()), reverse=True)
+        yield ranked[0] - ranked[1] if len(ranked) > 1 else float("inf")
 
 
 if __name__ == "__main__":

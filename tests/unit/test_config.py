@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_saguaro.config import REFUSED_KEYS, SaguaroConfig, SaguaroConfigError, split_options
+from vllm_saguaro.config import AUTO_MAX_BRANCHES, REFUSED_KEYS, SaguaroConfig, SaguaroConfigError, split_options
 
 
 def refusal(**options: Any) -> str:
@@ -33,18 +33,41 @@ def test_own_keys_and_vllm_keys_are_told_apart() -> None:
         "fan-out": "uniform",
         "placement": "inline",
         "draft_cpus": "2-3,6",
+        "backup": "jit",
+        "sampling_c": 0.25,
+        "adaptive": True,
+        "draft-sample-method": "probabilistic",
         "quantization": None,
         "enforce_eager": True,
     }
     before = dict(written)
     config, passed = split_options(written)
-    assert config == SaguaroConfig(24, "uniform", "inline", "2-3,6", "none", 5)
+    assert config == SaguaroConfig(
+        branches=24,
+        fan_out="uniform",
+        placement="inline",
+        draft_cpus="2-3,6",
+        backup="jit",
+        sampling_c=0.25,
+        adaptive=True,
+        draft_sample_method="probabilistic",
+        num_speculative_tokens=5,
+    )
     assert passed == {"model": "draft", "num_speculative_tokens": 5, "enforce_eager": True}
     assert written == before
 
 
 def test_options_cross_processes_as_json() -> None:
-    config = SaguaroConfig(branches=6, draft_cpus="1", num_speculative_tokens=3, draft_max_length=2048)
+    config = SaguaroConfig(
+        branches=6,
+        draft_cpus="1",
+        backup="ngram",
+        sampling_c=0.5,
+        adaptive=False,
+        draft_sample_method="greedy",
+        num_speculative_tokens=3,
+        draft_max_length=2048,
+    )
     travelled = json.loads(json.dumps({**config.to_dict(), "draft": {"model": "x"}}))
     assert SaguaroConfig.from_dict(travelled) == config
 
@@ -81,11 +104,11 @@ def test_keys_without_a_meaning_here_are_refused_by_name(key: str) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"branches": 0}, "branches is out of range: 0; write a number from 1 to 256"),
-        ({"branches": 257}, "branches is out of range: 257; write a number from 1 to 256"),
-        ({"branches": "12"}, 'branches must be a whole number, not "12": write a number from 1 to 256'),
-        ({"branches": True}, "branches must be a whole number, not True: write a number from 1 to 256"),
-        ({"branches": 1.5}, "branches must be a whole number, not 1.5: write a number from 1 to 256"),
+        ({"branches": 0}, 'branches is out of range: 0; write a number from 1 to 256, or "auto"'),
+        ({"branches": 257}, 'branches is out of range: 257; write a number from 1 to 256, or "auto"'),
+        ({"branches": "12"}, 'branches must be a whole number, not "12": write a number from 1 to 256, or "auto"'),
+        ({"branches": True}, 'branches must be a whole number, not True: write a number from 1 to 256, or "auto"'),
+        ({"branches": 1.5}, 'branches must be a whole number, not 1.5: write a number from 1 to 256, or "auto"'),
         (
             {"num_speculative_tokens": 17},
             "num_speculative_tokens is out of range: 17; write a number from 1 to 16",
@@ -94,11 +117,23 @@ def test_keys_without_a_meaning_here_are_refused_by_name(key: str) -> None:
         (
             {"fan_out": "geometrc"},
             'fan_out: "geometrc" is not a known value (did you mean "geometric"?): '
-            'write "ranked" or "geometric" or "uniform"',
+            'write "ranked" or "uncalibrated" or "geometric" or "uniform"',
         ),
         ({"placement": "ray"}, 'placement: "ray" is not a known value: write "process" or "inline"'),
         ({"placement": 3}, 'placement: 3 is not a known value: write "process" or "inline"'),
-        ({"backup": "ngram"}, 'backup: "ngram" is not a known value: write "none"'),
+        ({"branches": "Auto"}, 'branches must be a whole number, not "Auto"'),
+        (
+            {"backup": "n-gram"},
+            'backup: "n-gram" is not a known value (did you mean "ngram"?): write "auto" or "none" or "ngram" or "jit"',
+        ),
+        ({"backup": None}, "backup: None is not a known value"),
+        ({"sampling_c": -0.1}, 'sampling_c is out of range: -0.1; write a number from 0 to 1, or "auto"'),
+        ({"sampling_c": 1.5}, 'sampling_c is out of range: 1.5; write a number from 0 to 1, or "auto"'),
+        ({"sampling_c": float("nan")}, 'sampling_c is out of range: nan; write a number from 0 to 1, or "auto"'),
+        ({"sampling_c": "0.5"}, 'sampling_c must be a number, not "0.5": write a number from 0 to 1, or "auto"'),
+        ({"sampling_c": True}, 'sampling_c must be a number, not True: write a number from 0 to 1, or "auto"'),
+        ({"adaptive": "yes"}, 'adaptive must be true or false, not "yes"'),
+        ({"adaptive": 1}, "adaptive must be true or false, not 1"),
         ({"draft_cpus": 1.5}, 'draft_cpus must be a string, not 1.5: write for example "3" or "2-3,6"'),
         ({"max_model_len": 0}, "max_model_len is out of range: 0; write a number of at least 1"),
         ({"enforce_eager": "yes"}, 'enforce_eager must be true or false, not "yes"'),
@@ -109,8 +144,10 @@ def test_keys_without_a_meaning_here_are_refused_by_name(key: str) -> None:
         ({"rejection_sample_method": "fly"}, '"fly" changes the output'),
         ({"rejection_sample_method": "block"}, '"block" is ignored by vLLM\'s CPU runner'),
         ({"rejection_sample_method": "x"}, 'rejection_sample_method: "x" is not a known value: write "standard"'),
-        ({"draft_sample_method": "probabilistic"}, '"probabilistic" is not served yet'),
-        ({"draft_sample_method": "x"}, 'draft_sample_method: "x" is not a known value: write "greedy"'),
+        (
+            {"draft_sample_method": "gumbel"},
+            'draft_sample_method: "gumbel" is not a known value: write "coupled" or "probabilistic" or "greedy"',
+        ),
     ],
 )
 def test_a_wrong_value_gets_one_line(options: dict[str, Any], expected: str) -> None:
@@ -129,3 +166,42 @@ def test_draft_cpus_that_do(text: str) -> None:
 
 def test_a_long_value_is_cut() -> None:
     assert len(refusal(placement="x" * 500 + "\nsecond line")) < 200
+
+
+def test_everything_that_can_choose_itself_does_so_by_default() -> None:
+    config = SaguaroConfig()
+    assert (config.branches, config.backup, config.sampling_c, config.adaptive) == ("auto", "auto", "auto", None)
+    assert (config.draft_sample_method, config.fan_out) == ("coupled", "ranked")
+
+
+def test_room_is_made_for_the_branches_that_may_be_chosen() -> None:
+    assert SaguaroConfig().most_branches == SaguaroConfig(branches="auto").most_branches == AUTO_MAX_BRANCHES
+    assert SaguaroConfig(branches=7).most_branches == 7
+    assert SaguaroConfig(branches=256).most_branches == 256
+
+
+@pytest.mark.parametrize(
+    ("adaptive", "placement", "chooses"),
+    [
+        (None, "process", True),
+        (None, "inline", False),
+        (True, "inline", True),
+        (False, "process", False),
+        (False, "inline", False),
+    ],
+)
+def test_whether_k_follows_what_is_measured(adaptive: bool | None, placement: str, chooses: bool) -> None:
+    assert SaguaroConfig(adaptive=adaptive, placement=placement).chooses_itself is chooses
+
+
+@pytest.mark.parametrize("backup", ["auto", "none", "ngram", "jit"])
+@pytest.mark.parametrize("method", ["coupled", "probabilistic", "greedy"])
+@pytest.mark.parametrize("sampling_c", [0, 1, 0.5, "auto"])
+def test_the_words_that_are_known(backup: str, method: str, sampling_c: float | str) -> None:
+    config, passed = split_options({"backup": backup, "draft_sample_method": method, "sampling_c": sampling_c})
+    assert (config.backup, config.draft_sample_method, config.sampling_c) == (backup, method, sampling_c)
+    assert passed == {"num_speculative_tokens": 4}, "vLLM would take draft_sample_method for its own drafter"
+
+
+def test_what_vllm_says_when_nothing_was_written_is_our_default() -> None:
+    assert split_options({"draft_sample_method": None})[0] == SaguaroConfig()

@@ -3,28 +3,32 @@ from __future__ import annotations
 import pytest
 
 from vllm_saguaro import counters
-from vllm_saguaro.counters import BUCKETS, COUNTERS, HISTOGRAMS, PAGE_BYTES, CounterPage
+from vllm_saguaro.counters import BUCKETS, COUNTERS, GAUGES, HISTOGRAMS, PAGE_BYTES, CounterPage
 from vllm_saguaro.messages import Miss
 
 
 def test_a_new_page_is_all_zero() -> None:
     page = CounterPage()
     assert [page.value(counter) for counter in COUNTERS] == [0] * len(COUNTERS)
+    assert [page.value(gauge) for gauge in GAUGES] == [0] * len(GAUGES)
     for histogram in HISTOGRAMS:
         assert page.bins(histogram) == [0] * (len(BUCKETS) + 1)
         assert page.mean(histogram) == 0
     assert page.hit_rate == 0
 
 
-def test_no_counter_or_histogram_shares_a_word_with_another() -> None:
+def test_no_counter_gauge_or_histogram_shares_a_word_with_another() -> None:
     page = CounterPage()
     for i, counter in enumerate(COUNTERS):
         page.add(counter, i + 1)
+    for i, gauge in enumerate(GAUGES):
+        page.set(gauge, -1.0 - i)
     for i, histogram in enumerate(HISTOGRAMS):
         for bound in BUCKETS:
             page.observe(histogram, bound * (1 - 0.01 * i))
         page.observe(histogram, 2.0 + i)
     assert [page.value(counter) for counter in COUNTERS] == list(range(1, len(COUNTERS) + 1))
+    assert [page.value(gauge) for gauge in GAUGES] == [-1.0 - i for i in range(len(GAUGES))]
     for i, histogram in enumerate(HISTOGRAMS):
         assert page.bins(histogram) == [1] * (len(BUCKETS) + 1)
         assert page.total(histogram) == pytest.approx(sum(BUCKETS) * (1 - 0.01 * i) + 2.0 + i)
@@ -53,6 +57,9 @@ def test_the_hit_rate_is_of_all_outcomes_whatever_the_cause_of_a_miss() -> None:
     for cause in Miss:
         page.add(counters.MISSES[cause])
     page.add(counters.LATE_TABLES, 3)  # these are hits already
+    for backup in counters.BACKUPS.values():
+        page.add(backup)  # these are misses all the same
+    page.add(counters.QUIET_STEPS, 100)  # nothing was looked up
     assert page.hit_rate == pytest.approx(6 / 9)
 
 
@@ -68,4 +75,22 @@ def test_two_pages_over_one_buffer_see_the_same() -> None:
 def test_names_are_unique_but_for_the_label() -> None:
     names = [(counter.name, counter.label) for counter in COUNTERS]
     assert len(set(names)) == len(names)
+    levels = {metric.name for metric in (*GAUGES, *HISTOGRAMS)}
+    assert len(levels) == len(GAUGES) + len(HISTOGRAMS)
+    assert not levels & {name for name, _ in names}
     assert list(BUCKETS) == sorted(BUCKETS)
+
+
+def test_counters_that_share_a_name_share_the_name_of_their_label() -> None:
+    labels: dict[str, set[str]] = {}
+    for counter in COUNTERS:
+        labels.setdefault(counter.name, set()).add(counter.label_name if counter.label else "")
+    assert all(len(names) == 1 for names in labels.values())
+    assert {labels[counter.name].copy().pop() for counter in counters.BACKUPS.values()} == {"kind"}
+
+
+def test_a_gauge_is_what_was_said_last() -> None:
+    page = CounterPage()
+    for value in (4.0, 2.0, 3.0):
+        page.set(counters.DRAFTS, value)
+    assert page.value(counters.DRAFTS) == 3

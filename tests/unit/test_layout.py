@@ -15,10 +15,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cores": set(),
     "config": {"cores"},
     "counters": {"messages"},
-    "algorithm": {"config"},
-    "drafting": {"algorithm", "messages", "config"},
-    "placement": {"drafting", "messages", "config"},
-    "speculator": {"placement", "messages", "counters", "config"},
+    "algorithm": {"messages"},
+    "drafting": {"algorithm", "messages"},
+    "placement": {"drafting", "messages"},
+    "policy": {"algorithm", "messages", "counters"},
+    "turn": {"policy", "messages"},
+    "backups": {"turn", "policy", "placement", "messages", "counters"},
+    "speculator": {"backups", "turn", "policy", "placement", "messages", "counters"},
 }
 """What each room may import beside itself; `vllm_hooks` and `cli` may import everything."""
 LIGHT = ("__init__.py", "config.py", "cores.py", "messages.py", "counters.py")

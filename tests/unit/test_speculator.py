@@ -1,109 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-from collections.abc import Sequence
 
 import pytest
 
+from tests.unit.speculator_bench import PROMPT, Bench, K, admitted, arrived, outcomes, released
 from vllm_saguaro import counters
-from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import GONE, Admit, Miss, Outcome, Stamp, Step, Table
-from vllm_saguaro.placement.channel import Channel
-from vllm_saguaro.speculator import Speculator, Verified
-
-K = 3
-PROMPT = [1, 2, 3, 4, 5]
-
-
-class FakeChannel:
-    """A draft side that remembers what it was told and answers what it was given."""
-
-    max_length = 40
-    resident_bytes = 0
-
-    def __init__(self) -> None:
-        self.alive = True
-        self.taking = True
-        self.steps: list[Step] = []
-        self.tables: dict[int, Table] = {}
-
-    def post(self, step: Step) -> bool:
-        if not self.alive or not self.taking:
-            return False
-        self.steps.append(step)
-        return True
-
-    def read(self, slot: int) -> Table | None:
-        return self.tables.get(slot) if self.alive else None
-
-    def wait_until_ready(self) -> None:
-        pass
-
-    def close(self) -> None:
-        self.alive = False
-
-
-class Bench:
-    """A speculator, its fake draft side, its counters, and the text of each request."""
-
-    def __init__(self, slots: int = 2) -> None:
-        self.channel = FakeChannel()
-        self.page = CounterPage()
-        channel: Channel = self.channel
-        self.speculator = Speculator(channel, slots, K, self.page, logging.getLogger("saguaro-test"))
-        self.texts: dict[str, list[int]] = {}
-        self.asked: list[str] = []
-        """Requests whose tokens were asked for."""
-
-    def arrive(self, request_id: str, tokens: Sequence[int] = PROMPT, temperature: float = 0.5) -> None:
-        self.texts[request_id] = list(tokens)
-        self.speculator.begin_step([(request_id, tokens, temperature)], [])
-
-    def row(self, request_id: str, *sampled: int) -> Verified:
-        text = self.texts[request_id]
-        text += sampled
-
-        def tokens() -> list[int]:
-            self.asked.append(request_id)
-            return list(text)
-
-        return Verified(request_id, list(sampled), len(text), tokens, lambda: 0.25)
-
-    def propose(self, *rows: Verified) -> list[list[int]]:
-        return self.speculator.propose(rows)
-
-    def table(self, stamp: Stamp, *outcomes: tuple[int, int], depth: int = K) -> None:
-        """A table of these outcomes (k, t*); the drafts of branch i are i0, i1, i2."""
-        drafts = [[10 * i + d for i in range(len(outcomes))] for d in range(depth)]
-        self.channel.tables[stamp.slot] = Table(
-            stamp, [k for k, _ in outcomes], [t for _, t in outcomes], drafts, 0.003
-        )
-
-    def count(self) -> dict[str, float]:
-        found = {cause.value: self.page.value(counter) for cause, counter in counters.MISSES.items()}
-        found |= {"hits": self.page.value(counters.HITS), "late tables": self.page.value(counters.LATE_TABLES)}
-        return {name: value for name, value in found.items() if value}
-
-
-def arrived(**texts: Sequence[int]) -> Bench:
-    bench = Bench()
-    for request_id, tokens in (texts or {"a": PROMPT}).items():
-        bench.arrive(request_id, tokens)
-    return bench
-
-
-def admitted(bench: Bench) -> list[Admit]:
-    return [admit for step in bench.channel.steps for admit in step.admits]
-
-
-def outcomes(bench: Bench) -> list[Outcome]:
-    return [outcome for step in bench.channel.steps for outcome in step.outcomes]
-
-
-def next_round(stamp: Stamp) -> Stamp:
-    return Stamp(stamp.slot, stamp.generation, stamp.round + 1)
-
+from vllm_saguaro.messages import GONE, Miss, Outcome, Sampling, Stamp, Table
+from vllm_saguaro.policy import Policy, Source
 
 # ---- hits and misses ------------------------------------------------------------------------------------------------
 
@@ -111,7 +15,7 @@ def next_round(stamp: Stamp) -> Stamp:
 def test_a_request_is_admitted_with_its_prompt_before_the_targets_pass() -> None:
     bench = arrived()
     admit = admitted(bench)[0]
-    assert (admit.token_ids, admit.temperature, admit.stamp.round) == (tuple(PROMPT), 0.5, 0)
+    assert (admit.token_ids, admit.sampling, admit.stamp.round) == (tuple(PROMPT), Sampling(0.5), 0)
     assert admit.stamp.generation > 0  # a table that nobody wrote has generation 0
 
 
@@ -120,10 +24,10 @@ def test_a_hit_hands_over_the_drafts_and_tells_the_draft_side() -> None:
     stamp = admitted(bench)[0].stamp
     bench.table(stamp, (0, 30), (0, 31))
     assert bench.propose(bench.row("a", 31)) == [[10, 11, 12]]
-    assert outcomes(bench) == [Outcome(stamp, 0, 31, 6, (10, 11, 12))]
-    bench.table(next_round(stamp), (2, 7))
-    assert bench.propose(bench.row("a", 10, 11, 7)) == [[0, 1, 2]]
-    assert outcomes(bench)[1] == Outcome(next_round(stamp), 2, 7, 9, (0, 1, 2))
+    assert outcomes(bench) == [Outcome(stamp, 0, 31, 6, (10, 11, 12), 0)]
+    bench.table(stamp.next(), (2, 7))
+    assert bench.propose(bench.row("a", 10, 11, 7, verified=3)) == [[0, 1, 2]]
+    assert outcomes(bench)[1] == Outcome(stamp.next(), 2, 7, 9, (0, 1, 2), 3)
     assert bench.count() == {"hits": 2}
     assert bench.page.total(counters.DRAFT_ROUND) == pytest.approx(0.006)
     assert bench.asked == []
@@ -211,7 +115,7 @@ def test_an_unknown_request_is_learnt_with_its_tokens() -> None:
     assert bench.propose(bench.row("a", 31)) == [[]]
     assert bench.count() == {"absent": 1}
     admit = admitted(bench)[0]
-    assert (admit.token_ids, admit.temperature) == ((*PROMPT, 31), 0.25)
+    assert (admit.token_ids, admit.sampling) == ((*PROMPT, 31), Sampling(0.25, top_k=7))
     bench.table(admit.stamp, (0, 32))
     assert bench.propose(bench.row("a", 32)) == [[0, 1, 2]]
 
@@ -238,7 +142,7 @@ def test_an_id_that_is_used_again_is_another_request() -> None:
     new = admitted(bench)[1]
     assert new.token_ids == (9, 9)
     assert new.stamp != old
-    assert [release.stamp for step in bench.channel.steps for release in step.releases] == [old]
+    assert released(bench) == [old]
     bench.table(old, (0, 31))
     assert bench.propose(bench.row("a", 31)) == [[]]
 
@@ -293,9 +197,9 @@ def test_a_text_that_outgrows_the_draft_goes_on_without_and_frees_its_slot(caplo
     stamp = admitted(bench)[0].stamp
     bench.table(stamp, (0, 31))
     assert bench.propose(bench.row("a", 31)) == [[0, 1, 2]]  # 35 tokens, K drafts and the bonus token: 39
-    bench.table(next_round(stamp), (1, 5))
+    bench.table(stamp.next(), (1, 5))
     assert bench.propose(bench.row("a", 0, 5), bench.row("b", 9)) == [[], []]  # 37 tokens: 41
-    assert [release.stamp for release in bench.channel.steps[-1].releases] == [next_round(stamp)]
+    assert [release.stamp for release in bench.channel.steps[-1].releases] == [stamp.next()]
     bench.propose(bench.row("a", 6))
     assert len(caplog.records) == 1
     bench.arrive("c")
@@ -408,7 +312,7 @@ def test_a_schedule_for_k_cuts_what_is_handed_over_and_the_draft_side_hears_of_i
     bench = arrived(a=PROMPT)
     (stamp,) = [admit.stamp for admit in admitted(bench)]
     bench.table(stamp, (0, 31))
-    assert bench.speculator.propose([bench.row("a", 31)], 2) == [[0, 1]]
+    assert bench.propose(bench.row("a", 31), most=2) == [[0, 1]]
     assert bench.channel.steps[-1].outcomes[0].speculation == (0, 1)
 
 
@@ -418,3 +322,115 @@ def test_a_request_that_the_draft_side_gave_up_counts_as_absent() -> None:
     bench.channel.tables[stamp.slot] = Table(dataclasses.replace(stamp, round=GONE), [], [], [])
     assert bench.propose(bench.row("a", 31)) == [[]]
     assert bench.page.value(counters.MISSES[Miss.ABSENT]) == 1
+
+
+@pytest.mark.parametrize(("most", "expected"), [(None, [0, 1, 2]), (0, []), (1, [0]), (K, [0, 1, 2]), (9, [0, 1, 2])])
+def test_the_scheduler_says_how_many_drafts_at_most(most: int | None, expected: list[int]) -> None:
+    bench = arrived()
+    bench.table(admitted(bench)[0].stamp, (0, 31))
+    assert bench.propose(bench.row("a", 31), most=most) == [expected]
+    assert outcomes(bench)[0].speculation == tuple(expected)
+    assert bench.page.value(counters.DRAFTS) == (K if most is None else min(most, K))
+    assert bench.count() == {"hits": 1}  # that it was cut is no fault of the draft side
+
+
+def test_the_policy_says_how_many_drafts_are_worth_it() -> None:
+    class Two(Policy):
+        def drafts(self, rows: int) -> int:
+            return 2
+
+    bench = arrived(Two(K, "none"))
+    bench.table(admitted(bench)[0].stamp, (0, 31))
+    assert bench.propose(bench.row("a", 31)) == [[0, 1]]
+    assert outcomes(bench)[0].speculation == (0, 1)
+    bench.table(admitted(bench)[0].stamp.next(), (0, 32))
+    assert bench.propose(bench.row("a", 32), most=1) == [[0]]
+
+
+def test_the_draft_side_hears_how_many_drafts_were_in_the_pass() -> None:
+    """The scheduler may have taken fewer than it was given: a rejection was then not one of those left out."""
+    bench = arrived()
+    stamp = admitted(bench)[0].stamp
+    bench.table(stamp, (0, 31))
+    bench.propose(bench.row("a", 31, verified=0))
+    bench.propose(bench.row("a", 0, 9, verified=2))
+    assert [(o.accepted, o.verified) for o in outcomes(bench)] == [(0, 0), (1, 2)]
+
+
+# ---- q --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_q_of_a_hit_is_that_of_the_branch_and_of_the_very_table_it_was_found_in() -> None:
+    bench = arrived()
+    stamp = admitted(bench)[0].stamp
+    bench.table(stamp, (0, 30), (0, 31), version=8)
+    bench.propose(bench.row("a", 31))
+    bench.table(stamp.next(), (0, 5), version=10)  # of the round after: it is there before the sampler asks
+    found = bench.speculator.proposals("a", 2)
+    assert found is not None
+    assert found.tokens.tolist() == [[1], [1]]
+    assert bench.channel.asked_q == [(stamp, 8, 1, 2)]
+
+
+def test_there_is_no_q_without_drafts() -> None:
+    bench = arrived()
+    stamp = admitted(bench)[0].stamp
+    assert bench.speculator.proposals("a", 1) is None
+    assert bench.speculator.proposals("nobody", 1) is None
+    bench.table(stamp, (0, 31))
+    bench.propose(bench.row("a", 31))
+    bench.propose(bench.row("a", 32))  # a miss: what it had is verified
+    assert bench.speculator.proposals("a", 1) is None
+    bench.table(stamp.next().next(), (0, 33))
+    bench.propose(bench.row("a", 33), most=0)
+    assert bench.speculator.proposals("a", 1) is None
+    bench.speculator.begin_step([], ["a"])
+    assert bench.speculator.proposals("a", 1) is None
+    assert bench.channel.asked_q == []
+
+
+# ---- what the policy hears of ---------------------------------------------------------------------------------------
+
+
+def test_what_came_of_the_drafts_is_counted_for_their_source() -> None:
+    bench = arrived()
+    before = {source: bench.policy.reach(source) for source in Source}
+    bench.table(admitted(bench)[0].stamp, (0, 31))
+    bench.propose(bench.row("a", 31))
+    assert bench.policy.reach(Source.CACHE) == before[Source.CACHE], "nothing was verified yet"
+    bench.propose(bench.row("a", 0, 9, verified=2))
+    after = bench.policy.reach(Source.CACHE)
+    assert after[0] > before[Source.CACHE][0]
+    assert after[1] / after[0] < before[Source.CACHE][1] / before[Source.CACHE][0]
+    assert after[2] / after[1] == pytest.approx(before[Source.CACHE][2] / before[Source.CACHE][1]), "was not tried"
+    for source in (Source.JIT, Source.NGRAM):
+        assert bench.policy.reach(source) == before[source]
+
+
+def test_the_hit_rate_is_of_the_requests_that_the_draft_side_has() -> None:
+    bench = arrived(a=PROMPT, b=PROMPT, c=PROMPT)
+    prior = bench.policy.hit_rate
+    bench.propose(bench.row("c", 31))  # no slot: tells nothing of the cache
+    assert bench.policy.hit_rate == prior
+    bench.table(admitted(bench)[0].stamp, (0, 31))
+    bench.propose(bench.row("a", 31))
+    higher = bench.policy.hit_rate
+    assert higher > prior
+    bench.propose(bench.row("b", 31))  # late
+    assert bench.policy.hit_rate < higher
+
+
+def test_only_a_step_that_merely_decodes_tells_of_the_time_of_a_pass() -> None:
+    seen: list[tuple[int, int | None, int]] = []
+
+    class Listening(Policy):
+        def observe_step(self, rows: int, tokens_in: int | None, tokens_out: int, seconds: float, whole: float) -> None:
+            assert 0 <= seconds <= whole
+            seen.append((rows, tokens_in, tokens_out))
+
+    bench = arrived(Listening(K, "none", adaptive=False), a=PROMPT, b=PROMPT)
+    bench.propose(bench.row("a", 31), bench.row("b", 31), tokens_in=10)
+    assert seen == [], "nothing before it to measure from"
+    bench.propose(bench.row("a", 32, 33), bench.row("b", 34), tokens_in=3)
+    bench.propose(bench.row("a", 35), bench.row("b"))
+    assert seen == [(2, 3, 3), (2, None, 1)]

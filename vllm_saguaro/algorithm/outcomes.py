@@ -1,19 +1,13 @@
 """Which verification outcomes to draft for: their probabilities under the draft model, and three fan-outs.
 
 While the target verifies the drafts x_1 .. x_n, the draft model guesses the outcome (k, t*): k drafts accepted, then
-the bonus token t*. Its logits after each prefix (the glue forward) say how likely each outcome is. SSD paper,
-section 4.1.
+the bonus token t*. What it believes of the next token after each prefix (the glue forward) says how likely each outcome
+is. SSD paper, section 4.1; the calibrated maps are ours.
 
-Shapes: B requests, K draft tokens, N branches, V vocabulary. Of a row's K drafts under verification the first n are
-real (0 <= n <= K: a late table leaves fewer than K, a miss none); the rest is padding, and may hold anything.
-
-    logits       [B, K+1, V]  float32  row j: the draft model's logits after the text plus x_1 .. x_j, so that row j < n
-                                       predicts x_{j+1} and row n predicts the bonus token of "all accepted"
-    drafts       [B, K]       int64    x_1 .. x_n, padding
-    n            [B]          int64
-    temperature  [B]          float32  of the request; 0 is greedy
-
-Every shape depends on the shapes of the arguments alone and nothing waits for the device, so a CUDA graph can hold it.
+Shapes: B requests, K draft tokens, N branches, M candidates a position. Of a row's K drafts under verification the
+first n are real (0 <= n <= K: a late table leaves fewer than K, a miss none); the rest is padding, and may hold
+anything. Every shape depends on the shapes of the arguments alone and nothing waits for the device, so a CUDA graph can
+hold it.
 """
 
 from __future__ import annotations
@@ -26,34 +20,61 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-FanOut = Literal["ranked", "geometric", "uniform"]
+from vllm_saguaro.algorithm.calibration import Event, apply, apply_to_candidates
 
-# The chance that x is accepted, as a power of the draft's own q(x). A greedy target takes its arg-max or nothing and
-# agrees with a sure draft more often than q(x) says. A crude map, measured on one small trained pair; even so, ranking
-# by it beat every fixed allocation there, greedy and sampling.
-GREEDY_ACCEPTANCE_EXPONENT = 0.3
-SAMPLING_ACCEPTANCE_EXPONENT = 1.0
-
-# Below this temperature a request is greedy (vLLM draws the line at the same place).
-GREEDY_BELOW = 1e-5
+FanOut = Literal["ranked", "uncalibrated", "geometric", "uniform"]
 
 # In the place of `bonus` where a row has fewer than N possible outcomes: no token, so no real outcome ever equals it.
 NO_TOKEN = -1
 
-# Top-M in two stages: the maxima of groups of this many tokens first, then the tokens of the M best groups. Five times
-# faster than one topk on a CPU at V = 128256, and equal at V = 4096.
-_GROUP = 32
+# How much of q itself is left in the residual's estimate max(q - q', 0) + .. q. The target's p is not q: what it has
+# beyond q falls on any token. Without deflation (q' = q) this is all there is, and its size does not matter.
+_DISAGREEMENT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Beliefs:
+    """What the draft model believes while x_1 .. x_n are under verification.
+
+    tokens   [B, K+1, M] int64    the candidates after the text plus x_1 .. x_j
+    share    [B, K+1, M] float32  how likely each is the target's next token; a row sums to 1. With known noise: of the
+                                  choice that this noise makes
+    drawn    [B, K+1, M] float32  q', what x_{j+1} was drawn from; `share` itself unless Saguaro sampling deflated it
+    drafts   [B, K] int64         x_1 .. x_n, padding
+    n        [B] int64
+    classes  [B] int64            of `calibration.class_of`
+    """
+
+    tokens: Tensor
+    share: Tensor
+    drawn: Tensor
+    drafts: Tensor
+    n: Tensor
+    classes: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Raw scores in [0, 1] of the events that make an outcome; `calibration` turns them into probabilities.
+
+    accept  [B, K] float32       x_{j+1} is accepted
+    token   [B, K+1, M] float32  each candidate is the bonus token, given that the drafts before it were accepted and
+                                 the one in its place was not; 0 where it cannot be
+    """
+
+    accept: Tensor
+    token: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Outcomes:
     """N predicted outcomes (k, t*) for each of B requests, no pair twice.
 
-    `accepted` [B, N] int64 is k, `bonus` [B, N] int64 is t*, `probability` [B, N] float32 what the draft believes of
-    the pair. `ranked` has the likeliest first; `allocated` goes by k, and within one k has the likeliest first.
+    `accepted` [B, N] int64 is k, `bonus` [B, N] int64 is t*, `probability` [B, N] float32 what is believed of the
+    pair. `ranked` has the likeliest first; `allocated` goes by k, and within one k has the likeliest first.
 
-    Where there are fewer than N outcomes (a vocabulary that hardly exceeds N, or logits of -inf), the entries left over
-    are marked: `bonus` NO_TOKEN, `accepted` 0, `probability` 0.
+    Where there are fewer than N outcomes the entries left over are marked: `bonus` NO_TOKEN, `accepted` 0,
+    `probability` 0.
     """
 
     accepted: Tensor
@@ -66,24 +87,20 @@ class Outcomes:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def draft_distribution(logits: Tensor, temperature: Tensor) -> Tensor:
-    """q [B, K+1, V]: what the draft believes of the next token, as the request samples it.
+def scores(beliefs: Beliefs) -> Scores:
+    """The raw scores of all events.
 
-    softmax(z / T); softmax(z) for greedy rows, where q only predicts what the target's arg-max will be.
+    accept_j = share_j(x_{j+1});  token_j ~ max(q_j - q'_j, 0) + eps q_j without x_{j+1} for j < n (a rejected draft is
+    never the bonus token), share_n for j = n.
     """
-    return torch.softmax(logits / _scale(temperature), dim=-1)
-
-
-def acceptance(q: Tensor, drafts: Tensor, temperature: Tensor) -> Tensor:
-    """a [B, K]: the estimated chance that x_j is accepted once x_1 .. x_{j-1} are. Meaningless on padding."""
-    x = drafts.clamp(0, q.shape[-1] - 1).unsqueeze(-1)
-    return acceptance_from_probability(q[:, :-1].gather(-1, x).squeeze(-1), temperature)
-
-
-def acceptance_from_probability(q_x: Tensor, temperature: Tensor) -> Tensor:
-    """a_j = q_{j-1}(x_j)^gamma, for q_x [B, K]; gamma is 0.3 for greedy rows and 1 otherwise."""
-    gamma = torch.where(temperature < GREEDY_BELOW, GREEDY_ACCEPTANCE_EXPONENT, SAMPLING_ACCEPTANCE_EXPONENT)
-    return q_x ** gamma.unsqueeze(-1)
+    share, n = beliefs.share, beliefs.n
+    is_draft = beliefs.tokens[:, :-1] == beliefs.drafts.unsqueeze(-1)
+    accept = torch.where(is_draft, share[:, :-1], 0.0).sum(-1)
+    residual = (share - beliefs.drawn).clamp_min(0.0) + _DISAGREEMENT * share
+    residual[:, :-1].masked_fill_(is_draft, 0.0)
+    residual = residual / residual.sum(-1, keepdim=True).clamp_min(torch.finfo(share.dtype).tiny)
+    rejected = (torch.arange(share.shape[1], device=n.device) < n.unsqueeze(-1)).unsqueeze(-1)
+    return Scores(accept, torch.where(rejected, residual, share))
 
 
 def accepted_length_distribution(a: Tensor, n: Tensor) -> Tensor:
@@ -99,22 +116,18 @@ def accepted_length_distribution(a: Tensor, n: Tensor) -> Tensor:
     return reached * stopped
 
 
-def outcome_probabilities(logits: Tensor, drafts: Tensor, n: Tensor, temperature: Tensor) -> Tensor:
-    """P(k = j, t* = t) [B, K+1, V], the whole space of outcomes; each request's sums to 1.
+def outcome_log_probabilities(beliefs: Beliefs, raw: Scores, table: Tensor) -> Tensor:
+    """log P(k = j, t* = t) [B, K+1, M] of every candidate; -inf where it cannot be.
 
-    P(k = j) q_j(t) / (1 - q_j(x_{j+1})) for j < n, 0 at t = x_{j+1}: a rejected draft is never the bonus token;
-    P(k = n) q_n(t) for j = n, with nothing excluded.
-
-    The plain definition. `ranked` and `allocated` compute it for their candidates only.
+    P(k = j) P(t* = t | k = j), each factor a raw score through its calibrated map (`table` of
+    `Calibration.table`).
     """
-    q = draft_distribution(logits, temperature)
-    length = accepted_length_distribution(acceptance(q, drafts, temperature), n)
-    x, rejectable = _rejectable(drafts, n, q.shape[-1])
-    rest = q.scatter(-1, x, torch.where(rejectable, 0.0, q.gather(-1, x)))
-    # Summed rather than 1 - q(x), which is all rounding where q(x) is near 1; where it is 1, P(k = j) is 0 as well.
-    rest = rest / rest.sum(-1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
+    classes, n = beliefs.classes, beliefs.n
+    length = accepted_length_distribution(apply(table, classes, Event.ACCEPTANCE, raw.accept), n)
+    rejected = torch.arange(length.shape[1], device=n.device) < n.unsqueeze(-1)
+    token = apply_to_candidates(table, classes, rejected, raw.token)
     length = length.unsqueeze(-1)
-    return torch.where(length > 0, length * rest, 0.0)  # also where the padding's logits are NaN
+    return torch.where((raw.token > 0) & (length > 0), length.log() + token.log(), -torch.inf)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,10 +137,9 @@ def outcome_probabilities(logits: Tensor, drafts: Tensor, n: Tensor, temperature
 
 def choose(
     fan_out: str,
-    logits: Tensor,
-    drafts: Tensor,
-    n: Tensor,
-    temperature: Tensor,
+    beliefs: Beliefs,
+    raw: Scores,
+    table: Tensor,
     branches: int,
     *,
     acceptance: float = 0.7,
@@ -135,47 +147,43 @@ def choose(
 ) -> Outcomes:
     """The N = `branches` outcomes to draft for, by the rule `fan_out`.
 
-    `acceptance` and `exponent` are a and r of the geometric rule; the others ignore them.
+    `table` holds the calibrated maps ("uncalibrated" is "ranked" with those that have learnt nothing: the caller's
+    choice of table). `acceptance` and `exponent` are a and r of the geometric rule; the others ignore them. Raises
+    ValueError for an unknown rule.
     """
-    if fan_out == "ranked":
-        return ranked(logits, drafts, n, temperature, branches)
+    log_probability = outcome_log_probabilities(beliefs, raw, table)
+    if fan_out in ("ranked", "uncalibrated"):
+        return ranked(beliefs.tokens, log_probability, branches)
     if fan_out not in get_args(FanOut):
         raise ValueError(f"fan-out {fan_out!r} is none of {', '.join(get_args(FanOut))}")
     rule = cast(FanOut, fan_out)
-    by_length = _fan_out_by_length(rule, drafts.shape[1], branches, acceptance, exponent, logits.device)
-    return allocated(logits, drafts, n, temperature, by_length[n], branches)
+    num_drafts = beliefs.drafts.shape[1]
+    by_length = _fan_out_by_length(rule, num_drafts, branches, acceptance, exponent, beliefs.n.device)
+    return allocated(beliefs.tokens, log_probability, beliefs.n, by_length[beliefs.n], branches)
 
 
-def ranked(logits: Tensor, drafts: Tensor, n: Tensor, temperature: Tensor, branches: int) -> Outcomes:
-    """The N = `branches` likeliest outcomes, over all k at once; the likeliest first.
-
-    Exact: no position can give more than N of the N likeliest, so the top min(N, V) of each position are enough.
-    """
-    token, log_probability = _candidates(logits, drafts, n, temperature, branches)
-    per_position = token.shape[-1]
-    count = min(branches, log_probability.flatten(1).shape[1])
-    value, index = log_probability.flatten(1).topk(count, dim=1)
+def ranked(tokens: Tensor, log_probability: Tensor, branches: int) -> Outcomes:
+    """The N = `branches` likeliest of the outcomes [B, K+1, M], over all k at once; the likeliest first."""
+    flat = log_probability.flatten(1)
+    count = min(branches, flat.shape[1])
+    value, index = flat.topk(count, dim=1)
     index = torch.nn.functional.pad(index, (0, branches - count))
     value = torch.nn.functional.pad(value, (0, branches - count), value=-torch.inf)
-    return _outcomes(index // per_position, token.flatten(1).gather(1, index), value)
+    return _outcomes(index // tokens.shape[-1], tokens.flatten(1).gather(1, index), value)
 
 
 def allocated(
-    logits: Tensor,
-    drafts: Tensor,
-    n: Tensor,
-    temperature: Tensor,
-    fan_out: Tensor | Sequence[int],
-    branches: int,
+    tokens: Tensor, log_probability: Tensor, n: Tensor, fan_out: Tensor | Sequence[int], branches: int
 ) -> Outcomes:
     """The F_k likeliest bonus tokens at each k, for given fan-outs F (paper, section 4.1).
 
     `fan_out` is [K+1] for all rows or [B, K+1] with each row's own: integers, F_0 .. F_n summing to N = `branches`.
     What it holds beyond n is ignored. (A sum below N leaves marked entries at the end, one above N loses the last.)
     """
-    token, log_probability = _candidates(logits, drafts, n, temperature, branches)
-    batch, positions, per_position = token.shape
-    device = logits.device
+    log_probability, order = log_probability.sort(dim=-1, descending=True, stable=True)
+    tokens = tokens.gather(-1, order)
+    batch, positions, per_position = tokens.shape
+    device = tokens.device
 
     f = torch.as_tensor(fan_out, device=device).expand(batch, positions)
     f = torch.where(torch.arange(positions, device=device) <= n.unsqueeze(-1), f, 0)
@@ -189,7 +197,7 @@ def allocated(
 
     index = k * per_position + rank.clamp_max(per_position - 1)
     value = torch.where(given, log_probability.flatten(1).gather(1, index), -torch.inf)
-    return _outcomes(k, token.flatten(1).gather(1, index), value)
+    return _outcomes(k, tokens.flatten(1).gather(1, index), value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,63 +263,6 @@ def _fan_out_by_length(
             row = geometric_fan_out(n, branches, acceptance, exponent)
         rows.append(row + [0] * (num_drafts - n))
     return torch.tensor(rows, device=device)
-
-
-def _candidates(logits: Tensor, drafts: Tensor, n: Tensor, temperature: Tensor, branches: int) -> tuple[Tensor, Tensor]:
-    """The min(N, V) likeliest bonus tokens at each k, and their log P(k, t*).
-
-    Both [B, K+1, min(N, V)], by falling probability; -inf where the outcome is impossible. In logarithms, since at low
-    temperatures the tail underflows and its order would be lost. Five passes over [B, K+1, V] and one temporary.
-    """
-    z = logits / _scale(temperature)
-    x, rejectable = _rejectable(drafts, n, z.shape[-1])
-    z_x = z.gather(-1, x)
-    z.scatter_(-1, x, torch.where(rejectable, -torch.inf, z_x))  # from here on x_{j+1} is out, at j < n
-
-    z_t, token = _top(z, min(branches, z.shape[-1]))
-
-    # All relative to the largest that is left; log_rest = log sum_t exp z_t, without x: the residual's normaliser.
-    largest = z_t[..., :1].clamp_min(torch.finfo(z.dtype).min)
-    z_t, z_x = z_t - largest, z_x - largest
-    log_rest = z.sub_(largest).exp_().sum(-1, keepdim=True).log_()
-
-    # q(x) = e^{z_x} / (e^{z_x} + rest)
-    q_x = torch.sigmoid(z_x - log_rest)[:, :-1, 0]
-    length = accepted_length_distribution(acceptance_from_probability(q_x, temperature), n).unsqueeze(-1)
-
-    # log P(k) + log q(t) / (1 - q(x))
-    possible = (length > 0) & (z_t > -torch.inf)
-    return token, torch.where(possible, length.log() + (z_t - log_rest), -torch.inf)
-
-
-def _top(z: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest entries of each row of z [B, P, V], falling, and their indices."""
-    vocabulary = z.shape[-1]
-    stride = vocabulary // _GROUP  # group g is the tokens g, g + stride, g + 2 stride, ...
-    if stride < 2 * count:
-        value, index = z.topk(count, dim=-1)
-        return value, index
-    grouped = z[..., : stride * _GROUP].unflatten(-1, (_GROUP, stride))
-    group = grouped.amax(dim=-2).topk(count, dim=-1, sorted=False).indices.unsqueeze(-2)
-    first = torch.arange(0, stride * _GROUP, stride, device=z.device).unsqueeze(-1)
-    token = (first + group).flatten(-2)  # [B, P, _GROUP * count]
-    # The tokens that filled no whole group come along as they are.
-    tail = torch.arange(stride * _GROUP, vocabulary, device=z.device)
-    token = torch.cat((token, tail.expand(*token.shape[:-1], -1)), dim=-1)
-    value, index = z.gather(-1, token).topk(count, dim=-1)
-    return value, token.gather(-1, index)
-
-
-def _scale(temperature: Tensor) -> Tensor:
-    """[B, 1, 1]: what logits are divided by; 1 for greedy rows."""
-    return torch.where(temperature < GREEDY_BELOW, 1.0, temperature).view(-1, 1, 1)
-
-
-def _rejectable(drafts: Tensor, n: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """x_{j+1} for each j, a valid index also on padding, and where it is real, j < n. Both [B, K+1, 1]."""
-    x = torch.nn.functional.pad(drafts, (0, 1)).clamp(0, vocabulary - 1).unsqueeze(-1)
-    rejectable = torch.arange(x.shape[1], device=n.device) < n.unsqueeze(-1)
-    return x, rejectable.unsqueeze(-1)
 
 
 def _outcomes(accepted: Tensor, bonus: Tensor, log_probability: Tensor) -> Outcomes:

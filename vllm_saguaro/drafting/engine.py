@@ -10,93 +10,55 @@ Invariant of a `Trunk`: KV is right for positions 0 .. valid - 1 of committed te
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 
-from vllm_saguaro.algorithm import outcomes
+from vllm_saguaro.algorithm.noise import KeySeeds, NoiseSeeds
+from vllm_saguaro.drafting.deflations import Deflations
+from vllm_saguaro.drafting.drawing import Drawer
+from vllm_saguaro.drafting.forecast import Forecaster
 from vllm_saguaro.drafting.kv import BlockPool, blocks_for, branch_span, pad_blocks
 from vllm_saguaro.drafting.model import Batch, DraftModel
-
-
-@dataclass(slots=True)
-class Branch:
-    """One predicted outcome being drafted: its own blocks from block `first` on, and what was drafted so far."""
-
-    accepted: int
-    bonus: int
-    first: int
-    blocks: list[int]
-    row: int = -1
-    """Row in the tree that grows this branch."""
-
-
-@dataclass(slots=True)
-class Trunk:
-    """A request on the draft side: committed `tokens`, then the drafts under verification (`speculation`)."""
-
-    tokens: list[int]
-    temperature: float
-    speculation: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    valid: int = 0
-    hidden: torch.Tensor | None = None
-    branches: list[Branch] = field(default_factory=list)
-    tree: Tree | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens of the whole trunk, drafts under verification included."""
-        return len(self.tokens) + len(self.speculation)
-
-    def pending(self) -> list[int]:
-        """Tokens of the trunk whose KV is not there yet."""
-        behind = self.valid - len(self.tokens)
-        return self.speculation[behind:] if behind >= 0 else self.tokens[self.valid :] + self.speculation
-
-
-@dataclass(slots=True)
-class Tree:
-    """The branches of some requests, growing together: one row each, all at the same depth.
-
-    next_ids [R] int64: token that each row feeds next; start [R]: position of the bonus token; blocks [R, W].
-    hidden[i] [R, H]: states after feeding the i-th token; drafts[i] [R]: the token drafted from them.
-    """
-
-    next_ids: np.ndarray
-    start: np.ndarray
-    blocks: np.ndarray
-    depth_limit: int
-    drafts: list[np.ndarray] = field(default_factory=list)
-    hidden: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def depth(self) -> int:
-        """Tokens drafted so far in every row."""
-        return len(self.drafts)
-
-    @property
-    def finished(self) -> bool:
-        """Whether every row has its K tokens."""
-        return self.depth >= self.depth_limit
+from vllm_saguaro.drafting.pace import Pace
+from vllm_saguaro.drafting.trunk import PLAIN, Branch, Deflation, Drawing, Tree, Trunk
+from vllm_saguaro.messages import Noise, Proposals, Sampling
 
 
 class DraftEngine:
     """Trunks and branches over one `DraftModel`. Knows nothing of rounds, stamps or transports."""
 
-    def __init__(self, model: DraftModel, num_speculative_tokens: int, branches: int, fan_out: str) -> None:
+    def __init__(
+        self,
+        model: DraftModel,
+        num_speculative_tokens: int,
+        branches: int,
+        fan_out: str = "ranked",
+        method: str = "coupled",
+        seed: int | None = None,
+        pace: Pace | None = None,
+        deflations: Deflations | None = None,
+    ) -> None:
+        """`branches`: N, at most. `fan_out`: see `outcomes.FanOut`. `method` and `seed`: see `Drawer`.
+
+        Without a `pace` N is always `branches`; without `deflations` C is 1.
+        """
         self.model = model
         self.num_speculative_tokens = num_speculative_tokens
         self.branches = branches
-        self.fan_out = fan_out
         self.pool = BlockPool(model.num_blocks)
+        self.drawer = Drawer(method, model, seed)
+        self.forecaster = Forecaster(fan_out)
+        self.pace = pace or Pace(num_speculative_tokens, branches, chooses=False)
+        self.deflations = deflations or Deflations(num_speculative_tokens, c=1.0)
 
     # ---- text and KV -------------------------------------------------------------------------------------------
 
-    def admit(self, tokens: list[int], temperature: float) -> Trunk:
+    def admit(self, tokens: list[int], sampling: Sampling) -> Trunk:
         """A request with this text; its KV comes with `extend`."""
-        return Trunk(tokens=tokens, temperature=temperature)
+        noise = None
+        if sampling.coupled:
+            noise = KeySeeds(sampling.seed) if sampling.noise is Noise.KEY else NoiseSeeds(sampling.seed)
+        return Trunk(tokens, sampling, noise)
 
     def release(self, trunk: Trunk) -> None:
         """Give back every block of a request."""
@@ -153,34 +115,33 @@ class DraftEngine:
         Returns the tree that grows them, or None when no branch found room. Where blocks run short the least likely
         branches go without; a branch that would run past the model's maximum length is left out.
         """
-        self._place(self._choose(trunks, branches or self.branches))
-        block_size, steps = self.model.block_size, self.num_speculative_tokens
-        source: list[int] = []
-        destination: list[int] = []
-        rows: list[list[int]] = []
-        start: list[int] = []
-        for trunk in trunks:
-            for branch in trunk.branches:
-                branch.row = len(rows)
-                position = len(trunk.tokens) + branch.accepted
-                if branch_span(position, steps, block_size).copies:
-                    source.append(trunk.blocks[branch.first])
-                    destination.append(branch.blocks[0])
-                rows.append(trunk.blocks[: branch.first] + branch.blocks)
-                start.append(position)
-        if not rows:
-            return None
-        if source:
-            self.model.copy_blocks(source, destination)
-        tree = Tree(
-            next_ids=np.array([b.bonus for t in trunks for b in t.branches], dtype=np.int64),
-            start=np.array(start, dtype=np.int64),
-            blocks=pad_blocks(rows),
-            depth_limit=steps,
-        )
-        for trunk in trunks:
-            trunk.tree = tree if trunk.branches else None
-        return tree
+        states = torch.cat([t.hidden for t in trunks if t.hidden is not None])
+        certain = [self.drawer.kind(trunk.sampling) is Drawing.CERTAIN for trunk in trunks]
+        predicted = self.forecaster.predict(trunks, self.model.logits(states), self.branches, certain)
+        wanted = branches or self.branches
+        self._place([(t, ranked[:wanted]) for t, ranked in zip(trunks, predicted, strict=True)])
+        return self._plant(trunks, self.num_speculative_tokens)
+
+    @torch.inference_mode()
+    def pursue(self, wanted: list[tuple[Trunk, int, int]], depth: int) -> Tree | None:
+        """Branches for outcomes (k, t*) that are known already: one for each trunk, `depth` tokens deep.
+
+        What a tree has of them is gone on with, if it has all of them. The KV of a trunk must reach up to its accepted
+        drafts. None when no branch found room.
+        """
+        trunks = [trunk for trunk, _, _ in wanted]
+        found = [trunk.branch_of(accepted, bonus) for trunk, accepted, bonus in wanted]
+        tree = trunks[0].tree
+        if tree is not None and tree.depth and all(t.tree is tree for t in trunks) and None not in found:
+            branches = [branch for branch in found if branch is not None]
+            tree = tree.take([branch.row for branch in branches])
+            for row, (trunk, branch) in enumerate(zip(trunks, branches, strict=True)):
+                self._give_up(trunk, keep=branch)
+                branch.row, trunk.tree = row, tree
+            tree.depth_limit = min(max(tree.depth, depth), self.num_speculative_tokens)
+            return tree
+        self._place([(trunk, [(accepted, bonus)]) for trunk, accepted, bonus in wanted])
+        return self._plant(trunks, min(depth, self.num_speculative_tokens))
 
     @torch.inference_mode()
     def grow(self, tree: Tree) -> None:
@@ -196,30 +157,57 @@ class DraftEngine:
                 blocks=tree.blocks,
             )
         )
-        tree.next_ids = self.model.greedy(hidden)
+        if tree.rule.all_certain:
+            tree.next_ids = self.model.greedy(hidden)
+            tree.q.append(None)
+        else:
+            tree.next_ids, q = self.drawer.draw(self.model.logits(hidden), tree.rule, tree.depth)
+            tree.q.append(q)
         tree.hidden.append(hidden)
         tree.drafts.append(tree.next_ids)
 
     def drafts_of(self, trunk: Trunk) -> list[np.ndarray]:
         """The tokens drafted so far: one array a depth, over the branches of the trunk."""
-        tree = trunk.tree
-        if tree is None:
+        if trunk.tree is None:
             return []
-        rows = slice(trunk.branches[0].row, trunk.branches[-1].row + 1)  # `fork` numbers them in a row
-        return [step[rows] for step in tree.drafts]
+        rows = _rows_of(trunk)
+        return [step[rows] for step in trunk.tree.drafts]
+
+    def q_of(self, trunk: Trunk, depth: int) -> Proposals | None:
+        """What the tokens of the trunk's branches at this depth were drawn from; None where they are certain."""
+        tree = trunk.tree
+        if tree is None or self.drawer.kind(trunk.sampling) is not Drawing.SAMPLED:
+            return None
+        q, rows = tree.q[depth], _rows_of(trunk)
+        assert q is not None
+        return Proposals(q.tokens[rows].to(torch.int32).cpu().numpy(), q.q[rows].cpu().numpy())
 
     @torch.inference_mode()
-    def settle(self, trunk: Trunk, accepted: int, bonus: int, speculation: list[int]) -> bool:
+    def settle(
+        self, trunk: Trunk, accepted: int, bonus: int, speculation: list[int], verified: int | None = None
+    ) -> bool:
         """Turn a trunk to its real outcome; `speculation` is what goes into verification next. True on adoption.
+
+        `verified`: how many of the drafts were in the pass (None: all). The forecast learns from them.
 
         A branch is adopted when it predicted (accepted, bonus) and its drafts begin with `speculation` (they do, unless
         the target side got its drafts elsewhere). Otherwise the text is cut back to the accepted drafts, and what
         follows is fed again by `extend`.
         """
         position = len(trunk.tokens) + accepted  # of the bonus token
+        if trunk.forecast is not None:
+            verified = len(trunk.speculation) if verified is None else verified
+            rank = self.forecaster.learn(trunk.forecast, accepted, bonus, verified)
+            self.pace.observe_forecast(rank, accepted, verified)
+            if trunk.speculation and not trunk.backup and self.drawer.kind(trunk.sampling) is Drawing.SAMPLED:
+                self.deflations.learn(trunk.deflation.c, accepted, rank is not None)
+            trunk.forecast = None
         branch = self._matching(trunk, accepted, bonus, speculation)
         trunk.tokens += [*trunk.speculation[:accepted], bonus]
         trunk.speculation = list(speculation)
+        if trunk.noise is not None:
+            trunk.noise.forget(len(trunk.tokens) - trunk.sampling.prompt_length)
+        trunk.backup, trunk.deflation = branch is None and bool(speculation), PLAIN
         if branch is None:
             trunk.valid = min(trunk.valid, position)
             trunk.hidden = None
@@ -230,12 +218,52 @@ class DraftEngine:
         # KV of the bonus token and of all but the last draft was written by the branch's own steps.
         fed = min(tree.depth, len(speculation) + 1)
         trunk.valid = position + fed
+        if self.drawer.kind(trunk.sampling) is Drawing.SAMPLED:
+            trunk.deflation = tree.rule.deflation
         trunk.hidden = torch.stack([states[branch.row] for states in tree.hidden[:fed]])
         self.pool.give(trunk.blocks[branch.first :])
         trunk.blocks = trunk.blocks[: branch.first] + branch.blocks
-        trunk.branches.remove(branch)
-        self.drop_branches(trunk)
+        self._give_up(trunk, keep=branch)
+        trunk.branches, trunk.tree = [], None
         return True
+
+    def _plant(self, trunks: list[Trunk], steps: int) -> Tree | None:
+        """The tree of all branches of these trunks, each with a copy of the block that it begins in."""
+        block_size = self.model.block_size
+        source: list[int] = []
+        destination: list[int] = []
+        rows: list[list[int]] = []
+        owners: list[tuple[Trunk, int]] = []
+        for trunk in trunks:
+            for branch in trunk.branches:
+                branch.row = len(rows)
+                position = len(trunk.tokens) + branch.accepted
+                if branch_span(position, steps, block_size).copies:
+                    source.append(trunk.blocks[branch.first])
+                    destination.append(branch.blocks[0])
+                rows.append(trunk.blocks[: branch.first] + branch.blocks)
+                owners.append((trunk, position))
+        if not rows:
+            return None
+        if source:
+            self.model.copy_blocks(source, destination)
+        tree = Tree(
+            next_ids=np.array([b.bonus for t in trunks for b in t.branches], dtype=np.int64),
+            start=np.array([position for _, position in owners], dtype=np.int64),
+            blocks=pad_blocks(rows),
+            depth_limit=steps,
+            rule=self.drawer.rule(owners, self.num_speculative_tokens, self._deflation(trunks)),
+        )
+        for trunk in trunks:
+            trunk.tree = tree if trunk.branches else None
+        return tree
+
+    def _deflation(self, trunks: list[Trunk]) -> Deflation:
+        """How the next tree's sampled rows draw."""
+        if not any(self.drawer.kind(trunk.sampling) is Drawing.SAMPLED for trunk in trunks):
+            return PLAIN
+        branches = max(len(trunk.branches) for trunk in trunks)
+        return self.deflations.next(self.pace.accepted_lengths(), branches)
 
     def _place(self, chosen: list[tuple[Trunk, list[tuple[int, int]]]]) -> None:
         """Give the chosen outcomes their branches: the likeliest of every trunk first, as far as there are blocks."""
@@ -260,46 +288,24 @@ class DraftEngine:
         tree = trunk.tree
         if tree is None or tree.depth == 0 or len(speculation) > tree.depth:
             return None
-        for branch in trunk.branches:
-            if (branch.accepted, branch.bonus) == (accepted, bonus):
-                drafted = [int(step[branch.row]) for step in tree.drafts[: len(speculation)]]
-                return branch if drafted == speculation else None
-        return None
+        branch = trunk.branch_of(accepted, bonus)
+        if branch is None:
+            return None
+        drafted = [int(step[branch.row]) for step in tree.drafts[: len(speculation)]]
+        return branch if drafted == speculation else None
 
     def drop_branches(self, trunk: Trunk) -> None:
         """Give up the branches of a trunk. Only while no tree that they are in is growing."""
-        for branch in trunk.branches:
-            self.pool.give(branch.blocks)
-        trunk.branches, trunk.tree = [], None
+        self._give_up(trunk)
+        trunk.tree = None
 
-    def _choose(self, trunks: list[Trunk], branches: int) -> list[tuple[Trunk, list[tuple[int, int]]]]:
-        """The outcomes (k, t*) to draft for of each trunk, likeliest first."""
-        widest = max(len(t.speculation) for t in trunks)
-        counts = [len(t.speculation) + 1 for t in trunks]
-        states = torch.cat([t.hidden for t in trunks if t.hidden is not None])
-        flat = self.model.logits(states)
-        if all(count == widest + 1 for count in counts):
-            logits = flat.view(len(trunks), widest + 1, -1)
-        else:
-            logits = flat.new_zeros(len(trunks), widest + 1, flat.shape[-1])
-            for row, part in zip(logits, flat.split(counts), strict=True):
-                row[: part.shape[0]] = part
-        device = flat.device
-        drafts = torch.zeros(len(trunks), widest, dtype=torch.int64, device=device)
-        for line, trunk in zip(drafts, trunks, strict=True):
-            line[: len(trunk.speculation)] = torch.tensor(trunk.speculation, dtype=torch.int64, device=device)
-        found = outcomes.choose(
-            self.fan_out,
-            logits,
-            drafts,
-            torch.tensor([len(t.speculation) for t in trunks], device=device),
-            torch.tensor([t.temperature for t in trunks], dtype=torch.float32, device=device),
-            branches,
-        )
-        order = found.probability.argsort(dim=1, descending=True, stable=True)
-        accepted, bonus = found.accepted.gather(1, order).tolist(), found.bonus.gather(1, order).tolist()
-        return [
-            # Where fewer outcomes are possible than asked for, the rest is marked and has no token.
-            (trunk, [(k, token) for k, token in zip(*pair, strict=True) if token != outcomes.NO_TOKEN])
-            for trunk, *pair in zip(trunks, accepted, bonus, strict=True)
-        ]
+    def _give_up(self, trunk: Trunk, keep: Branch | None = None) -> None:
+        for branch in trunk.branches:
+            if branch is not keep:
+                self.pool.give(branch.blocks)
+        trunk.branches = [] if keep is None else [keep]
+
+
+def _rows_of(trunk: Trunk) -> slice:
+    """The rows of a trunk's branches in its tree: they are numbered in a row."""
+    return slice(trunk.branches[0].row, trunk.branches[-1].row + 1)

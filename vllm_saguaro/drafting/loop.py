@@ -10,8 +10,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from vllm_saguaro.drafting.engine import DraftEngine, Tree, Trunk
-from vllm_saguaro.messages import Admit, Outcome, Release, Stamp, Step, Table
+from vllm_saguaro.drafting.engine import DraftEngine
+from vllm_saguaro.drafting.trunk import Tree, Trunk
+from vllm_saguaro.messages import Admit, Outcome, Release, Stamp, Step, Table, Want
 
 MAX_ROWS_A_TREE = 256
 """Branches of all requests together; with more requests each gets fewer, so that a round stays a few forwards long."""
@@ -55,6 +56,8 @@ class DraftLoop:
         """Take in one step of the target: new requests, outcomes, departures."""
         for admit in step.admits:
             self._admit(admit)
+        if step.wants:
+            self._pursue(step.wants)
         if step.outcomes:
             self._stop_growing({outcome.stamp.slot for outcome in step.outcomes})
         for outcome in step.outcomes:
@@ -83,6 +86,35 @@ class DraftLoop:
                 entry.forked = False
         self._tree, self._growing = None, []
 
+    def _pursue(self, wants: Sequence[Want]) -> None:
+        """Outcomes that the target waits at: their branches alone, before anything else."""
+        wanted = []
+        for want in wants:
+            entry = self._entries.get(want.stamp.slot)
+            # Only where the KV is complete: a target that waits for a prefill would wait for long.
+            if (
+                entry is not None
+                and entry.stamp == want.stamp
+                and entry.trunk.valid == entry.trunk.length
+                and want.accepted <= len(entry.trunk.speculation)
+                and self._can_hold((want.bonus,))
+            ):
+                wanted.append((entry, want))
+        if not wanted:
+            return
+        entries = [entry for entry, _ in wanted]
+        self._stop_growing({entry.stamp.slot for entry in entries})
+        self._let_go()
+        depth = max(want.depth for _, want in wanted)
+        tree = self.engine.pursue([(entry.trunk, want.accepted, want.bonus) for entry, want in wanted], depth)
+        for entry in entries:
+            entry.forked = True
+        self._growing = [entry for entry in entries if entry.trunk.branches]
+        self._publish_growing(anew=True)
+        self._tree = tree
+        if tree is None or tree.finished:
+            self._tree, self._growing = None, []
+
     def _begin_round(self) -> bool:
         """Glue and fork for every request that awaits a table and lacks at most a few tokens."""
         self._prompts_next = True
@@ -102,14 +134,18 @@ class DraftLoop:
         for entry in entries:
             entry.forked = True  # also where no block was left: this round goes without, the next one tries again
         if ready:
-            share = max(1, min(self.engine.branches, min(MAX_ROWS_A_TREE, model.max_rows) // len(ready)))
+            pace = self.engine.pace
+            share = max(1, min(pace.branches(len(ready)), min(MAX_ROWS_A_TREE, model.max_rows) // len(ready)))
             self._tree = self.engine.fork([e.trunk for e in ready], share)
             self._growing = [e for e in ready if e.trunk.branches]
             self._publish_growing()
+            pace.observe_glue(time.perf_counter() - max(e.known_at for e in ready))
         return True
 
     def _grow(self, tree: Tree) -> None:
+        began = time.perf_counter()
         self.engine.grow(tree)
+        self.engine.pace.observe_step(len(tree.next_ids), time.perf_counter() - began)
         self._publish_growing()
         if tree.finished:
             self._tree, self._growing = None, []
@@ -139,7 +175,7 @@ class DraftLoop:
         if not self._can_hold(admit.token_ids):
             self._publish(Table(admit.stamp.gone(), [], [], []))
             return
-        trunk = self.engine.admit(list(admit.token_ids), admit.temperature)
+        trunk = self.engine.admit(list(admit.token_ids), admit.sampling)
         self._entries[admit.stamp.slot] = Entry(admit.stamp, trunk, time.perf_counter())
 
     def _can_hold(self, token_ids: Sequence[int]) -> bool:
@@ -164,8 +200,10 @@ class DraftLoop:
             self._leave(self._entries.pop(outcome.stamp.slot))
             self._publish(Table(entry.stamp.gone(), [], [], []))
             return
-        self.engine.settle(trunk, outcome.accepted, outcome.bonus, list(outcome.speculation))
-        entry.stamp, entry.known_at, entry.forked = entry.stamp.next(), time.perf_counter(), False
+        self.engine.settle(trunk, outcome.accepted, outcome.bonus, list(outcome.speculation), outcome.verified)
+        now = time.perf_counter()
+        self.engine.pace.observe_outcome(now - entry.known_at)
+        entry.stamp, entry.known_at, entry.forked = entry.stamp.next(), now, False
 
     def _release(self, release: Release) -> None:
         entry = self._entries.get(release.stamp.slot)
@@ -184,16 +222,14 @@ class DraftLoop:
             self.engine.release(trunk)
         self._leaving.clear()
 
-    def _publish_growing(self) -> None:
+    def _publish_growing(self, anew: bool = False) -> None:
+        """The tables of all requests in the tree, one depth more than before; `anew`: other branches than before."""
         now = time.perf_counter()
         for entry in self._growing:
             trunk = entry.trunk
-            self._publish(
-                Table(
-                    entry.stamp,
-                    [branch.accepted for branch in trunk.branches],
-                    [branch.bonus for branch in trunk.branches],
-                    self.engine.drafts_of(trunk),
-                    now - entry.known_at,
-                )
-            )
+            accepted = [branch.accepted for branch in trunk.branches]
+            bonus = [branch.bonus for branch in trunk.branches]
+            drafts = self.engine.drafts_of(trunk)
+            for depth in range(len(drafts) + 1) if anew else [len(drafts)]:
+                q = self.engine.q_of(trunk, depth - 1) if depth else None
+                self._publish(Table(entry.stamp, accepted, bonus, drafts[:depth], now - entry.known_at, q))

@@ -31,6 +31,7 @@ class Batch:
 class DraftModel(Protocol):
     """A causal language model with a paged KV cache whose blocks the caller hands out."""
 
+    device: torch.device
     vocab_size: int
     """Width of the logits; token ids at or above it never occur."""
     hidden_size: int
@@ -55,6 +56,13 @@ class DraftModel(Protocol):
 
     def greedy(self, hidden: torch.Tensor) -> np.ndarray:
         """The likeliest token [R] int64 (on the host) after each of the hidden states [R, hidden_size]."""
+        ...
+
+    def race(self, logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        """argmax_t logits_t + g_t [R] int64 of logits [R, V] float32, with the noise of `noise.gumbel` for seeds [R].
+
+        int64 seeds; on the model's device.
+        """
         ...
 
     def copy_blocks(self, source: Sequence[int], destination: Sequence[int]) -> None:

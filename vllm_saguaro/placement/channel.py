@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from vllm_saguaro.messages import Step, Table
+from vllm_saguaro.messages import Proposals, Stamp, Step, Table
 
 
 class Channel(Protocol):
@@ -31,6 +31,13 @@ class Channel(Protocol):
 
     def read(self, slot: int) -> Table | None:
         """The table of a slot as far as it is, of whichever round; None while it is being replaced."""
+        ...
+
+    def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
+        """The q of the first `depth` drafts of a branch of the table (stamp, version); None: take them as certain.
+
+        Wanted after the tokens, when the sampler has the logits; it is there until the round after the next begins.
+        """
         ...
 
     def wait_until_ready(self) -> None:

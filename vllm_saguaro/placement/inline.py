@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from vllm_saguaro.drafting.engine import DraftEngine
 from vllm_saguaro.drafting.loop import DraftLoop
-from vllm_saguaro.messages import Step, Table
+from vllm_saguaro.messages import Proposals, Stamp, Step, Table
 from vllm_saguaro.placement.mailbox import Mailbox, MailboxShape
 
 
@@ -48,6 +48,10 @@ class InlineChannel:
     def read(self, slot: int) -> Table | None:
         """The table of a slot."""
         return self._mailbox.read(slot) if self.alive else None
+
+    def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
+        """The q of a branch's drafts."""
+        return self._mailbox.proposals(stamp, version, branch, depth) if self.alive else None
 
     def wait_until_ready(self) -> None:
         """Nothing to wait for: the engine was made in the constructor."""

@@ -5,10 +5,16 @@ inheritance), so no name is left in /dev/shm however the two processes end. Layo
 
     control  [16]               head and tail of the ring, state of the draft side, its maximum length
     tables   [slots][cell]      sequence, generation, round, branches, depth, nanoseconds, keys [N], drafts [K][N]
+    q        [slots][2][cell]   generation, round, sequence; then of each draft [K][N] its M candidates (32 bits each),
+                                and their probabilities (float32). Rounds take turns between the two
     ring     [ring_bytes]       frames: length (8 bytes), then the step as `wire` encodes it, padded to 8
 
 A cell is a sequence lock: odd while its keys are being replaced. Within a round a cell only grows: a depth is written
-before the depth count says so.
+before the depth count says so, and its q before the depth.
+
+The q of a speculation is wanted one verify pass after its tokens, when the table of the next round may be there
+already; that of the round after it cannot be, so two cells are enough. A round may also be begun anew, with other
+branches and other draws: the sequence says whose q it is.
 """
 
 from __future__ import annotations
@@ -18,13 +24,17 @@ import threading
 from dataclasses import dataclass
 from enum import IntEnum
 
-from vllm_saguaro.messages import Stamp, Step, Table
+import numpy as np
+
+from vllm_saguaro.messages import Proposals, Stamp, Step, Table
 from vllm_saguaro.placement.wire import WireError, decode, encode
 
 _CONTROL_WORDS = 16
 _HEAD, _TAIL, _STATE, _MAX_LENGTH, _ASLEEP, _DROPPED = range(6)
 _SEQUENCE, _GENERATION, _ROUND, _BRANCHES, _DEPTH, _NANOSECONDS, _KEYS = range(7)
 _LENGTH_BYTES = 8
+_Q_HEADER = 3
+_NOBODY = (-1, -1, -1)
 
 
 class DraftState(IntEnum):
@@ -37,12 +47,16 @@ class DraftState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class MailboxShape:
-    """What both sides must agree on. `ring_bytes` is a multiple of 8."""
+    """What both sides must agree on. `ring_bytes` is a multiple of 8; `support` is M, the candidates of a draft's q.
+
+    Pages of the q area are touched only when used: at temperature 0 they cost no memory.
+    """
 
     slots: int
     branches: int
     num_speculative_tokens: int
     ring_bytes: int
+    support: int
 
     @property
     def cell_words(self) -> int:
@@ -50,9 +64,19 @@ class MailboxShape:
         return _KEYS + self.branches * (1 + self.num_speculative_tokens)
 
     @property
+    def q_words(self) -> int:
+        """64-bit words of one table's q."""
+        return _Q_HEADER + self.branches * self.num_speculative_tokens * self.support
+
+    @property
+    def tables_bytes(self) -> int:
+        """Size of the control words and the tables."""
+        return 8 * (_CONTROL_WORDS + self.slots * self.cell_words)
+
+    @property
     def total_bytes(self) -> int:
         """Size of the whole mailbox."""
-        return 8 * (_CONTROL_WORDS + self.slots * self.cell_words) + self.ring_bytes
+        return self.tables_bytes + 8 * self.slots * 2 * self.q_words + self.ring_bytes
 
 
 class Mailbox:
@@ -63,15 +87,21 @@ class Mailbox:
         self.shape = shape
         ring_at = shape.total_bytes - shape.ring_bytes
         self._buffer = buffer
-        self._cells = buffer[:ring_at]
+        self._cells = buffer[: shape.tables_bytes]
         self._words = self._cells.cast("q")
         self._ring = buffer[ring_at : shape.total_bytes]
+        q = np.frombuffer(buffer[shape.tables_bytes : ring_at], np.int64).reshape(shape.slots, 2, shape.q_words)
+        drafts = shape.slots, 2, shape.num_speculative_tokens, shape.branches, 2, shape.support
+        self._q_stamps = q[..., :_Q_HEADER]
+        halves = q[..., _Q_HEADER:].view(np.int32).reshape(drafts)
+        self._q_tokens, self._q_probabilities = halves[..., 0, :], halves[..., 1, :].view(np.float32)
         # x86 keeps stores in order and loads in order by itself. Elsewhere leaving a lock and then taking it again
         # keeps what was before from what comes after.
         self._fence = threading.Lock()
 
     def close(self) -> None:
         """Let go of the buffer."""
+        del self._q_stamps, self._q_tokens, self._q_probabilities
         for view in (self._words, self._cells, self._ring, self._buffer):
             view.release()
 
@@ -156,12 +186,15 @@ class Mailbox:
             words[cell + _ROUND] = table.stamp.round
             words[cell + _BRANCHES] = count
             words[cell + _DEPTH] = 0
+            self._q_stamps[table.stamp.slot, table.stamp.round & 1] = _NOBODY
             for branch in range(count):
                 words[cell + _KEYS + branch] = table.accepted[branch] << 32 | table.bonus[branch]
             self._publish(cell + _SEQUENCE, sequence + 2)
             return
         at = cell + _KEYS + shape.branches * depth
         newest = table.drafts[-1]
+        if table.newest is not None:
+            self._publish_q(table.stamp, words[cell + _SEQUENCE], depth - 1, table.newest)
         words[at : at + count] = array.array("q", map(int, newest))
         words[cell + _NANOSECONDS] = int(table.seconds * 1e9)
         self._publish(cell + _DEPTH, depth)
@@ -183,7 +216,36 @@ class Mailbox:
             if words[cell + _SEQUENCE] != sequence:
                 return None
         stamp = Stamp(slot, generation, round_)
-        return Table(stamp, [key >> 32 for key in keys], [key & 0xFFFFFFFF for key in keys], rows, nanoseconds / 1e9)
+        accepted, bonus = [key >> 32 for key in keys], [key & 0xFFFFFFFF for key in keys]
+        return Table(stamp, accepted, bonus, rows, nanoseconds / 1e9, version=sequence)
+
+    def _publish_q(self, stamp: Stamp, version: int, depth: int, q: Proposals) -> None:
+        count, width = q.tokens.shape
+        place = stamp.slot, stamp.round & 1
+        self._q_tokens[place][depth, :count, :width] = q.tokens
+        self._q_probabilities[place][depth, :count, :width] = q.probabilities
+        self._q_probabilities[place][depth, :count, width:] = 0
+        if depth == 0:  # the rows of the depths above follow before anybody is told of them
+            self._q_stamps[place] = (stamp.generation, stamp.round, version)
+
+    def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
+        """Target side: the q [depth, M] that the first drafts of a branch of this very table were drawn from.
+
+        None where they are certain, and where the q is no longer there: then they are to be taken as certain, which is
+        exact for any draft.
+        """
+        place = stamp.slot, stamp.round & 1
+        wanted = [stamp.generation, stamp.round, version]
+        with self._fence:
+            if self._q_stamps[place].tolist() != wanted:
+                return None
+        with self._fence:
+            tokens = self._q_tokens[place][:depth, branch].copy()
+            probabilities = self._q_probabilities[place][:depth, branch].copy()
+        with self._fence:
+            if self._q_stamps[place].tolist() != wanted:
+                return None
+        return Proposals(tokens, probabilities)
 
     # ---- memory ------------------------------------------------------------------------------------------------
 

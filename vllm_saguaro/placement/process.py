@@ -8,6 +8,7 @@ it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import mmap
 import os
@@ -21,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from vllm_saguaro.messages import Step, Table
+from vllm_saguaro.messages import Proposals, Stamp, Step, Table
 from vllm_saguaro.placement.channel import DraftFailed
 from vllm_saguaro.placement.mailbox import DraftState, Mailbox, MailboxShape
 
@@ -58,10 +59,7 @@ class ProcessChannel:
         start = {
             "memory_fd": self._memory_fd,
             "bell_fd": self._bell_fd,
-            "slots": shape.slots,
-            "branches": shape.branches,
-            "num_speculative_tokens": shape.num_speculative_tokens,
-            "ring_bytes": shape.ring_bytes,
+            **dataclasses.asdict(shape),
             "parent": os.getpid(),
             "options": dict(options),
         }
@@ -99,6 +97,10 @@ class ProcessChannel:
     def read(self, slot: int) -> Table | None:
         """The table of a slot, as far as it is."""
         return self._mailbox.read(slot) if self.alive else None
+
+    def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
+        """The q of a branch's drafts; it stays readable when the draft process has ended."""
+        return None if self._closed else self._mailbox.proposals(stamp, version, branch, depth)
 
     def wait_until_ready(self) -> None:
         """Wait for the model to load. Raises `DraftFailed` when it does not."""
@@ -155,7 +157,7 @@ class DraftEnd:
     """The draft side's end of a `ProcessChannel`: made from the line of JSON on standard input."""
 
     def __init__(self, start: Mapping[str, Any]) -> None:
-        shape = MailboxShape(start["slots"], start["branches"], start["num_speculative_tokens"], start["ring_bytes"])
+        shape = MailboxShape(**{field.name: start[field.name] for field in dataclasses.fields(MailboxShape)})
         self._memory = mmap.mmap(start["memory_fd"], shape.total_bytes)
         self.mailbox = Mailbox(memoryview(self._memory), shape)
         self.options: Mapping[str, Any] = start["options"]

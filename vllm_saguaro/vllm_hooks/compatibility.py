@@ -62,6 +62,28 @@ SEAMS: Final = (
         ),
     ),
     Seam(WORKER, "vllm.v1.worker.gpu_model_runner", "GPUModelRunner.take_draft_token_ids", ("self",)),
+    Seam(FRONTEND, "vllm.sampling_params", "SamplingParams._validate_spec_decode", ("self", "speculative_config")),
+    Seam(
+        WORKER, "vllm.v1.worker.gpu_model_runner", "GPUModelRunner._sample", ("self", "logits", "spec_decode_metadata")
+    ),
+    Seam(
+        WORKER,
+        "vllm.v1.sample.rejection_sampler",
+        "RejectionSampler.forward",
+        ("self", "metadata", "draft_probs", "logits", "sampling_metadata"),
+    ),
+    Seam(
+        WORKER,
+        "vllm.v1.sample.rejection_sampler",
+        "RejectionSampler.apply_logits_processors",
+        ("self", "logits", "sampling_metadata", "metadata"),
+    ),
+    Seam(
+        WORKER,
+        "vllm.v1.sample.ops.topk_topp_sampler",
+        "TopKTopPSampler.forward_cpu",
+        ("self", "logits", "generators", "k", "p"),
+    ),
     Seam(WORKER, "vllm.v1.worker.gpu_worker", "Worker._make_model_runner", ("self",)),
     Seam(WORKER, "vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",)),
 )

@@ -7,8 +7,9 @@
    whose top-k then fails on empty logits, which ends the engine.
 3. `v1/core/sched/scheduler.py`: drafts of -1 as padding, see `engine_args.py`.
 
-1 and 2 are mended here (1 for the whole process: a later engine in it has the right kernel too), through the door
-that vLLM has for replacing kernels and on the runner that is ours.
+1 and 2 are mended here (1 for the whole process: a later engine in it has the right kernel too), in vLLM's own stand-in
+for the kernel and on the runner that is ours. vLLM's door for replacing kernels, `register_kernels`, looks through all
+loaded modules and fails at those of llvmlite, which the n-gram search has loaded.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.triton_utils import HAS_TRITON
-from vllm.triton_utils.dispatcher import register_kernels
+from vllm.triton_utils.dispatcher import KernelOverride
+from vllm.v1.sample import rejection_sampler
 
 if TYPE_CHECKING:
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
@@ -27,9 +28,15 @@ if TYPE_CHECKING:
 
 def mend(runner: GPUModelRunner) -> None:
     """Mend faults 1 and 2 for a runner that has been made."""
-    if not HAS_TRITON:  # with Triton the kernel itself runs, and is right
-        register_kernels({"vllm.v1.sample.rejection_sampler.expand_kernel": expand})
+    mend_kernel()
     runner._sample = functools.partial(_sample, runner._sample)
+
+
+def mend_kernel() -> None:
+    """Mend fault 1."""
+    kernel = rejection_sampler.expand_kernel
+    if isinstance(kernel, KernelOverride):  # else Triton runs the kernel itself, which is right
+        kernel._impl = expand
 
 
 def expand(

@@ -38,6 +38,7 @@ from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, 
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
 from vllm.v1.worker.workspace import init_workspace_manager
 
+from vllm_saguaro.algorithm.noise import gumbel_of_all
 from vllm_saguaro.drafting.model import Batch
 
 try:
@@ -129,6 +130,13 @@ class VllmDraftModel:
         if self.device.type == "cpu":
             return self.logits(hidden).numpy().argmax(axis=-1)  # torch's argmax is scalar here, 10 to 60 times slower
         return self.logits(hidden).argmax(dim=-1).cpu().numpy()
+
+    @torch.inference_mode()
+    def race(self, logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        """argmax_t logits_t + g_t [R] int64 of logits [R, V] float32, with vLLM's own noise for seeds [R]."""
+        if self._is_cpu:  # `TopKTopPSampler.forward_cpu` draws with it; it looks at few tokens more than the likeliest
+            return torch.ops._C.fused_gumbel_argmax(logits, seeds)
+        return (logits.double() + gumbel_of_all(seeds, logits.shape[-1])).argmax(-1)
 
     @torch.inference_mode()
     def copy_blocks(self, source: Sequence[int], destination: Sequence[int]) -> None:

@@ -45,14 +45,24 @@ def main() -> None:
 
 
 def load_engine(options: dict[str, Any]) -> DraftEngine:
-    """The engine that `options` describe: those of `DraftModelConfig` under "model", K, N and the fan-out beside it."""
+    """The engine that `options` describe: those of `DraftModelConfig` under "model", what it drafts beside it."""
+    from vllm_saguaro.drafting.deflations import Deflations
     from vllm_saguaro.drafting.engine import DraftEngine
+    from vllm_saguaro.drafting.pace import Pace
     from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig, VllmDraftModel
 
     model = VllmDraftModel(DraftModelConfig(**options["model"]))
     branches = options["branches"]
     model.warm_up(rows=(branches,))
-    return DraftEngine(model, options["num_speculative_tokens"], branches, options["fan_out"])
+    return DraftEngine(
+        model,
+        options["num_speculative_tokens"],
+        branches,
+        options["fan_out"],
+        options["draft_sample_method"],
+        pace=Pace(options["num_speculative_tokens"], branches, options["choose_branches"]),
+        deflations=Deflations(options["num_speculative_tokens"], options["sampling_c"]),
+    )
 
 
 def serve(end: DraftEnd, loop: DraftLoop) -> None:

@@ -157,6 +157,7 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     """Check everything that can be checked before weights load, and translate into a `draft_model` configuration."""
     from vllm.logger import init_logger
 
+    from vllm_saguaro.vllm_hooks import request_checks
     from vllm_saguaro.vllm_hooks.metrics import open_page
 
     logger = init_logger(f"vllm.{__name__}")  # below "vllm": only there has vLLM's logging a handler
@@ -202,12 +203,13 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     engine_args.async_scheduling = False
     options = {
         **config.to_dict(),
-        "draft": _draft_options(engine_args, speculative, passed, draft_size, config.draft_max_length),
+        "draft": _draft_options(engine_args, speculative, passed, config.draft_max_length),
         "target_vocab_size": target_size,
         "cores": plan.to_dict() if plan is not None else None,
         "counters": open_page(_served_name(engine_args, target)),
     }
     setattr(speculative, OPTIONS_ATTRIBUTE, options)
+    request_checks.open_door()
     return speculative
 
 
@@ -293,9 +295,7 @@ def _translate(
     return speculative
 
 
-def _draft_options(
-    engine_args: Any, speculative: Any, passed: dict[str, Any], vocab_size: int, max_model_len: int
-) -> dict[str, Any]:
+def _draft_options(engine_args: Any, speculative: Any, passed: dict[str, Any], max_model_len: int) -> dict[str, Any]:
     """What the draft side needs to build the draft's own engine arguments in another process: plain values only."""
     draft, load = speculative.draft_model_config, speculative.draft_load_config
     eager = passed.get("enforce_eager")
@@ -309,7 +309,6 @@ def _draft_options(
         "dtype": str(draft.dtype).removeprefix("torch."),
         "quantization": passed.get("quantization"),
         "max_model_len": max_model_len,
-        "own_vocab_size": vocab_size,
         "seed": draft.seed,
         "enforce_eager": bool(draft.enforce_eager if eager is None else eager),
         "attention_backend": getattr(backend, "name", None),

@@ -14,9 +14,9 @@ import os
 from collections.abc import Iterator
 
 from prometheus_client import REGISTRY
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from vllm_saguaro.counters import BUCKETS, COUNTERS, HISTOGRAMS, PAGE_BYTES, CounterPage
+from vllm_saguaro.counters import BUCKETS, COUNTERS, GAUGES, HISTOGRAMS, PAGE_BYTES, CounterPage
 
 _PAGE_NAME = "saguaro-counters"
 _LABELS = ("model_name", "engine")
@@ -33,7 +33,7 @@ class SaguaroCollector:
         """All counters and histograms as they are now."""
         families: dict[str, CounterMetricFamily] = {}
         for counter in COUNTERS:
-            labels = (*_LABELS, "cause") if counter.label else _LABELS
+            labels = (*_LABELS, counter.label_name) if counter.label else _LABELS
             family = families.get(counter.name)
             if family is None:
                 family = CounterMetricFamily(f"vllm:{counter.name}", counter.documentation, labels=labels)
@@ -41,6 +41,10 @@ class SaguaroCollector:
             values = (*self._labels, counter.label) if counter.label else self._labels
             family.add_metric(values, self.page.value(counter))
         yield from families.values()
+        for gauge in GAUGES:
+            level = GaugeMetricFamily(f"vllm:{gauge.name}", gauge.documentation, labels=_LABELS)
+            level.add_metric(self._labels, self.page.value(gauge))
+            yield level
         for histogram in HISTOGRAMS:
             family = HistogramMetricFamily(f"vllm:{histogram.name}", histogram.documentation, labels=_LABELS)
             cumulative, buckets = 0.0, []

@@ -14,11 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from vllm_saguaro.algorithm import ngram
+from vllm_saguaro.messages import Proposals, Sampling
 from vllm_saguaro.speculator import Speculator, Verified
+from vllm_saguaro.vllm_hooks.known_noise import RequestKeys
 
 if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+_MOST_TOP_K = 2**31 - 1
 
 
 class SaguaroDrafter(DraftModelProposer):
@@ -31,10 +38,12 @@ class SaguaroDrafter(DraftModelProposer):
     supports_mm_inputs = False
     model = None
 
-    def __init__(self, speculator: Speculator, runner: GPUModelRunner) -> None:
+    def __init__(self, speculator: Speculator, runner: GPUModelRunner, keys: RequestKeys, guesses: bool) -> None:
         self.speculator = speculator
         self.runner = runner
+        self.keys = keys
         self.draft_attn_groups: list[Any] = []
+        self._guesses = guesses
 
     def load_model(self, target_model: Any) -> None:
         """The draft has been loading elsewhere while the target loaded here: wait for it."""
@@ -51,8 +60,10 @@ class SaguaroDrafter(DraftModelProposer):
 
     def begin_step(self, scheduler_output: SchedulerOutput) -> None:
         """Before the target's forward: tell the draft side who came and who left."""
+        for request_id in scheduler_output.finished_req_ids:
+            self.keys.forget(request_id)
         arrived = [
-            (new.req_id, new.prompt_token_ids, _temperature(new.sampling_params))
+            (new.req_id, new.prompt_token_ids, self._asked(new.req_id, new.sampling_params, len(new.prompt_token_ids)))
             for new in scheduler_output.scheduled_new_reqs
             if new.prompt_token_ids is not None and new.sampling_params is not None
         ]
@@ -65,32 +76,67 @@ class SaguaroDrafter(DraftModelProposer):
         *unused: Any,
     ) -> list[list[int]]:
         """Takes the place of the runner's method of this name (see the module's first lines)."""
-        batch = self.runner.input_batch
+        batch, in_pass = self.runner.input_batch, scheduler_output.scheduled_spec_decode_tokens
         rows = [
             Verified(
                 request_id,
                 sampled,
+                len(in_pass.get(request_id, ())),
                 int(batch.num_tokens_no_spec[row]),
                 functools.partial(self._tokens, row),
-                functools.partial(self._request_temperature, request_id),
+                functools.partial(self._sampling, request_id),
+                functools.partial(self._suggest, row) if self._guesses else _no_guess,
             )
             for row, (request_id, sampled) in enumerate(zip(batch.req_ids, sampled_token_ids, strict=True))
         ]
-        return self.speculator.propose(rows, scheduler_output.num_spec_tokens_to_schedule)
+        tokens_in = scheduler_output.total_num_scheduled_tokens
+        only_decodes = tokens_in == sum(1 + row.verified for row in rows)
+        return self.speculator.propose(
+            rows, scheduler_output.num_spec_tokens_to_schedule, tokens_in if only_decodes else None
+        )
+
+    def proposals(self, request_id: str, count: int) -> Proposals | None:
+        """The q of a request's first `count` drafts under verification; None: certain."""
+        return self.speculator.proposals(request_id, count)
 
     def _tokens(self, row: int) -> list[int]:
         batch = self.runner.input_batch
         return batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]].tolist()
 
-    def _request_temperature(self, request_id: str) -> float:
-        return _temperature(self.runner.requests[request_id].sampling_params)
+    def _suggest(self, row: int, most: int) -> list[int]:
+        batch = self.runner.input_batch
+        length = batch.num_tokens_no_spec[row]
+        most = min(most, self.runner.max_model_len - length)
+        return ngram.guess(batch.token_ids_cpu[row, :length], most).tolist()
+
+    def _sampling(self, request_id: str) -> Sampling:
+        request = self.runner.requests[request_id]
+        return self._asked(request_id, request.sampling_params, request.num_prompt_tokens)
+
+    def _asked(self, request_id: str, params: SamplingParams | None, prompt_length: int) -> Sampling:
+        """How a request samples. It crosses in float32, and beyond a point a temperature is as good as infinite."""
+        if params is None:
+            return Sampling()
+        noise, seed = self.keys.noise_of(request_id, params)
+        return Sampling(
+            temperature=min(float(params.temperature or 0.0), 1e6),
+            top_k=min(max(params.top_k, 0), _MOST_TOP_K),
+            top_p=float(params.top_p),
+            min_p=float(params.min_p),
+            noise=noise,
+            seed=seed,
+            prompt_length=prompt_length,
+        )
 
 
-def install(runner: GPUModelRunner, speculator: Speculator) -> SaguaroDrafter:
-    """Put our drafter into a runner that has been made and has loaded nothing yet."""
+def install(runner: GPUModelRunner, speculator: Speculator, keys: RequestKeys, guesses: bool) -> SaguaroDrafter:
+    """Put our drafter into a runner that has been made and has loaded nothing yet.
+
+    `guesses`: whether a request's own text may stand in after a miss.
+    """
     if not isinstance(runner.drafter, DraftModelProposer) or isinstance(runner.drafter, SaguaroDrafter):
         raise RuntimeError(f"vllm_saguaro: expected vLLM's own draft_model drafter, found {type(runner.drafter)}")
-    drafter = SaguaroDrafter(speculator, runner)
+    drafter = SaguaroDrafter(speculator, runner, keys, guesses)
     runner.drafter = drafter
     runner.propose_draft_token_ids = drafter.propose_draft_token_ids
     runner.speculative_config.disable_padded_drafter_batch = True
@@ -99,6 +145,6 @@ def install(runner: GPUModelRunner, speculator: Speculator) -> SaguaroDrafter:
     return drafter
 
 
-def _temperature(sampling_params: Any) -> float:
-    """A request's temperature; it crosses as a float32, and beyond a point the prediction is uniform anyway."""
-    return min(float(getattr(sampling_params, "temperature", 0.0) or 0.0), 1e6)
+def _no_guess(most: int) -> list[int]:
+    """Nothing is suggested."""
+    return []

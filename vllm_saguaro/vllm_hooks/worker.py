@@ -16,16 +16,19 @@ from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_saguaro import cores, counters
+from vllm_saguaro.algorithm.sampling import SUPPORT
 from vllm_saguaro.config import SaguaroConfig
 from vllm_saguaro.drafting.loop import MAX_ROWS_A_TREE
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.placement.inline import InlineChannel
 from vllm_saguaro.placement.mailbox import MailboxShape
 from vllm_saguaro.placement.process import ProcessChannel
+from vllm_saguaro.policy import Policy
 from vllm_saguaro.speculator import Speculator
-from vllm_saguaro.vllm_hooks import compatibility, cpu_sampler, runner_v1
+from vllm_saguaro.vllm_hooks import compatibility, cpu_sampler, rejection_sampler, runner_v1
 from vllm_saguaro.vllm_hooks.draft_process import load_engine
 from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
+from vllm_saguaro.vllm_hooks.known_noise import KnownNoise, RequestKeys
 from vllm_saguaro.vllm_hooks.metrics import attach_page
 
 logger = init_logger(f"vllm.{__name__}")
@@ -60,15 +63,25 @@ class SaguaroWorker(CPUWorker):
             slots = SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs
             shape = MailboxShape(
                 slots=slots,
-                branches=config.branches,
+                branches=config.most_branches,
                 num_speculative_tokens=config.num_speculative_tokens,
                 ring_bytes=(4 << 20) + 8 * self.model_config.max_model_len,
+                support=SUPPORT,
             )
             self._channel = self._open_channel(config, shape)
             self._page = attach_page(self._options.get("counters"))
-            speculator = Speculator(self._channel, slots, config.num_speculative_tokens, self._page, logger)
-            self._drafter = runner_v1.install(self.model_runner, speculator)
+            steps = config.num_speculative_tokens
+            policy = Policy(steps, config.backup, config.chooses_itself)
+            speculator = Speculator(self._channel, slots, steps, self._page, logger, policy)
+            keys = RequestKeys(
+                self.model_config.seed or 0,
+                known=KnownNoise.possible(self.model_runner.sampler.topk_topp_sampler),
+                keyed=config.draft_sample_method == "coupled",
+            )
+            guesses = config.backup in ("auto", "ngram")
+            self._drafter = runner_v1.install(self.model_runner, speculator, keys, guesses)
             cpu_sampler.mend(self.model_runner)
+            rejection_sampler.install(self.model_runner, self._drafter.proposals, keys)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the target while the draft loads elsewhere."""
@@ -116,9 +129,12 @@ class SaguaroWorker(CPUWorker):
         plan = self._options["cores"]
         options = {
             "model": self._draft_model_options(),
-            "branches": config.branches,
+            "branches": config.most_branches,
+            "choose_branches": config.chooses_branches,
             "num_speculative_tokens": config.num_speculative_tokens,
             "fan_out": config.fan_out,
+            "draft_sample_method": config.draft_sample_method,
+            "sampling_c": config.sampling_c,
             "cpus": plan["draft"] if plan else [],
         }
         if config.placement == "inline":
@@ -130,7 +146,6 @@ class SaguaroWorker(CPUWorker):
     def _draft_model_options(self) -> dict[str, Any]:
         """The fields of `DraftModelConfig`, as plain values."""
         draft: dict[str, Any] = dict(self._options["draft"])
-        del draft["own_vocab_size"]
         return draft | {
             "max_length": draft.pop("max_model_len"),
             "max_rows": max(MAX_ROWS_A_TREE, SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs),

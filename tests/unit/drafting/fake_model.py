@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
+from vllm_saguaro.algorithm.noise import gumbel_of_all
 from vllm_saguaro.drafting.model import Batch
 
 NOTHING = -7
@@ -30,6 +31,7 @@ class FakeModel:
     """Deterministic pseudo-random logits after each context. Checks every batch that it is given."""
 
     hidden_size = 4
+    device = torch.device("cpu")
 
     def __init__(
         self,
@@ -71,6 +73,9 @@ class FakeModel:
 
     def greedy(self, hidden: torch.Tensor) -> np.ndarray:
         return self._logits(_from_hidden(hidden)).argmax(-1)
+
+    def race(self, logits: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        return (logits.double() + gumbel_of_all(seeds, logits.shape[-1])).argmax(-1)
 
     def copy_blocks(self, source: Sequence[int], destination: Sequence[int]) -> None:
         assert len(source) == len(destination)

@@ -4,31 +4,29 @@ import numpy as np
 import pytest
 import torch
 
-from tests.unit.drafting.checks import check_blocks, check_drafts, check_predictions, fake_of, make_engine, prefill
+from tests.unit.drafting.checks import (
+    COUPLED,
+    GREEDY,
+    PROMPT,
+    SAMPLED,
+    SEEDED,
+    check_blocks,
+    check_drafts,
+    check_predictions,
+    expected_outcomes,
+    fake_of,
+    grown,
+    make_engine,
+    prefill,
+    ready,
+    speculation,
+)
 from tests.unit.drafting.fake_model import FakeModel
-from vllm_saguaro.algorithm.outcomes import outcome_probabilities
-from vllm_saguaro.drafting.engine import DraftEngine, Tree, Trunk
+from vllm_saguaro.drafting.engine import DraftEngine
+from vllm_saguaro.drafting.trunk import PLAIN, Tree, Trunk
+from vllm_saguaro.messages import Sampling
 
-PROMPT = [(7 * i + 3) % 40 for i in range(11)]
 K = 3
-
-
-def grown(engine: DraftEngine, trunks: list[Trunk], depth: int = K) -> Tree:
-    tree = engine.fork(trunks)
-    assert tree is not None
-    for _ in range(depth):
-        engine.grow(tree)
-    return tree
-
-
-def ready(engine: DraftEngine, prompt: list[int] = PROMPT, temperature: float = 0.0) -> Trunk:
-    trunk = engine.admit(list(prompt), temperature)
-    prefill(engine, [trunk])
-    return trunk
-
-
-def speculation(engine: DraftEngine, trunk: Trunk, branch: int, depth: int = K) -> list[int]:
-    return [int(step[branch]) for step in engine.drafts_of(trunk)[:depth]]
 
 
 def test_branches_draft_the_greedy_continuation_of_their_outcome() -> None:
@@ -115,7 +113,7 @@ def test_an_outcome_before_the_tree_has_grown_is_no_adoption() -> None:
 @pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 8, 11])
 def test_a_prompt_in_chunks_predicts_as_one_in_one_piece(chunk: int) -> None:
     engine = make_engine(FakeModel())
-    trunk = engine.admit(list(PROMPT), 0.0)
+    trunk = engine.admit(list(PROMPT), GREEDY)
     prefill(engine, [trunk], most=chunk)
     assert max(tokens for _, tokens in fake_of(engine).batches) == chunk
     assert trunk.hidden is not None
@@ -140,10 +138,10 @@ def test_trunks_of_unlike_lengths_grow_in_one_tree() -> None:
 
 
 @pytest.mark.parametrize("fan_out", ["ranked", "geometric", "uniform"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_every_fan_out_drafts_correctly(fan_out: str, temperature: float) -> None:
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, COUPLED, SEEDED])
+def test_every_fan_out_drafts_correctly(fan_out: str, sampling: Sampling) -> None:
     engine = make_engine(FakeModel(), branches=6, fan_out=fan_out)
-    trunk = ready(engine, temperature=temperature)
+    trunk = ready(engine, sampling=sampling)
     grown(engine, [trunk])
     engine.settle(trunk, 0, trunk.branches[0].bonus, speculation(engine, trunk, 0))
     prefill(engine, [trunk])
@@ -197,8 +195,7 @@ def test_short_of_blocks_fixed_fan_outs_keep_their_likeliest_branches(fan_out: s
     scarce[0].pool.take(scarce[0].pool.num_free - 4)
     for engine, trunk in (roomy, scarce):
         engine.fork([trunk])
-    probability = outcome_probability(*roomy)
-    wanted = sorted(outcomes_of(roomy[1]), key=lambda pair: -probability[pair])
+    wanted = expected_outcomes(*roomy)
     kept = outcomes_of(scarce[1])
     assert 0 < len(kept) < len(wanted)
     assert set(kept) == set(wanted[: len(kept)])
@@ -217,13 +214,6 @@ def outcomes_of(trunk: Trunk) -> list[tuple[int, int]]:
     return [(branch.accepted, branch.bonus) for branch in trunk.branches]
 
 
-def outcome_probability(engine: DraftEngine, trunk: Trunk) -> np.ndarray:
-    n = len(trunk.speculation)
-    logits = [fake_of(engine).logits_after(trunk.tokens + trunk.speculation[:k]) for k in range(n + 1)]
-    drafts, temperature = torch.tensor([trunk.speculation]), torch.tensor([trunk.temperature])
-    return outcome_probabilities(torch.stack(logits)[None], drafts, torch.tensor([n]), temperature)[0].numpy()
-
-
 def test_without_any_block_there_is_no_tree_and_the_trunk_goes_on() -> None:
     engine = make_engine(FakeModel(num_blocks=3))
     trunk = ready(engine)
@@ -237,7 +227,7 @@ def test_without_any_block_there_is_no_tree_and_the_trunk_goes_on() -> None:
 
 def test_a_trunk_without_room_is_passed_over_and_the_others_are_fed() -> None:
     engine = make_engine(FakeModel(num_blocks=4))
-    long, short = engine.admit([1] * 17, 0.0), engine.admit([2] * 5, 0.0)
+    long, short = engine.admit([1] * 17, GREEDY), engine.admit([2] * 5, GREEDY)
     engine.extend([long, short], 64)
     assert (long.valid, short.valid) == (0, 5)
     check_blocks(engine, [long, short])
@@ -304,7 +294,8 @@ def test_release_gives_back_trunk_and_branches(depth: int) -> None:
 
 
 def test_a_finished_tree_says_so() -> None:
-    tree = Tree(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, 1), np.int32), depth_limit=1)
+    rule = make_engine(FakeModel()).drawer.rule([(Trunk([1], GREEDY), 1)], 1, PLAIN)
+    tree = Tree(np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros((1, 1), np.int32), depth_limit=1, rule=rule)
     assert not tree.finished
     tree.drafts.append(np.zeros(1, np.int64))
     assert tree.finished

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.drafting.checks import check_blocks, check_drafts, check_predictions, make_engine, prefill
+from tests.unit.drafting.checks import (
+    COUPLED,
+    GREEDY,
+    SAMPLED,
+    SEEDED,
+    check_blocks,
+    check_drafts,
+    check_predictions,
+    make_engine,
+    prefill,
+)
 from tests.unit.drafting.fake_model import FakeModel
-from vllm_saguaro.drafting.engine import DraftEngine, Trunk
+from vllm_saguaro.drafting.deflations import Deflations
+from vllm_saguaro.drafting.engine import DraftEngine
+from vllm_saguaro.drafting.trunk import Trunk
 
 VOCABULARY = 40
 ROUNDS = 4
@@ -23,11 +37,14 @@ class Story:
         self.steps = draw.draw(st.integers(1, 5), label="K")
         model = FakeModel(block_size=draw.draw(st.sampled_from([4, 8]), label="block size"), num_blocks=num_blocks)
         branches = draw.draw(st.integers(1, 6), label="N")
-        self.engine: DraftEngine = make_engine(model, self.steps, branches)
+        deflations = Deflations(self.steps, draw.draw(st.sampled_from([1.0, 0.3]), label="C"))
+        self.engine: DraftEngine = make_engine(model, self.steps, branches, deflations=deflations)
         self.texts: list[tuple[Trunk, list[int]]] = []
         for length in draw.draw(st.lists(st.integers(1, 18), min_size=1, max_size=3), label="prompts"):
             prompt = [(length * 5 + 3 * i) % VOCABULARY for i in range(length)]
-            self.texts.append((self.engine.admit(list(prompt), draw.draw(st.sampled_from([0.0, 0.8]))), prompt))
+            sampling = draw.draw(st.sampled_from([GREEDY, SAMPLED, COUPLED, SEEDED]), label="sampling")
+            trunk = self.engine.admit(list(prompt), replace(sampling, prompt_length=length))
+            self.texts.append((trunk, prompt))
 
     @property
     def trunks(self) -> list[Trunk]:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.drafting.checks import COUPLED, GREEDY, SAMPLED, SEEDED
 from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.drafting.loop_driver import LoopDriver, Request, request
 from tests.unit.drafting.simulated_target import SimulatedTarget
@@ -110,7 +111,7 @@ def test_drafts_from_elsewhere_are_followed() -> None:
 def test_what_was_said_of_unknown_slots_is_ignored() -> None:
     r = request(0, 9)
     driver = started(r)
-    driver.submit(outcomes=[Outcome(Stamp(5, 1, 0), 0, 3, 10, ())], releases=[Release(Stamp(6, 1, 0))])
+    driver.submit(outcomes=[Outcome(Stamp(5, 1, 0), 0, 3, 10, (), 0)], releases=[Release(Stamp(6, 1, 0))])
     assert len(driver.loop) == 1
     driver.work()
     driver.check_table(r)
@@ -120,7 +121,7 @@ def test_what_was_said_of_unknown_slots_is_ignored() -> None:
 def test_an_outcome_of_another_round_or_generation_is_ignored(stamp: Stamp) -> None:
     r = request(0, 9)
     driver = started(r)
-    driver.submit(outcomes=[Outcome(stamp, 0, 3, 10, ())])
+    driver.submit(outcomes=[Outcome(stamp, 0, 3, 10, (), 0)])
     driver.work()
     driver.check_table(r)
     driver.submit(outcomes=[hit(driver, r)])
@@ -132,7 +133,7 @@ def test_an_outcome_of_another_round_or_generation_is_ignored(stamp: Stamp) -> N
 def test_a_request_whose_text_disagrees_is_dropped_with_its_blocks(accepted: int, length: int) -> None:
     r, other = request(0, 9), request(1, 6)
     driver = started(r, other)
-    driver.submit(outcomes=[Outcome(r.stamp, accepted, 3, length, ()), hit(driver, other)])
+    driver.submit(outcomes=[Outcome(r.stamp, accepted, 3, length, (), 0), hit(driver, other)])
     assert len(driver.loop) == 1
     driver.work()
     driver.check_table(other)
@@ -312,7 +313,8 @@ def test_whatever_the_timing_every_table_is_right_and_no_block_is_lost(data: st.
         for slot in range(3):
             if slot not in running and data.draw(st.booleans()):
                 generations[slot] += 1
-                running[slot] = request(slot, data.draw(st.integers(1, 30)), generations[slot])
+                sampling = data.draw(st.sampled_from([GREEDY, SAMPLED, COUPLED, SEEDED]))
+                running[slot] = request(slot, data.draw(st.integers(1, 30)), generations[slot], sampling)
                 admits.append(running[slot].admit())
             elif slot in running and data.draw(st.integers(0, 9)) == 0:
                 releases.append(running.pop(slot).release())

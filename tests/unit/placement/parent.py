@@ -14,7 +14,7 @@ from vllm_saguaro.placement.mailbox import MailboxShape
 from vllm_saguaro.placement.process import ProcessChannel
 
 ROOT = Path(__file__).resolve().parents[3]
-SHAPE = MailboxShape(slots=4, branches=5, num_speculative_tokens=3, ring_bytes=1 << 16)
+SHAPE = MailboxShape(slots=4, branches=5, num_speculative_tokens=3, ring_bytes=1 << 16, support=8)
 
 
 def open_channel(role: str = "echo", module: str = "tests.unit.placement.echo_child") -> ProcessChannel:

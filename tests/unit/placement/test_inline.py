@@ -1,23 +1,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from tests.unit.drafting.checks import make_engine
 from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.drafting.simulated_target import SimulatedTarget
 from vllm_saguaro import counters
+from vllm_saguaro.algorithm.sampling import SUPPORT
 from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import Admit, Miss, Stamp, Step
+from vllm_saguaro.messages import Admit, Miss, Noise, Sampling, Stamp, Step
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.placement.inline import InlineChannel
 from vllm_saguaro.placement.mailbox import MailboxShape
-from vllm_saguaro.speculator import Speculator, Verified
+from vllm_saguaro.policy import Policy
+from vllm_saguaro.speculator import Speculator
+from vllm_saguaro.turn import Verified
 
 K, BRANCHES = 4, 8
-SHAPE = MailboxShape(slots=3, branches=BRANCHES, num_speculative_tokens=K, ring_bytes=1 << 16)
-ADMIT = Step(admits=[Admit(Stamp(1, 1, 0), 0.0, (3, 1, 4, 1, 5))])
+SHAPE = MailboxShape(slots=3, branches=BRANCHES, num_speculative_tokens=K, ring_bytes=1 << 16, support=SUPPORT)
+ADMIT = Step(admits=[Admit(Stamp(1, 1, 0), Sampling(), (3, 1, 4, 1, 5))])
 
 
 def inline(model: FakeModel | None = None) -> InlineChannel:
@@ -37,7 +42,7 @@ def test_a_table_is_finished_when_post_returns() -> None:
 
 
 def test_a_step_that_is_too_large_is_refused() -> None:
-    assert not inline().post(Step(admits=[Admit(Stamp(0, 1, 0), 0.0, tuple([1] * 20_000))]))
+    assert not inline().post(Step(admits=[Admit(Stamp(0, 1, 0), Sampling(), tuple([1] * 20_000))]))
 
 
 def test_a_closed_channel_takes_and_gives_nothing() -> None:
@@ -48,38 +53,66 @@ def test_a_closed_channel_takes_and_gives_nothing() -> None:
     assert not channel.alive
     assert not channel.post(ADMIT)
     assert channel.read(1) is None
+    assert channel.proposals(Stamp(1, 1, 0), 2, 0, 1) is None
+
+
+@pytest.mark.parametrize(("method", "drawn"), [("probabilistic", True), ("coupled", False), ("greedy", False)])
+def test_the_q_of_drawn_drafts_comes_with_the_table(method: str, drawn: bool) -> None:
+    model = FakeModel(num_blocks=512, max_length=200)
+    channel: Channel = InlineChannel(lambda: make_engine(model, K, BRANCHES, method=method), SHAPE)
+    sampling = Sampling(0.8, noise=Noise.KEY if method == "coupled" else Noise.UNKNOWN, seed=3, prompt_length=5)
+    channel.post(Step(admits=[Admit(Stamp(1, 1, 0), sampling, (3, 1, 4, 1, 5))]))
+    table = channel.read(1)
+    assert table is not None
+    for branch in range(BRANCHES):
+        q = channel.proposals(table.stamp, table.version, branch, K)
+        assert (q is not None) == drawn
+        if q is not None:
+            assert q.tokens.shape == q.probabilities.shape == (K, SHAPE.support)
+            np.testing.assert_allclose(q.probabilities.sum(axis=1), 1, rtol=1e-5)
+            for depth, token in enumerate(table.speculation(branch)):
+                assert q.probabilities[depth, q.tokens[depth] == token].sum() > 0, "drawn from it"
 
 
 def test_a_step_that_does_not_decode_does_not_reach_the_target() -> None:
     """As in the process placement: it is dropped and counted, and nobody raises."""
     channel = inline()
-    channel.post(Step(admits=[Admit(Stamp(0, 1, 0), 0.0, (1, -1))]))
+    channel.post(Step(admits=[Admit(Stamp(0, 1, 0), Sampling(), (1, -1))]))
     assert channel.post(ADMIT)
     assert channel.read(1) is not None
 
 
+def guess_of(text: list[int]) -> Callable[[int], list[int]]:
+    """A guess that is as good as any: what follows the last token where it stood first."""
+    return lambda most: text[text.index(text[-1]) + 1 :][:most]
+
+
 @pytest.mark.parametrize("num_blocks", [512, 40])
 @pytest.mark.parametrize("agreement", [0.75])
-def test_the_emitted_text_is_the_targets_greedy_text(num_blocks: int, agreement: float) -> None:
+@pytest.mark.parametrize("backup", ["none", "ngram", "jit"])
+def test_the_emitted_text_is_the_targets_greedy_text(num_blocks: int, agreement: float, backup: str) -> None:
     """Speculator, channel, loop and engine in one run: lossless, and worth its while."""
     model = FakeModel(num_blocks=num_blocks, max_length=200)
     target = SimulatedTarget(model, agreement)
     page = CounterPage()
-    speculator = Speculator(inline(model), SHAPE.slots, K, page, logging.getLogger("test"))
+    speculator = Speculator(
+        inline(model), SHAPE.slots, K, page, logging.getLogger("test"), Policy(K, backup, adaptive=False)
+    )
     prompts = {f"r{i}": [(5 * i + 7 * j) % 40 for j in range(3 + 4 * i)] for i in range(3)}
     texts = {name: list(prompt) for name, prompt in prompts.items()}
     drafts: dict[str, list[int]] = {name: [] for name in prompts}
-    speculator.begin_step([(name, prompt, 0.0) for name, prompt in prompts.items()], [])
-    rounds = emitted = 0
+    speculator.begin_step([(name, prompt, Sampling()) for name, prompt in prompts.items()], [])
+    rounds = emitted = unserved = 0
     for _ in range(25):
         rows = []
         for name, text in texts.items():
             sampled = target.verify(text, drafts[name])
             text += sampled
             rounds, emitted = rounds + 1, emitted + len(sampled)
-            rows.append(Verified(name, sampled, len(text), lambda text=text: text, lambda: 0.0))  # type: ignore[misc]
+            rows.append(Verified(name, sampled, len(drafts[name]), len(text), text.copy, Sampling, guess_of(text)))
         speculator.begin_step([], [])
         drafts = dict(zip(texts, speculator.propose(rows), strict=True))
+        unserved += sum(not found for found in drafts.values())
     for name, text in texts.items():
         prompt = prompts[name]
         assert text[len(prompt) :] == target.greedy_text(prompt, len(text) - len(prompt))
@@ -88,6 +121,10 @@ def test_the_emitted_text_is_the_targets_greedy_text(num_blocks: int, agreement:
     assert misses > 0
     assert hits + misses == rounds == 75
     assert emitted / rounds > (1.5 if num_blocks == 512 else 1.0)
+    served = {kind: page.value(counter) for kind, counter in counters.BACKUPS.items()}
+    assert unserved == misses - sum(served.values())
+    assert {kind for kind, count in served.items() if count} <= {backup}
     if num_blocks == 512:
+        assert backup == "none" or served[backup] > 0
         assert page.hit_rate > 0.5
         assert page.value(counters.MISSES[Miss.LATE]) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.placement.hammer import SHAPE, SLOT, attach, step_of, table_of
+from tests.unit.placement.hammer import SHAPE, SLOT, attach, checked_q, is_anew, step_of, table_of
 
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 2.0
@@ -43,7 +43,7 @@ def test_a_table_is_never_seen_torn(memory_fd: int) -> None:
             table = box.read(SLOT)
             if table is None or table.stamp.generation == 0:
                 continue
-            expected = table_of(table.stamp.round, len(table.drafts))
+            expected = table_of(table.stamp.round, len(table.drafts), is_anew(table))
             assert (table.stamp, table.accepted, table.bonus, table.drafts) == (
                 expected.stamp,
                 expected.accepted,
@@ -59,6 +59,23 @@ def test_a_table_is_never_seen_torn(memory_fd: int) -> None:
     assert writer.returncode == 0
     assert min(rounds, reads) > 100
     assert partial > 0, "the reader never came in between: nothing was tested"
+
+
+def test_a_q_is_never_seen_torn(memory_fd: int) -> None:
+    """It is read while the writer is rounds ahead: then it is not there, and never another table's."""
+    box = attach(memory_fd)
+    seen = missing = 0
+    with start("tables", memory_fd) as writer:
+        while writer.poll() is None:
+            table = box.read(SLOT)
+            if table is None or table.stamp.generation == 0 or not table.drafts:
+                continue
+            found = checked_q(box, table)
+            seen += found
+            missing += len(table.bonus) - found
+    assert writer.returncode == 0
+    assert seen > 100
+    assert missing > 0, "the writer never came in between: nothing was tested"
 
 
 def test_no_step_is_lost_or_torn(memory_fd: int) -> None:

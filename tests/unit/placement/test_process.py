@@ -15,13 +15,13 @@ import pytest
 from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.placement.echo_child import DRAFTS, MAX_LENGTH
 from tests.unit.placement.parent import ROOT, open_channel
-from vllm_saguaro.messages import Admit, Outcome, Stamp, Step, Table
+from vllm_saguaro.messages import Admit, Outcome, Sampling, Stamp, Step, Table
 from vllm_saguaro.placement import process as process_module
 from vllm_saguaro.placement.channel import Channel, DraftFailed
 from vllm_saguaro.placement.process import ProcessChannel
 
 PROMPT = (3, 1, 4, 1, 5, 9)
-ADMIT = Step(admits=[Admit(Stamp(2, 1, 0), 0.0, PROMPT)])
+ADMIT = Step(admits=[Admit(Stamp(2, 1, 0), Sampling(), PROMPT)])
 
 
 @pytest.fixture
@@ -84,9 +84,10 @@ def test_life_of_a_request_in_another_process() -> None:
         table = finished(channel, Stamp(2, 1, round_))
         branch = max(range(len(table.bonus)), key=lambda i: table.accepted[i])
         text += [*drafts[: table.accepted[branch]], table.bonus[branch]]
+        verified = len(drafts)
         drafts = table.speculation(branch)
         assert list(drafts) == oracle.greedy_continuation(text, 3)
-        outcome = Outcome(Stamp(2, 1, round_), table.accepted[branch], table.bonus[branch], len(text), drafts)
+        outcome = Outcome(Stamp(2, 1, round_), table.accepted[branch], table.bonus[branch], len(text), drafts, verified)
         assert channel.post(Step(outcomes=[outcome]))
     channel.close()
 
@@ -162,7 +163,7 @@ def test_a_sleeping_child_wakes_for_a_step(channel: ProcessChannel) -> None:
     for generation in (1, 2, 3):
         assert until(lambda: channel._mailbox.asleep)
         posted = time.perf_counter()
-        assert channel.post(Step(admits=[Admit(Stamp(2, generation, 0), 0.0, PROMPT)]))
+        assert channel.post(Step(admits=[Admit(Stamp(2, generation, 0), Sampling(), PROMPT)]))
         finished(channel, Stamp(2, generation, 0))
         waited.append(time.perf_counter() - posted)
     assert min(waited) < 0.5  # woken, and not found by the look once a second

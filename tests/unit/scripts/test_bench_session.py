@@ -117,7 +117,7 @@ def test_engines_take_turns_and_are_loaded_once(settings: Settings) -> None:
 
 
 def test_texts_are_compared_with_those_of_plain(settings: Settings) -> None:
-    FakeWorker.different = "saguaro K=4 N=12 ranked"
+    FakeWorker.different = "saguaro K=4 N=auto ranked"
     report = session.measure(settings)
     assert [run.repetitions[0].same_text for run in report.runs] == [2, 2, 1]
     assert report.runs[0].repetitions[0].digests == report.runs[1].repetitions[0].digests
@@ -136,13 +136,13 @@ def test_interference_is_reported(settings: Settings, monkeypatch: pytest.Monkey
     assert len(report.notes) == 2
     assert report.notes == heard
     assert report.notes[0].startswith("other processes took up to")
-    assert report.notes[1] == "saguaro K=4 N=12 ranked took 100% of a core with nothing to do"
+    assert report.notes[1] == "saguaro K=4 N=auto ranked took 100% of a core with nothing to do"
 
 
 def test_a_draft_side_that_does_nothing_is_reported(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeWorker, "hits", 0)
     (note,) = session.measure(settings).notes
-    assert note.startswith("saguaro K=4 N=12 ranked, batch 1, T=0: no table was ever there")
+    assert note.startswith("saguaro K=4 N=auto ranked, batch 1, T=0: no table was ever there")
 
 
 def test_workers_end_when_something_fails(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,13 +69,15 @@ def test_what_an_engine_is_told(pair: Path) -> None:
         "method": "draft_model",
         "model": str(pair / "draft"),
         "num_speculative_tokens": 4,
+        "draft_sample_method": "greedy",
     }
     assert (draft_model["cores"], draft_model["threads"]) == ([0], 1)
     assert saguaro["llm"]["speculative_config"] == {
         "method": "saguaro",
         "model": str(pair / "draft"),
         "num_speculative_tokens": 4,
-        "branches": 12,
+        "draft_sample_method": "coupled",
+        "branches": "auto",
         "fan_out": "ranked",
         "draft_cpus": "1",
         "placement": "inline",

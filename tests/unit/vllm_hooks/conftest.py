@@ -1,8 +1,9 @@
-"""Tiny model folders, without weights: enough for vLLM to build its configuration objects."""
+"""Tiny model folders, without weights, enough for vLLM to build its configuration objects; and its CPU kernels."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,3 +43,19 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def worker_kernels() -> None:
+    """What vLLM's CPU worker puts in the place of Triton kernels.
+
+    It looks through all loaded modules for them and fails at those of llvmlite, which other tests may have loaded:
+    these are out of its sight meanwhile.
+    """
+    from vllm.platforms import current_platform
+
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "llvmlite"}
+    try:
+        current_platform.register_triton_kernel_overrides()
+    finally:
+        sys.modules.update(hidden)

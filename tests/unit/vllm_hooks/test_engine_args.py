@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
 
 import vllm_saguaro
 from vllm_saguaro import cores
@@ -24,6 +26,7 @@ from vllm_saguaro.vllm_hooks.engine_args import (
 
 ModelMaker = Callable[..., Path]
 PLAN = cores.CorePlan((0, 1), (2,))
+DRAFT_MODEL = {"method": "draft_model", "num_speculative_tokens": 2}
 DOORS = ("create_speculative_config", "add_cli_args")
 
 
@@ -100,7 +103,6 @@ def test_the_word_alone_takes_the_targets_own_draft(pair: Path, word: Any, plann
         "dtype": "float32",
         "quantization": None,
         "max_model_len": 256,
-        "own_vocab_size": 320,
         "seed": 0,
         "enforce_eager": False,
         "attention_backend": None,
@@ -123,16 +125,30 @@ def test_keys_go_where_they_belong(pair: Path, make_model: ModelMaker, planned: 
         "fan_out": "geometric",
         "placement": "inline",
         "draft_cpus": "1",
+        "backup": "ngram",
+        "sampling_c": 0.5,
+        "adaptive": True,
         "enforce_eager": True,
         "attention_backend": "CPU_ATTN",
         "draft_load_config": {"load_format": "dummy"},
         "draft_tensor_parallel_size": 1,
         "rejection_sample_method": "standard",
-        "draft_sample_method": "greedy",
+        "draft_sample_method": "coupled",
     }
     config = engine(pair, speculative_config=written, seed=7).create_engine_config()
     options = options_of(config)
-    assert SaguaroConfig.from_dict(options) == SaguaroConfig(24, "geometric", "inline", "1", "none", 6, 128)
+    assert SaguaroConfig.from_dict(options) == SaguaroConfig(
+        branches=24,
+        fan_out="geometric",
+        placement="inline",
+        draft_cpus="1",
+        backup="ngram",
+        sampling_c=0.5,
+        adaptive=True,
+        draft_sample_method="coupled",
+        num_speculative_tokens=6,
+        draft_max_length=128,
+    )
     assert planned == []
     assert options["cores"] is None, "inline, the draft has no cores of its own"
     draft_options = options["draft"]
@@ -142,6 +158,27 @@ def test_keys_go_where_they_belong(pair: Path, make_model: ModelMaker, planned: 
     assert (draft_options["seed"], draft_options["max_model_len"]) == (7, 128)
     assert config.speculative_config is not None
     assert config.speculative_config.num_speculative_tokens == 6
+
+
+@pytest.mark.parametrize("method", ["coupled", "probabilistic", "greedy"])
+def test_how_drafts_are_drawn_is_ours_and_not_vllms(pair: Path, method: str) -> None:
+    """vLLM knows no "coupled", and would run its own drafter otherwise for the other two."""
+    plain = engine(pair, speculative_config="saguaro").create_engine_config().speculative_config
+    written = {"method": "saguaro", "draft_sample_method": method}
+    config = engine(pair, speculative_config=written).create_engine_config()
+    assert options_of(config)["draft_sample_method"] == method
+    assert config.speculative_config is not None
+    assert plain is not None
+    assert config.speculative_config.draft_sample_method == plain.draft_sample_method
+
+
+def test_requests_with_min_p_are_let_in_where_the_method_is_asked_for(pair: Path) -> None:
+    ours = engine(pair, speculative_config="saguaro").create_engine_config().speculative_config
+    params = SamplingParams(temperature=1.0, min_p=0.1)
+    params._validate_spec_decode(ours)
+    theirs = engine(pair, speculative_config=DRAFT_MODEL | {"model": str(pair / "draft")}).create_engine_config()
+    with pytest.raises(VLLMValidationError, match="min_p"):
+        params._validate_spec_decode(theirs.speculative_config)
 
 
 def test_the_flags_do_the_same(pair: Path) -> None:
@@ -200,7 +237,7 @@ def test_padding_passes_vllms_own_check(pair: Path, make_model: ModelMaker, draf
     speculative = config.speculative_config
     assert speculative.draft_model_config.get_vocab_size() == config.model_config.get_vocab_size() == 320
     speculative.verify_equal_vocab_size_if_draft_model()
-    assert options_of(config)["draft"]["own_vocab_size"] == draft_size
+    assert draft_size not in options_of(config)["draft"].values(), "the draft's own configuration says its size"
     assert options_of(config)["target_vocab_size"] == 320
     assert config.model_config.hf_overrides == {}, "the target's own stay untouched"
 
@@ -227,6 +264,8 @@ def test_no_draft_known(make_model: ModelMaker) -> None:
         ({"model": "./no/such"}, "the draft folder does not exist: ./no/such; write"),
         ({"model": "no-such-organisation/no-such-model"}, "the draft model no-such-organisation/no-such-model cannot"),
         ({"num_speculative_tokens": 17}, "num_speculative_tokens is out of range: 17; write a number from 1 to 16"),
+        ({"sampling_c": 2}, 'sampling_c is out of range: 2; write a number from 0 to 1, or "auto"'),
+        ({"backup": "slow"}, 'backup: "slow" is not a known value: write "auto" or "none" or "ngram" or "jit"'),
         ({"placement": "ray"}, 'placement: "ray" is not a known value: write "process" or "inline"'),
         ({"max_model_len": 300}, "vLLM does not take this draft: "),
         ({"attention_backend": "NONE_SUCH"}, "vLLM does not take this draft: "),

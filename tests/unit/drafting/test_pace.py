@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from itertools import accumulate
+from operator import mul
+
+import pytest
+
+from vllm_saguaro.drafting.pace import Pace
+
+K = 3
+
+
+def informed(most: int, *, available: float, glue: float, base: float, per_row: float, rank: int | None = None) -> Pace:
+    """A pace that has seen many rounds, with all outcomes at `rank` (None: half of them missed, the others spread)."""
+    pace = Pace(K, most, chooses=True)
+    for i in range(2000):
+        pace.observe_glue(glue)
+        for rows in (1, 10, 100):
+            pace.observe_step(rows, base + per_row * rows)
+        pace.observe_outcome(available)
+        spread = i % (2 * most)
+        pace.observe_forecast(rank if rank is not None else spread if spread < most else None, K, K)
+    return pace
+
+
+def test_without_a_choice_n_is_what_it_is() -> None:
+    pace = Pace(K, 17, chooses=False)
+    for _ in range(50):
+        pace.observe_outcome(0.001)
+        pace.observe_step(10, 1.0)
+    assert pace.branches(1) == pace.branches(200) == 17
+
+
+def test_until_something_is_known_n_is_moderate() -> None:
+    assert Pace(K, 64, chooses=True).branches(1) == 12
+    assert Pace(K, 5, chooses=True).branches(1) == 5
+
+
+@pytest.mark.parametrize("most", [20, 24, 256])
+def test_branches_that_cost_nothing_are_all_taken(most: int) -> None:
+    """Also where the most is none of the usual numbers."""
+    pace = informed(most, available=0.02, glue=0.001, base=0.001, per_row=0.0)
+    assert pace.branches(1) == most
+
+
+def test_branches_that_cost_a_depth_are_not_taken() -> None:
+    """.95 * 20 ms - 1 ms = 18 ms for three steps of 1 ms + .2 ms a row: 25 rows, of 24 and 32 the former."""
+    pace = informed(64, available=0.02, glue=0.001, base=0.001, per_row=0.0002)
+    assert pace.branches(1) == 24
+    assert pace.branches(2) == 12
+    assert pace.branches(4) == 6
+
+
+def test_the_ranks_of_outcomes_decide_what_a_depth_is_worth() -> None:
+    """18 ms for steps of 1 ms + .5 ms a row: three depths with 8 branches, two with 12."""
+    costs = {"available": 0.02, "glue": 0.001, "base": 0.001, "per_row": 0.0005}
+    assert informed(64, **costs, rank=7).branches(1) == 8
+    assert informed(64, **costs, rank=8).branches(1) == 12
+
+
+def test_reach_is_learnt_of_what_was_judged_alone() -> None:
+    pace = Pace(K, 8, chooses=True)
+    for _ in range(3000):
+        pace.observe_forecast(0, 1, 3)  # x_1 accepted, x_2 rejected, nothing known of x_3
+        pace.observe_forecast(0, 2, 2)  # x_1 and x_2 accepted, x_3 was not in the pass
+    rates = [1.0, 0.5, 0.7]  # the third is the prior
+    assert pace.reach() == pytest.approx(list(accumulate(rates, mul)), abs=0.01)
+    p = pace.accepted_lengths()
+    assert p == pytest.approx([0.0, 0.5, 0.15, 0.35], abs=0.01)
+    assert sum(p) == pytest.approx(1)
+
+
+def test_more_accepted_than_k_cannot_be() -> None:
+    pace = Pace(K, 8, chooses=True)
+    pace.observe_forecast(None, 7, 9)
+    assert len(pace.reach()) == K
+    assert len(pace.accepted_lengths()) == K + 1

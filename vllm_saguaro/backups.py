@@ -1,0 +1,99 @@
+"""Drafts for the rows of a step whose outcome nobody predicted, and the rest of those that came late.
+
+SSD paper, section 4.3; what is worth it is decided in `policy.py`. No row that hit ever waits for another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from vllm_saguaro import counters
+from vllm_saguaro.counters import CounterPage
+from vllm_saguaro.messages import Step, Want
+from vllm_saguaro.placement.channel import Channel
+from vllm_saguaro.policy import Policy, Source
+from vllm_saguaro.turn import Drawn, Turn
+
+_POLL_SECONDS = 20e-6
+
+
+class Backups:
+    """N-gram guesses, and drafts that the draft side makes just in time."""
+
+    def __init__(self, channel: Channel, page: CounterPage, policy: Policy) -> None:
+        self._channel, self._page, self._policy = channel, page, policy
+
+    def serve(self, turns: Sequence[Turn], most: int) -> None:
+        """Drafts from elsewhere for the rows that missed. No row that hit waits for them."""
+        missed = [turn for turn in turns if not turn.speculation]
+        if not missed or not most:
+            if len(turns) == 1 and most:
+                self._finish(turns[0], most)
+            return
+        guesses = [tuple(turn.row.guess(most)) if turn.request is not None else () for turn in missed]
+        hits = len(turns) - len(missed) + sum(not turn.wanted for turn in missed)
+        choice = self._policy.back_up([bool(guess) for guess in guesses], hits, most)
+        waiting = []
+        for turn, guess, kind in zip(missed, guesses, choice.rows, strict=True):
+            if kind == "ngram" and turn.request is not None:
+                self._page.add(counters.BACKUPS[kind])
+                turn.speculation = guess[: choice.ngram_tokens]
+                turn.drawn = Drawn(Source.NGRAM, turn.request.stamp, 0, 0)
+            elif kind == "jit":
+                waiting.append(turn)
+        if waiting:
+            self._wait(waiting, choice.jit_drafts)
+
+    def _finish(self, turn: Turn, most: int) -> None:
+        """The one request of this step has drafts of a late table: wait for the rest of its branch where that pays."""
+        have = len(turn.speculation)
+        more = self._policy.more_depths(have, most) if turn.wanted and have < most else 0
+        if more:
+            self._await([turn], have + more)
+            if turn.drawn is not None:
+                turn.drawn = dataclasses.replace(turn.drawn, source=Source.CACHE)
+
+    def _wait(self, turns: Sequence[Turn], depth: int) -> None:
+        """Wait for just-in-time drafts of outcomes that nobody predicted."""
+        seconds = self._await(turns, depth)
+        if not seconds:  # the draft side could not be told
+            return
+        reached = min(len(turn.speculation) for turn in turns)
+        self._policy.observe_jit(reached or depth, seconds)
+        for turn in turns:
+            if turn.speculation:
+                self._page.add(counters.BACKUPS["jit"])
+
+    def _await(self, turns: Sequence[Turn], depth: int) -> float:
+        """Have the draft side go on with these outcomes alone, and wait, but never for long; the seconds it took."""
+        began = time.perf_counter()
+        wants = [Want(t.request.stamp, t.accepted, t.bonus, depth) for t in turns if t.request is not None]
+        if not self._channel.post(Step(wants=wants)):
+            return 0.0
+        deadline = began + self._policy.patience(depth)
+        waiting = list(turns)
+        while True:
+            waiting = [turn for turn in waiting if not self._arrived(turn, depth)]
+            if not waiting or not self._channel.alive or time.perf_counter() > deadline:
+                break
+            time.sleep(_POLL_SECONDS)
+        seconds = time.perf_counter() - began
+        self._page.observe(counters.BACKUP_WAIT, seconds)
+        return seconds
+
+    def _arrived(self, turn: Turn, depth: int) -> bool:
+        """Take what there is of a row's just-in-time drafts; whether that is all of them."""
+        request = turn.request
+        assert request is not None
+        table = self._channel.read(request.stamp.slot)
+        branch = table.find(turn.accepted, turn.bonus) if table is not None and table.stamp == request.stamp else None
+        if table is None or branch is None:
+            return False
+        drafts = table.speculation(branch)[:depth]
+        if len(drafts) < len(turn.speculation):  # it is being written anew
+            return False
+        turn.speculation = drafts
+        turn.drawn = Drawn(Source.JIT, request.stamp, table.version, branch)
+        return len(turn.speculation) == depth

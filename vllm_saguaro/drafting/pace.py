@@ -1,0 +1,79 @@
+"""How many branches a round gets: as many as pay, by what rounds took and hit so far."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from vllm_saguaro.algorithm.measured import LinearTime, Mean
+from vllm_saguaro.algorithm.timing import DraftTimes, best_branches
+
+CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""N that are considered."""
+
+_AT_FIRST = 12
+_PRIOR_ACCEPTANCE = 0.7
+_PRIOR_MISS_EXPONENT = 0.87
+"""The paper's power law, 1 - hit(N) = N^-r (Definition 11), until there is a measured curve."""
+_SLACK = 0.95
+"""Share of the time until the next outcome that is planned with."""
+_ROUNDS_TO_KNOW = 8
+
+
+class Pace:
+    """Measured times and hit rates of one draft side, and the N that follows from them."""
+
+    def __init__(self, steps: int, most: int, chooses: bool) -> None:
+        """`steps`: K. `most`: N at most; N always, where `chooses` is False."""
+        self._steps, self._most, self._chooses = steps, most, chooses
+        self._choices = [n for n in CHOICES if n < most] + [most]
+        self._glue = Mean(0.0, prior_weight=1e-6, decay=0.9)
+        self._step = LinearTime(0.0, 0.0)
+        self._available = Mean(0.0, prior_weight=1e-6, decay=0.9)
+        self._hits = {n: Mean(1 - n**-_PRIOR_MISS_EXPONENT, prior_weight=20.0, decay=0.998) for n in self._choices}
+        self._accepted = [Mean(_PRIOR_ACCEPTANCE, prior_weight=4.0, decay=0.99) for _ in range(steps)]
+        self._rounds = 0
+
+    def observe_glue(self, seconds: float) -> None:
+        """From the outcome to the first decode step."""
+        self._glue.observe(seconds)
+
+    def observe_step(self, rows: int, seconds: float) -> None:
+        """One decode step over so many rows."""
+        self._step.observe(rows, seconds)
+
+    def observe_outcome(self, available: float) -> None:
+        """From one outcome of a request to its next one."""
+        self._available.observe(available)
+        self._rounds += 1
+
+    def observe_forecast(self, rank: int | None, accepted: int, verified: int) -> None:
+        """The rank of the real outcome among the predicted ones (from 0; None: not there), and what was accepted."""
+        for n, mean in self._hits.items():
+            mean.observe(float(rank is not None and rank < n))
+        for j in range(min(accepted + 1, verified, self._steps)):
+            self._accepted[j].observe(float(j < accepted))
+
+    def branches(self, batch: int) -> int:
+        """N for each of `batch` requests that are drafted for together."""
+        if not self._chooses:
+            return self._most
+        if self._rounds < _ROUNDS_TO_KNOW:
+            return min(_AT_FIRST, self._most)
+        times = DraftTimes(self._glue.value, self._step.base, self._step.per_unit)
+        hits = {n: mean.value for n, mean in self._hits.items()}
+        return best_branches(
+            times, _SLACK * self._available.value, batch, self._steps, self.reach(), hits, self._choices
+        )
+
+    def reach(self) -> list[float]:
+        """P(at least j drafts are accepted), j = 1 .. K."""
+        reach, chance = [], 1.0
+        for mean in self._accepted:
+            chance *= mean.value
+            reach.append(chance)
+        return reach
+
+    def accepted_lengths(self) -> list[float]:
+        """P(k), k = 0 .. K."""
+        reach = [1.0, *self.reach(), 0.0]
+        return [here - beyond for here, beyond in pairwise(reach)]

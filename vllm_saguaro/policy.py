@@ -1,0 +1,204 @@
+"""What the target side decides by itself, step by step, from what it has measured: how many drafts to verify, what a
+missed request gets, and when drafting does not pay at all.
+
+Tokens are counted and passes timed as they come; the choices are pure functions in `algorithm/timing.py` and
+`algorithm/backup.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import cast, get_args
+
+from vllm_saguaro.algorithm import backup, timing
+from vllm_saguaro.algorithm.backup import BackupChoice, BackupMode
+from vllm_saguaro.algorithm.measured import LinearTime, Mean
+
+
+class Source(StrEnum):
+    """Where the drafts of a row came from."""
+
+    CACHE = "cache"
+    JIT = "jit"
+    NGRAM = "ngram"
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What came of the drafts of one row: `source` of them, `verified` in the pass, `accepted` of these."""
+
+    source: Source
+    verified: int
+    accepted: int
+
+
+_PRIOR_ACCEPTANCE = {Source.CACHE: 0.7, Source.JIT: 0.7, Source.NGRAM: 0.4}
+_PRIOR_HIT_RATE = 0.8
+
+_LOOK_AGAIN = 64
+"""Every so many steps all drafts are verified, so that the chances of those that were left out are known as well."""
+
+_STEPS_BEFORE_QUIET = 16
+"""So many steps in a row must find that drafting does not pay. Chance alone does not do that."""
+_FIRST_REST, _LONGEST_REST = 256, 8192
+"""Steps without drafts before it is tried again: twice as many each time that it still does not pay."""
+_TRIAL = 24
+"""Steps of such a trial, with all drafts verified: the draft side has to read the texts first."""
+
+_PATIENCE = 3.0
+"""Just-in-time drafts are waited for this many times as long as they take on average."""
+
+
+class Policy:
+    """The choices of one engine, and the measurements behind them."""
+
+    def __init__(self, num_speculative_tokens: int, backup_mode: str, adaptive: bool = True) -> None:
+        """`adaptive` False: always K drafts, never quiet. Raises ValueError for an unknown backup."""
+        if backup_mode not in get_args(BackupMode):
+            raise ValueError(f"the backup {backup_mode!r} is none of {', '.join(get_args(BackupMode))}")
+        self._most = num_speculative_tokens
+        self._mode = cast(BackupMode, backup_mode)
+        self._adaptive = adaptive
+        self._pass = LinearTime(0.0, 0.0)
+        self._tokens = Mean(1.0, decay=0.95)
+        self._seconds = Mean(1e-3, decay=0.95)
+        self._accepted = {
+            source: [Mean(prior, prior_weight=4.0, decay=0.99) for _ in range(num_speculative_tokens)]
+            for source, prior in _PRIOR_ACCEPTANCE.items()
+        }
+        self._hit_rate = Mean(_PRIOR_HIT_RATE, prior_weight=16.0, decay=0.995)
+        self._jit = LinearTime(0.0, 1e-3)
+        self._jit_waits = 0
+        self._draft_step = Mean(0.0, prior_weight=1e-6, decay=0.95)
+        self._steps = 0
+        self._in_vain = 0
+        self._rest = _FIRST_REST
+        self._quiet_until = 0
+        self._quiet_rows = 0
+        self._trial = 0
+
+    # ---- what was measured -----------------------------------------------------------------------------------------
+
+    def observe_step(self, rows: int, tokens_in: int | None, tokens_out: int, seconds: float, whole: float) -> None:
+        """A step of `rows` requests, decoding only, that fed `tokens_in` tokens and gave `tokens_out`.
+
+        `seconds` from the drafts in hand to the outcomes, `whole` from outcomes to outcomes. `tokens_in` None: there
+        was prefill in it, which tells nothing of a decode step.
+        """
+        if tokens_in is None:
+            return
+        self._pass.observe(tokens_in, seconds)
+        self._tokens.observe(tokens_out)
+        self._seconds.observe(whole)
+
+    def observe_rows(self, judged: Sequence[Judged], hits: int, outcomes: int) -> None:
+        """What came of the drafts in a step, and how many of its outcomes were hits."""
+        for row in judged:
+            chances = self._accepted[row.source]
+            for j in range(min(row.accepted + 1, row.verified, self._most)):
+                chances[j].observe(1.0 if j < row.accepted else 0.0)
+        if outcomes:
+            self._hit_rate.observe(hits / outcomes, outcomes)
+
+    def observe_jit(self, depth: int, seconds: float) -> None:
+        """Just-in-time drafts were `depth` deep after `seconds`."""
+        if depth:
+            self._jit.observe(depth, seconds)
+            self._jit_waits += 1
+
+    def observe_round(self, depth: int, seconds: float) -> None:
+        """A table of `depth` was finished after `seconds`: glue, fork, and a step over all branches for each depth."""
+        self._draft_step.observe(seconds / (depth + 1))
+
+    # ---- what follows from it ----------------------------------------------------------------------------------------
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second of this engine, of all requests together."""
+        return self._tokens.value / self._seconds.value
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of outcomes that are in the cache, of late."""
+        return self._hit_rate.value
+
+    def reach(self, source: Source) -> list[float]:
+        """P(at least j of the drafts are accepted) for j = 1 .. K: the product of the chances so far."""
+        reach, chance = [], 1.0
+        for mean in self._accepted[source]:
+            chance *= mean.value
+            reach.append(chance)
+        return reach
+
+    @property
+    def quiet(self) -> bool:
+        """Whether the next step goes without drafts altogether."""
+        return self._steps < self._quiet_until
+
+    def resting(self, rows: int) -> bool:
+        """Count a step of `rows` requests, and whether it goes without drafts altogether.
+
+        Few requests end the rest, since small batches draft best.
+        """
+        if self.quiet and rows <= self._quiet_rows // 2:
+            self._quiet_until, self._rest = 0, _FIRST_REST
+        self._steps += 1
+        if self._steps == self._quiet_until:
+            self._trial = _TRIAL
+        return self._steps <= self._quiet_until
+
+    def drafts(self, rows: int) -> int:
+        """How many drafts of each row are worth verifying in a step of `rows` requests: 0 to K."""
+        in_trial = self._trial > 0
+        self._trial -= in_trial
+        known = self._pass.base + self._pass.per_unit > 0
+        if not self._adaptive or not known or in_trial or self._steps % _LOOK_AGAIN == 0:
+            return self._most
+        pays = timing.drafts_worth_verifying(
+            self.reach(Source.CACHE), rows * self.hit_rate, rows, self._pass.base, self._pass.per_unit
+        )
+        self._in_vain = 0 if pays else self._in_vain + 1
+        if self._in_vain >= _STEPS_BEFORE_QUIET:
+            self._in_vain, self._quiet_rows = 0, rows
+            self._quiet_until, self._rest = self._steps + self._rest, min(2 * self._rest, _LONGEST_REST)
+        elif pays:
+            self._rest = _FIRST_REST
+        return pays
+
+    def back_up(self, matches: Sequence[bool], hits: int, most: int) -> BackupChoice:
+        """What the missed rows get: row i of them has an n-gram match or not; `hits` rows of the step have drafts."""
+        first, step = self._jit_times()
+        return backup.choose(
+            self._mode,
+            matches,
+            hits,
+            jit_reach=self.reach(Source.JIT)[:most],
+            ngram_reach=self.reach(Source.NGRAM)[:most],
+            first=first,
+            step=step,
+            rate=self.rate,
+            per_token=self._pass.per_unit,
+        )
+
+    def more_depths(self, have: int, most: int) -> int:
+        """How many more drafts the only request of a step should wait for, where a late table has `have` of them."""
+        if self._mode not in ("auto", "jit"):
+            return 0
+        step = self._jit_times()[1]
+        return backup.more_depths(self.reach(Source.CACHE), have, step, self.rate, self._pass.per_unit, most)
+
+    def patience(self, depth: int) -> float:
+        """Seconds to wait for just-in-time drafts at most: no longer than a step takes."""
+        first, step = self._jit_times()
+        return min(_PATIENCE * (first + step * depth), max(self._seconds.value, 1e-3))
+
+    def _jit_times(self) -> tuple[float, float]:
+        """Seconds until the first just-in-time draft, and for each further one.
+
+        Until they were measured: those of a round, whose steps are longer, as they are over all branches.
+        """
+        if self._jit_waits:
+            return self._jit.at(1), self._jit.per_unit
+        return 2 * self._draft_step.value, self._draft_step.value

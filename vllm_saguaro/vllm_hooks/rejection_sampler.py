@@ -248,7 +248,8 @@ def install(runner: GPUModelRunner, proposals: ProposalsOf, keys: RequestKeys | 
 
     def integers(row: int, count: int) -> list[int]:
         now = runner.input_batch
-        assert keys is not None
+        if keys is None or row >= len(now.req_ids):  # in the runner's profiling there are more rows than requests
+            return []
         index = int(now.num_tokens_no_spec[row] - now.num_prompt_tokens[row])
         return keys.integers(now.req_ids[row], index, count)
 

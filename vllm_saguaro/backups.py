@@ -13,7 +13,7 @@ from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Step, Want
 from vllm_saguaro.placement.channel import Channel
-from vllm_saguaro.policy import Policy, Source
+from vllm_saguaro.policy import Judged, Policy, Source
 from vllm_saguaro.turn import Drawn, Turn
 
 _POLL_SECONDS = 20e-6
@@ -62,6 +62,8 @@ class Backups:
             return
         reached = min(len(turn.speculation) for turn in turns)
         self._policy.observe_jit(reached or depth, seconds)
+        if not reached:  # a wait in vain is worth what drafts are that are never accepted
+            self._policy.observe_rows([Judged(Source.JIT, 1, 0)], 0, 0)
         for turn in turns:
             if turn.speculation:
                 self._page.add(counters.BACKUPS["jit"])

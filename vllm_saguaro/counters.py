@@ -81,7 +81,7 @@ VERIFY = Histogram(
 )
 BACKUP_WAIT = Histogram(
     "saguaro_backup_wait_seconds",
-    "Waiting for just-in-time drafts in steps where every request missed.",
+    "Waiting for just-in-time drafts, and for the rest of a late branch.",
     _FIRST_BIN + 3 * (_BINS + 1),
 )
 COUNTERS = (HITS, LATE_TABLES, *MISSES.values(), *BACKUPS.values(), QUIET_STEPS)

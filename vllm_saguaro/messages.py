@@ -111,7 +111,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """The outcome (k, t*) of round `stamp.round` is known and had no drafts: `depth` of them, just in time.
+    """The outcome (k, t*) of round `stamp.round` is known and has too few drafts: go on with it alone, `depth` deep.
 
     The draft side answers with a table of the same stamp that has this outcome as its only branch. The `Outcome` itself
     follows, with the drafts that were taken.

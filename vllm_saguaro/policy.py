@@ -190,9 +190,11 @@ class Policy:
         return backup.more_depths(self.reach(Source.CACHE), have, step, self.rate, self._pass.per_unit, most)
 
     def patience(self, depth: int) -> float:
-        """Seconds to wait for just-in-time drafts at most: no longer than a step takes."""
+        """Seconds to wait for just-in-time drafts at most: no longer than a verify pass takes."""
         first, step = self._jit_times()
-        return min(_PATIENCE * (first + step * depth), max(self._seconds.value, 1e-3))
+        most = max(self._pass.base + self._pass.per_unit, 1e-3)
+        usual = _PATIENCE * (first + step * depth)
+        return min(usual, most) if usual else most
 
     def _jit_times(self) -> tuple[float, float]:
         """Seconds until the first just-in-time draft, and for each further one.

@@ -1,8 +1,8 @@
 """The target side of a round: look each outcome up, hand the drafts over, tell the draft side.
 
-Works on plain lists, so it serves any runner that has outcomes on the host. Nothing here waits for the draft, and
-nothing that the draft does or fails to do can fail a request: the worst case is a row that is verified without
-drafts.
+Works on plain lists, so it serves any runner that has outcomes on the host. Only `backups.py` waits for the draft,
+never long, and never where another row of the step has its drafts. Nothing that the draft does or fails to do can fail
+a request: the worst case is a row that is verified without drafts.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Speculator:
             self.page.add(counters.LATE_TABLES)
         else:
             self.page.observe(counters.DRAFT_ROUND, table.seconds)
-            self.policy.observe_round(len(turn.speculation), table.seconds)
+        self.policy.observe_round(len(turn.speculation), table.seconds)
         return turn
 
     def _miss(self, turn: Turn, cause: Miss) -> Turn:

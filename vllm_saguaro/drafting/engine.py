@@ -198,8 +198,11 @@ class DraftEngine:
         if trunk.forecast is not None:
             verified = len(trunk.speculation) if verified is None else verified
             rank = self.forecaster.learn(trunk.forecast, accepted, bonus, verified)
-            self.pace.observe_forecast(rank, accepted, verified)
-            if trunk.speculation and not trunk.backup and self.drawer.kind(trunk.sampling) is Drawing.SAMPLED:
+            judged = accepted < verified or verified == len(trunk.speculation)  # else the scheduler cut it short
+            if judged:
+                self.pace.observe_forecast(rank, accepted, verified)
+            sampled = bool(trunk.speculation) and self.drawer.kind(trunk.sampling) is Drawing.SAMPLED
+            if judged and sampled and not trunk.backup:
                 self.deflations.learn(trunk.deflation.c, accepted, rank is not None)
             trunk.forecast = None
         branch = self._matching(trunk, accepted, bonus, speculation)

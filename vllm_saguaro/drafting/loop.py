@@ -139,7 +139,9 @@ class DraftLoop:
             self._tree = self.engine.fork([e.trunk for e in ready], share)
             self._growing = [e for e in ready if e.trunk.branches]
             self._publish_growing()
-            pace.observe_glue(time.perf_counter() - max(e.known_at for e in ready))
+            after_outcomes = [e.known_at for e in ready if e.stamp.round > 0]
+            if after_outcomes:  # the reading of a prompt is no glue
+                pace.observe_glue(time.perf_counter() - max(after_outcomes))
         return True
 
     def _grow(self, tree: Tree) -> None:
@@ -202,7 +204,8 @@ class DraftLoop:
             return
         self.engine.settle(trunk, outcome.accepted, outcome.bonus, list(outcome.speculation), outcome.verified)
         now = time.perf_counter()
-        self.engine.pace.observe_outcome(now - entry.known_at)
+        if entry.stamp.round > 0:
+            self.engine.pace.observe_outcome(now - entry.known_at)
         entry.stamp, entry.known_at, entry.forked = entry.stamp.next(), now, False
 
     def _release(self, release: Release) -> None:

@@ -9,7 +9,7 @@
 
 1 and 2 are mended here (1 for the whole process: a later engine in it has the right kernel too), in vLLM's own stand-in
 for the kernel and on the runner that is ours. vLLM's door for replacing kernels, `register_kernels`, looks through all
-loaded modules and fails at those of llvmlite, which the n-gram search has loaded.
+loaded modules and fails at those of llvmlite, wherever something has loaded numba.
 """
 
 from __future__ import annotations

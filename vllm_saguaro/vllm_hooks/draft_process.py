@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from vllm_saguaro.placement.process import DraftEnd
 
 
+_TELL_AFTER = 2048
+"""Outcomes after which the log has what was learnt."""
+
+
 def main() -> None:
     """Load the draft, say so, then keep tables ready until the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends us in order
@@ -65,13 +69,27 @@ def load_engine(options: dict[str, Any]) -> DraftEngine:
     )
 
 
+def tell(engine: DraftEngine) -> None:
+    """Say once what was learnt: how far the predictions were off, and C."""
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.vllm_saguaro.draft")
+    for name, events in engine.forecaster.calibration.summary().items():
+        errors = ", ".join(f"{what} {found['error']:.3f}" for what, found in events.items())
+        logger.info("Saguaro: calibration error of the predicted outcomes (%s): %s.", name, errors)
+    logger.info("Saguaro: C of Saguaro sampling would be %.1f now.", engine.deflations.chosen)
+
+
 def serve(end: DraftEnd, loop: DraftLoop) -> None:
     """Look into the mailbox between any two forwards; what is newest comes first."""
-    busy_at = time.perf_counter()
+    busy_at, outcomes = time.perf_counter(), 0
     while True:
         step = end.mailbox.receive()
         if step is not None:
             loop.submit(step)
+            before, outcomes = outcomes, outcomes + len(step.outcomes)
+            if before < _TELL_AFTER <= outcomes:
+                tell(loop.engine)
         elif not loop.advance():
             end.idle(busy_at)
             continue

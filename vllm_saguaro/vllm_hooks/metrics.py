@@ -30,7 +30,7 @@ class SaguaroCollector:
         self._labels = (model_name, engine)
 
     def collect(self) -> Iterator[Metric]:
-        """All counters and histograms as they are now."""
+        """All counters, gauges and histograms as they are now."""
         families: dict[str, CounterMetricFamily] = {}
         for counter in COUNTERS:
             labels = (*_LABELS, counter.label_name) if counter.label else _LABELS

@@ -60,7 +60,11 @@ class SaguaroDrafter(DraftModelProposer):
 
     def begin_step(self, scheduler_output: SchedulerOutput) -> None:
         """Before the target's forward: tell the draft side who came and who left."""
-        for request_id in scheduler_output.finished_req_ids:
+        # A request that goes on with new input comes like a new one, and its noise must not begin again.
+        for request_id in (
+            *scheduler_output.finished_req_ids,
+            *(n.req_id for n in scheduler_output.scheduled_new_reqs),
+        ):
             self.keys.forget(request_id)
         arrived = [
             (new.req_id, new.prompt_token_ids, self._asked(new.req_id, new.sampling_params, len(new.prompt_token_ids)))
@@ -96,7 +100,14 @@ class SaguaroDrafter(DraftModelProposer):
         )
 
     def proposals(self, request_id: str, count: int) -> Proposals | None:
-        """The q of a request's first `count` drafts under verification; None: certain."""
+        """The q of a request's first `count` drafts under verification; None: certain.
+
+        Under structured output the scheduler keeps only the drafts that the grammar allows, so that which drafts are
+        verified depends on what they are: no q is right for those, but certain drafts are exact under any selection.
+        """
+        params = self.runner.requests[request_id].sampling_params
+        if params is None or params.structured_outputs is not None:
+            return None
         return self.speculator.proposals(request_id, count)
 
     def _tokens(self, row: int) -> list[int]:

@@ -147,9 +147,9 @@ def test_an_outcome_is_observed_once_with_its_rank(monkeypatch: pytest.MonkeyPat
     grown(engine, [trunk])
     next_round(engine, trunk, branch=2)
     third = trunk.branches[3]
-    engine.settle(trunk, third.accepted, third.bonus, [], verified=2)
+    engine.settle(trunk, third.accepted, third.bonus, [])
     engine.settle(trunk, 0, 7, [])  # nothing was predicted in between
-    assert observed.forecasts == [(2, 0, 0), (3, third.accepted, 2)]
+    assert observed.forecasts == [(2, 0, 0), (3, third.accepted, K)]
     assert trunk.forecast is None
 
 

@@ -1,6 +1,6 @@
 """The same through vLLM: real models, every way to draw drafts, requests without a seed.
 
-(`tests/e2e/test_sampling.py` has requests with a seed among others, and the draft in a process of its own.)
+(`tests/e2e/test_samples.py` has requests with a seed among others, and the draft in a process of its own.)
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_saguaro.messages import Noise, Sampling
@@ -158,6 +159,33 @@ def test_the_q_is_the_speculators() -> None:
 
 
 # ---- requests that come and go --------------------------------------------------------------------------------------
+
+
+def test_under_a_grammar_drafts_are_certain() -> None:
+    """The scheduler keeps those that it allows: which drafts are verified then depends on what they are."""
+    stage = Stage()
+    asked = SamplingParams(temperature=0.5, structured_outputs=StructuredOutputsParams(regex="a+"))
+    stage.runner.requests["a"].sampling_params = asked
+    assert stage.drafter.proposals("a", 3) is None
+    assert stage.drafter.proposals("b", 3) is not None
+
+
+def test_profiling_and_warm_up_reach_nobody() -> None:
+    stage = Stage()
+    stage.drafter.dummy_run(8)
+    stage.drafter.initialize_attn_backend(None, None)
+    stage.drafter.initialize_cudagraph_keys(None)
+    assert (stage.listener.arrived, stage.listener.left, stage.listener.rows) == ([], [], [])
+
+
+def test_a_request_that_goes_on_with_new_input_has_a_new_key() -> None:
+    """Its outputs are counted from 0 again: with the old key it would have the old noise again."""
+    stage = Stage()
+    sampled = SamplingParams(temperature=0.5)
+    stage.begin(("c", [1, 2], sampled))
+    stage.begin(("c", [1, 2, 3], sampled))
+    first, second = (sampling.seed for _, _, sampling in stage.listener.arrived)
+    assert first != second
 
 
 def test_a_new_request_comes_with_its_prompt_and_how_it_samples() -> None:

@@ -53,6 +53,8 @@ class Summary:
     hits: int = 0
     misses: dict[str, int] = field(default_factory=dict)
     late_tables: int = 0
+    backups: dict[str, int] = field(default_factory=dict)
+    quiet_steps: int = 0
     draft_round_seconds: float | None = None
     target_wait_seconds: float | None = None
     ideal_over_same_k: float | None = None
@@ -156,6 +158,8 @@ def _saguaro_counters(summary: Summary, table: dict[str, float]) -> None:
     summary.hits = int(hits)
     summary.misses = {cause: int(value) for cause, value in counters.by_label(table, counters.MISSES).items()}
     summary.late_tables = int(counters.count(table, counters.LATE_TABLES))
+    summary.backups = {kind: int(value) for kind, value in counters.by_label(table, counters.BACKUPS).items() if value}
+    summary.quiet_steps = int(counters.count(table, counters.QUIET_STEPS))
     summary.hit_rate = hits / (hits + misses) if hits + misses else None
     summary.verify_seconds = counters.mean(table, counters.VERIFY)
     summary.draft_round_seconds = counters.mean(table, counters.DRAFT_ROUND)
@@ -166,10 +170,14 @@ def ideal(saguaro: Summary, baseline: Summary) -> float | None:
     """Saguaro over draft_model if nothing but the model's own times counted: the formula with what was measured.
 
     E_hit is measured; a missed request verifies without drafts, so E_miss = 1 and T_b = 0. T_p is saguaro's draft round
-    in units of its own verify pass, T_SD the cost ratio of draft_model.
+    in units of its own verify pass, T_SD the cost ratio of draft_model. None where the formula is not about what
+    happened: backups, steps without drafts, or tables that the target did not wait for in most rounds.
     """
     if (
         saguaro.hit_rate is None
+        or saguaro.backups
+        or saguaro.quiet_steps
+        or (saguaro.late_tables or 0) > (saguaro.hits or 0) / 2
         or saguaro.draft_round_seconds is None
         or not saguaro.verify_seconds
         or baseline.cost_ratio is None

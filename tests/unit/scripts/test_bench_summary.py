@@ -84,6 +84,23 @@ def test_no_ideal_without_measurements() -> None:
     assert saguaro.reached_best is None
 
 
+@pytest.mark.parametrize(
+    "counted",
+    [
+        {"vllm:saguaro_late_tables": 1000.0},
+        {'vllm:saguaro_backups{kind="ngram"}': 1.0},
+        {"vllm:saguaro_quiet_steps": 1.0},
+    ],
+)
+def test_no_ideal_where_the_formula_is_not_about_what_happened(counted: dict[str, float]) -> None:
+    report = make_report()
+    report.runs[-1].repetitions[0].counters |= counted
+    saguaro = summarise(report.runs)[report.runs[-1].name]
+    assert saguaro.hit_rate is not None
+    assert saguaro.ideal_over_same_k is None
+    assert saguaro.reached_best is None
+
+
 def test_same_text_is_counted_over_all_repetitions() -> None:
     run = Run(SAGUARO, GREEDY, [make_repetition(1.0, same_text=2), make_repetition(1.0, same_text=1)])
     assert summarise_alone(run).same_text == [3, 4]

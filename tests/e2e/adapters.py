@@ -193,7 +193,8 @@ def _run() -> dict[str, EngineRun]:
         folders = [make_adapter(Path(folder) / f"adapter-{n}", seed=n, strength=s) for n, s in ((1, 0.07), (2, 0.1))]
         asked = {"scenarios": scenarios(folders)}
         plain = one.submit(run_engines, [{"options": options, **asked}], [first])
-        inline = other.submit(run_engines, [{"options": options | saguaro(placement="inline"), **asked}], [last])
+        few = saguaro(placement="inline", branches=3)  # the twin drafts on the target's time
+        inline = other.submit(run_engines, [{"options": options | few, **asked}], [last])
         (found_plain,), (found_inline,) = plain.result(), inline.result()
-        (found_process,) = run_engines([{"options": options | saguaro(), **asked}])
+        (found_process,) = run_engines([{"options": options | saguaro(adaptive=False), **asked}])
     return {"plain": found_plain, "inline": found_inline, "process": found_process}

@@ -88,5 +88,5 @@ def test_everything_at_once_has_the_structures_asked_for(ours: EngineRun) -> Non
 
 def test_everything_at_once_was_speculated_on(ours: EngineRun) -> None:
     metrics = ours["everything"].metrics
-    assert metrics["vllm:spec_decode_num_accepted_tokens"] > 100
+    assert metrics["vllm:spec_decode_num_accepted_tokens"] > 10
     assert metrics["vllm:spec_decode_num_accepted_tokens"] < metrics["vllm:spec_decode_num_draft_tokens"]

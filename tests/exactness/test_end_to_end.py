@@ -15,7 +15,7 @@ from tests.e2e import plans
 from tests.e2e.exact import Contexts, first_token_p, rank_p, second_token_p
 from tests.e2e.harness import BASE, EngineRun, Json, Scenario, run_engines, saguaro, tokenize
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]
 
 SMALLEST_P = 1e-5
 SAMPLES, TOKENS = 768, 3

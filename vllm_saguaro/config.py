@@ -167,7 +167,8 @@ def split_options(options: Mapping[Any, Any]) -> tuple[SaguaroConfig, dict[str, 
     if "num_speculative_tokens" in passed:
         own["num_speculative_tokens"] = passed["num_speculative_tokens"]
     # vLLM knows two of the three; its own drafter would take them for itself.
-    own |= {key: passed.pop(key) for key in ("draft_sample_method",) if key in passed}
+    if "draft_sample_method" in passed:
+        own["draft_sample_method"] = passed.pop("draft_sample_method")
     config = SaguaroConfig(**own)
     passed["num_speculative_tokens"] = config.num_speculative_tokens
     _check_vllm_values(passed)

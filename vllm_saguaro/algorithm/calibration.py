@@ -28,6 +28,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vllm_saguaro.messages import GREEDY_BELOW
+
 Floats = NDArray[np.float64]
 
 
@@ -48,7 +50,7 @@ ORIGINS = ("cache", "backup")
 NUM_CLASSES = len(TEMPERATURES) * len(RULES) * len(ORIGINS)
 
 # Where one of TEMPERATURES ends and the next begins. Below the first a request is greedy: vLLM draws the line there.
-_TEMPERATURE_EDGES = (1e-5, 0.5, 0.85, 1.15)
+_TEMPERATURE_EDGES = (GREEDY_BELOW, 0.5, 0.85, 1.15)
 
 # The prior p: log-odds p = slope * log-odds raw + offset, a pair for each rule, greedy rows first. Read
 # off what a small trained pair did in 10,000 rounds a cell. A greedy target agrees with a sure draft more often than q

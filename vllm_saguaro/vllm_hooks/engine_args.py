@@ -29,7 +29,7 @@ Not in `additional_config`: vLLM hashes that into the key of its compile cache, 
 anew.
 """
 
-_MARK: Final = "_vllm_saguaro_door"
+MARK: Final = "_vllm_saguaro_door"
 
 
 class CommandLineOptions(dict[str, Any]):
@@ -64,17 +64,17 @@ class AlignVocabulary:
 def open_doors(engine_args_class: Any) -> None:
     """Wrap the two functions, once. A vLLM that has no such functions is left alone (and refused when it is asked)."""
     create = engine_args_class.__dict__.get("create_speculative_config")
-    if inspect.isfunction(create) and not _is_door(create):
+    if inspect.isfunction(create) and not is_door(create):
         engine_args_class.create_speculative_config = _create_door(create)
     add = engine_args_class.__dict__.get("add_cli_args")
-    if isinstance(add, staticmethod) and not _is_door(add.__func__):
+    if isinstance(add, staticmethod) and not is_door(add.__func__):
         engine_args_class.add_cli_args = staticmethod(_command_line_door(add.__func__))
 
 
-def _is_door(function: Any) -> bool:
+def is_door(function: Any) -> bool:
     """Whether our wrapper is this function or lies below it."""
     while function is not None:
-        if getattr(function, _MARK, False):
+        if getattr(function, MARK, False):
             return True
         function = getattr(function, "__wrapped__", None)
     return False
@@ -95,7 +95,7 @@ def _command_line_door(original: Callable[..., Any]) -> Callable[..., Any]:
                     action.choices = [*action.choices, METHOD]
         return parser
 
-    setattr(add_cli_args, _MARK, True)
+    setattr(add_cli_args, MARK, True)
     return add_cli_args
 
 
@@ -149,7 +149,7 @@ def _create_door(original: Callable[..., Any]) -> Callable[..., Any]:
                 raise SystemExit(f"vllm_saguaro: {error}") from error
             raise
 
-    setattr(create_speculative_config, _MARK, True)
+    setattr(create_speculative_config, MARK, True)
     return create_speculative_config
 
 

@@ -94,13 +94,14 @@ class SaguaroRejectionSampler(RejectionSampler):
     ) -> SamplerOutput:
         """Verify the drafts of one step: see `RejectionSampler.forward` for shapes. `draft_probs` given are kept."""
         counts, generators = metadata.num_draft_tokens, sampling_metadata.generators
-        random = _random_rows(sampling_metadata, counts)
-        seeded = [row for row in random if row in generators] if self._noise is not None else []
-        known = self._known_integers(sampling_metadata, counts)
+        random = _random_rows(sampling_metadata, len(counts))
+        drafted = [row for row in random if counts[row]]
+        seeded = [row for row in drafted if row in generators] if self._noise is not None else []
+        known = self._known_integers(sampling_metadata, random, counts)
         self._keyed = {row: integers[:-1] for row, integers in known.items() if len(integers) > 1}
         if draft_probs is None:
             # Where the noise is known p is one-hot, and the outcome does not depend on q; certain drafts are safest.
-            unknown = set(random).difference(seeded, known)
+            unknown = set(drafted).difference(seeded, known)
             draft_probs = self._draft_probabilities(metadata, logits.shape[-1], unknown)
         self._states = {row: generators[row].get_state() for row in seeded}
         self._true_logits = None
@@ -137,7 +138,7 @@ class SaguaroRejectionSampler(RejectionSampler):
         logits = super().apply_logits_processors(logits, sampling_metadata, metadata)
         for processor in processors.argmax_invariant:
             if isinstance(processor, MinPLogitsProcessor) and processor.min_p_count:
-                for row in _random_rows(sampling_metadata, metadata.num_draft_tokens):
+                for row in _random_rows(sampling_metadata, len(spans)):
                     if min_p := processor.get_min_p_by_index(row):
                         _mask_min_p(logits[spans[row]], sampling_metadata.temperature[row], min_p)
         if self._states or self._keyed:
@@ -161,19 +162,17 @@ class SaguaroRejectionSampler(RejectionSampler):
         """Inside, the ordinary sampler takes the known noise of a step of so many rows that has no drafts."""
         if self._noise is None:
             return contextlib.nullcontext()
-        known = self._known_integers(sampling_metadata, [0] * rows)
+        known = self._known_integers(sampling_metadata, _random_rows(sampling_metadata, rows), [0] * rows)
         return self._noise.given({row: integers[0] for row, integers in known.items()})
 
-    def _known_integers(self, sampling_metadata: SamplingMetadata, counts: Sequence[int]) -> dict[int, list[int]]:
-        """The integers of the drafts and of the bonus token, for each random row that has a key."""
-        if self._noise is None or self._integers is None or sampling_metadata.all_greedy:
+    def _known_integers(
+        self, sampling_metadata: SamplingMetadata, random: Sequence[int], counts: Sequence[int]
+    ) -> dict[int, list[int]]:
+        """The integers of the drafts and of the bonus token, for each of the rows `random` that has a key."""
+        if self._noise is None or self._integers is None:
             return {}
-        greedy = (sampling_metadata.temperature == GREEDY_TEMPERATURE).tolist()
-        generators, known = sampling_metadata.generators, {}
-        for row, count in enumerate(counts):
-            if not greedy[row] and row not in generators and (integers := self._integers(row, count + 1)):
-                known[row] = integers
-        return known
+        unseeded = [row for row in random if row not in sampling_metadata.generators]
+        return {row: integers for row in unseeded if (integers := self._integers(row, counts[row] + 1))}
 
     def _decide(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata, spans: list[slice]) -> None:
         """Draw the target's token at each draft position whose noise is known, and make `logits` one-hot at it.
@@ -309,12 +308,12 @@ def _draw(generator: torch.Generator, count: int) -> None:
         torch.randint(0, 2**31, (1,), generator=generator, dtype=torch.long)
 
 
-def _random_rows(sampling_metadata: SamplingMetadata, counts: Sequence[int]) -> list[int]:
-    """The rows that have drafts and do not take the likeliest token."""
+def _random_rows(sampling_metadata: SamplingMetadata, rows: int) -> list[int]:
+    """Those of the first `rows` rows that do not take the likeliest token."""
     if sampling_metadata.all_greedy:
         return []
     greedy = (sampling_metadata.temperature == GREEDY_TEMPERATURE).tolist()
-    return [row for row, count in enumerate(counts) if count and not greedy[row]]
+    return [row for row in range(rows) if not greedy[row]]
 
 
 def _mask_min_p(logits: torch.Tensor, temperature: torch.Tensor, min_p: float) -> None:

@@ -11,30 +11,19 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
-
-_MARK: Final = "_vllm_saguaro_door"
+from vllm_saguaro.vllm_hooks.engine_args import MARK, OPTIONS_ATTRIBUTE, is_door
 
 
 def open_door(sampling_params_class: Any = SamplingParams) -> None:
     """Wrap the check, once. A vLLM that has none is left alone: it refuses nothing."""
     original = sampling_params_class.__dict__.get("_validate_spec_decode")
-    if inspect.isfunction(original) and not _is_door(original):
+    if inspect.isfunction(original) and not is_door(original):
         sampling_params_class._validate_spec_decode = _door(original)
-
-
-def _is_door(function: Any) -> bool:
-    """Whether our wrapper is this function or lies below it."""
-    while function is not None:
-        if getattr(function, _MARK, False):
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
 
 
 def _door(original: Callable[..., None]) -> Callable[..., None]:
@@ -51,5 +40,5 @@ def _door(original: Callable[..., None]) -> Callable[..., None]:
                 self.min_p, self.logit_bias = 0.0, None
         original(self, speculative_config)
 
-    setattr(_validate_spec_decode, _MARK, True)
+    setattr(_validate_spec_decode, MARK, True)
     return _validate_spec_decode

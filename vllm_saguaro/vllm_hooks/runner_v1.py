@@ -89,7 +89,7 @@ class SaguaroDrafter(DraftModelProposer):
                 int(batch.num_tokens_no_spec[row]),
                 functools.partial(self._tokens, row),
                 functools.partial(self._sampling, request_id),
-                functools.partial(self._suggest, row) if self._guesses else _no_guess,
+                functools.partial(self._suggest, row),
             )
             for row, (request_id, sampled) in enumerate(zip(batch.req_ids, sampled_token_ids, strict=True))
         ]
@@ -115,6 +115,8 @@ class SaguaroDrafter(DraftModelProposer):
         return batch.token_ids_cpu[row, : batch.num_tokens_no_spec[row]].tolist()
 
     def _suggest(self, row: int, most: int) -> list[int]:
+        if not self._guesses:
+            return []
         batch = self.runner.input_batch
         length = batch.num_tokens_no_spec[row]
         most = min(most, self.runner.max_model_len - length)
@@ -154,8 +156,3 @@ def install(runner: GPUModelRunner, speculator: Speculator, keys: RequestKeys, g
     # Past this length the runner drafts token 0 for the whole batch. The speculator knows each request's own limit.
     runner.effective_drafter_max_model_len = sys.maxsize
     return drafter
-
-
-def _no_guess(most: int) -> list[int]:
-    """Nothing is suggested."""
-    return []

@@ -64,7 +64,16 @@ class Scenario:
 
     @property
     def misses(self) -> float:
-        return sum(value for name, value in self.metrics.items() if name.startswith("vllm:saguaro_misses"))
+        return self._sum("vllm:saguaro_misses")
+
+    @property
+    def backups(self) -> float:
+        """Misses that got drafts from elsewhere."""
+        return self._sum("vllm:saguaro_backups")
+
+    def _sum(self, name: str) -> float:
+        """A counter over all its labels."""
+        return sum(value for key, value in self.metrics.items() if key.startswith(name + "{"))
 
     @property
     def acceptance(self) -> float:

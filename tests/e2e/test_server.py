@@ -19,7 +19,7 @@ import pytest
 
 from tests.e2e import plans
 from tests.e2e.conftest import Plain
-from tests.e2e.harness import ENVIRONMENT, TARGET, is_gone_within, prompts, shared_memory
+from tests.e2e.harness import ENVIRONMENT, TARGET, environment_at_start, is_gone_within, prompts, shared_memory
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -96,7 +96,7 @@ def serve(how: signal.Signals, folder: Path) -> Served:
             ],
             stdout=file,
             stderr=file,
-            env={**os.environ, **environment},
+            env={**environment_at_start(), **environment},
         )
     processes = [server.pid]
     try:

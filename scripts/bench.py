@@ -3,6 +3,7 @@
     python scripts/bench.py --k 3 4 6 --target-layers 12 --draft-layers 6
     python scripts/bench.py compare results/before.json results/after.json
     python scripts/bench.py curve --depths 40:2 12:2 12:6 --k 3 4
+    python scripts/bench.py plot batches results/small.json results/large.json --plot results/batches.png
 
 What is measured, and how to read the tables: docs/benchmark.md.
 """
@@ -27,7 +28,8 @@ from scripts.benchmark.settings import Settings, SettingsError
 from scripts.benchmark.summary import summarise
 from scripts.benchmark.tables import report_text
 
-COMMANDS = ("run", "compare", "curve")
+COMMANDS = ("run", "compare", "curve", "plot")
+PICTURES = ("batches", "hits", "sweep")
 DEPTHS = [(40, 2), (20, 2), (12, 2), (12, 4), (12, 6), (12, 9)]
 
 
@@ -60,6 +62,16 @@ def curve(arguments: argparse.Namespace) -> None:
     reports = measure_curve(settings_from(arguments), arguments.depths, ProgressBar, warn, done)
     print(curve_text([point for each in reports for point in points_of(each)]))
     print(f"\nwritten to {output} and {plot}")
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    """Make a picture of reports that exist; their runs are taken together."""
+    from scripts.benchmark.plots import PLOTS
+
+    reports = [Report.read(path) for path in arguments.reports]
+    first = arguments.reports[0]
+    path = arguments.plot or first.with_name(f"{first.stem}_{arguments.kind}.png")
+    print(f"written to {PLOTS[arguments.kind](reports, path)}")
 
 
 def results_path(kind: str) -> Path:
@@ -102,6 +114,12 @@ def parser() -> argparse.ArgumentParser:
     many.add_argument("--output", type=Path, metavar="JSON", help="(default: results/curve-<time>.json)")
     many.add_argument("--plot", type=Path, metavar="PNG", help="(default: beside the JSON)")
     many.set_defaults(function=curve)
+
+    picture = commands.add_parser("plot", help="pictures of reports", description=plot.__doc__)
+    picture.add_argument("kind", choices=PICTURES, help="speed by batch, hit rate by N, or all by a swept key")
+    picture.add_argument("reports", nargs="+", type=Path, metavar="REPORT")
+    picture.add_argument("--plot", type=Path, metavar="PNG", help="(default: beside the first report)")
+    picture.set_defaults(function=plot)
     return top
 
 

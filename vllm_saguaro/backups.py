@@ -26,14 +26,22 @@ class Backups:
         self._channel, self._page, self._policy = channel, page, policy
 
     def serve(self, turns: Sequence[Turn], most: int) -> None:
-        """Drafts from elsewhere for the rows that missed. No row that hit waits for them."""
-        missed = [turn for turn in turns if not turn.speculation]
-        if not missed or not most:
-            if len(turns) == 1 and most:
-                self._finish(turns[0], most)
+        """Drafts from elsewhere for the rows that missed, and the rest of those that are late.
+
+        A row that has all its drafts waits for neither.
+        """
+        if not most:
             return
+        found = [turn for turn in turns if turn.speculation]
+        missed = [turn for turn in turns if not turn.speculation]
+        if missed:
+            self._back_up(missed, len(found), most)
+        if found:
+            self._finish(found, most)
+
+    def _back_up(self, missed: Sequence[Turn], found: int, most: int) -> None:
         guesses = [tuple(turn.row.guess(most)) if turn.request is not None else () for turn in missed]
-        hits = len(turns) - len(missed) + sum(not turn.wanted for turn in missed)
+        hits = found + sum(not turn.wanted for turn in missed)
         choice = self._policy.back_up([bool(guess) for guess in guesses], hits, most)
         waiting = []
         for turn, guess, kind in zip(missed, guesses, choice.rows, strict=True):
@@ -46,12 +54,17 @@ class Backups:
         if waiting:
             self._wait(waiting, choice.jit_drafts)
 
-    def _finish(self, turn: Turn, most: int) -> None:
-        """The one request of this step has drafts of a late table: wait for the rest of its branch where that pays."""
-        have = len(turn.speculation)
-        more = self._policy.more_depths(have, most) if turn.wanted and have < most else 0
-        if more:
-            self._await([turn], have + more)
+    def _finish(self, found: Sequence[Turn], most: int) -> None:
+        """If all rows that hit have too few drafts, of late tables: wait for the rest of their branches, if it pays."""
+        have = max(len(turn.speculation) for turn in found)
+        more = self._policy.more_depths(have, most, len(found)) if have < most else 0
+        if not more:
+            return
+        seconds = self._await(found, have + more)
+        reached = min(len(turn.speculation) for turn in found)
+        if reached > have:
+            self._policy.observe_late(reached - have, seconds)
+        for turn in found:
             if turn.drawn is not None:
                 turn.drawn = dataclasses.replace(turn.drawn, source=Source.CACHE)
 

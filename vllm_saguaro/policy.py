@@ -72,6 +72,7 @@ class Policy:
         self._jit = LinearTime(0.0, 1e-3)
         self._jit_waits = 0
         self._draft_step = Mean(0.0, prior_weight=1e-6, decay=0.95)
+        self._late_step = Mean(0.0, prior_weight=1e-6, decay=0.95)
         self._steps = 0
         self._in_vain = 0
         self._rest = _FIRST_REST
@@ -107,6 +108,10 @@ class Policy:
         if depth:
             self._jit.observe(depth, seconds)
             self._jit_waits += 1
+
+    def observe_late(self, depths: int, seconds: float) -> None:
+        """The rest of late branches, `depths` drafts, was there after `seconds`."""
+        self._late_step.observe(seconds / depths)
 
     def observe_round(self, depth: int, seconds: float) -> None:
         """A table of `depth` was finished after `seconds`: glue, fork, and a step over all branches for each depth."""
@@ -182,12 +187,12 @@ class Policy:
             per_token=self._pass.per_unit,
         )
 
-    def more_depths(self, have: int, most: int) -> int:
-        """How many more drafts the only request of a step should wait for, where a late table has `have` of them."""
+    def more_depths(self, have: int, most: int, late: int) -> int:
+        """How many more drafts to wait for in a step whose `late` rows that hit have `have` of them, of late tables."""
         if self._mode not in ("auto", "jit"):
             return 0
-        step = self._jit_times()[1]
-        return backup.more_depths(self.reach(Source.CACHE), have, step, self.rate, self._pass.per_unit, most)
+        step = self._late_step.value or self._jit_times()[1]
+        return backup.more_depths(self.reach(Source.CACHE), have, step, self.rate, self._pass.per_unit, most, late)
 
     def patience(self, depth: int) -> float:
         """Seconds to wait for just-in-time drafts at most: no longer than a verify pass takes."""

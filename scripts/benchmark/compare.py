@@ -6,6 +6,9 @@ from scripts.benchmark.records import Report, Run
 from scripts.benchmark.summary import Spread
 from scripts.benchmark.tables import render, same_text, spread
 
+_ADDED = {"top_p": [1.0], "sweep": {}, "forecasts": False}
+"""Settings that older reports do not have, and what they were then."""
+
 
 def ratio(first: Run, second: Run) -> Spread:
     """Speed of the second over that of the first.
@@ -43,8 +46,9 @@ def _texts(first: Run, second: Run) -> str:
 def differences(first: Report, second: Report) -> list[str]:
     """Settings, versions, revision and processor that are not the same in both."""
     found = []
-    for name in sorted(first.settings.keys() | second.settings.keys()):
-        a, b = first.settings.get(name), second.settings.get(name)
+    mine, theirs = (_ADDED | report.settings for report in (first, second))
+    for name in sorted(mine.keys() | theirs.keys()):
+        a, b = mine.get(name), theirs.get(name)
         if a != b:
             found.append(f"{name}: {a} / {b}")
     for name in ("git", "versions", "processor", "cores_used"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,19 @@ def add_options(parser: argparse.ArgumentParser, defaults: Settings) -> None:
         help="another key of saguaro's speculative config, such as placement=inline; repeatable",
     )
     engines.add_argument(
+        "--sweep",
+        action="append",
+        type=key_values,
+        default=[],
+        metavar="KEY=V1,V2,...",
+        help="saguaro engines for every value of such a key, as in sampling_c=0.5,1,auto; repeatable",
+    )
+    engines.add_argument(
+        "--forecasts",
+        action="store_true",
+        help="count what saguaro's draft side believed of the outcomes; needs --option placement=inline",
+    )
+    engines.add_argument(
         "--eager",
         action=argparse.BooleanOptionalAction,
         default=defaults.eager,
@@ -133,6 +147,14 @@ def add_options(parser: argparse.ArgumentParser, defaults: Settings) -> None:
         help=_help("0 is greedy", defaults.temperature),
     )
     work.add_argument(
+        "--top-p",
+        nargs="+",
+        type=float,
+        default=list(defaults.top_p),
+        metavar="P",
+        help=_help("at every temperature; 1 cuts nothing", defaults.top_p),
+    )
+    work.add_argument(
         "--prompts",
         type=int,
         default=defaults.prompts,
@@ -164,12 +186,15 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         modes=tuple(arguments.modes),
         batch=_unique(arguments.batch),
         temperature=_unique(arguments.temperature),
+        top_p=_unique(arguments.top_p),
         k=_unique(arguments.k),
         branches=_unique(arguments.branches),
         fan_out=_unique(arguments.fan_out),
         sampling=_unique(arguments.sampling),
         baseline_sampling=_unique(arguments.baseline_sampling),
         options=dict(arguments.option),
+        sweep=tuple(arguments.sweep),
+        forecasts=arguments.forecasts,
         prompts=arguments.prompts,
         tokens=arguments.tokens,
         repetitions=arguments.repetitions,
@@ -182,7 +207,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     )
 
 
-def _unique(values: list[Any]) -> tuple[Any, ...]:
+def _unique(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))
 
 
@@ -218,6 +243,15 @@ def key_value(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except json.JSONDecodeError:
         return key, value
+
+
+def key_values(text: str) -> tuple[str, tuple[Any, ...]]:
+    """`key=value,value,...`, each value as `key_value` reads it."""
+    key, _ = key_value(text)
+    values = [key_value(f"{key}={value}")[1] for value in text.partition("=")[2].split(",")]
+    if any(value == "" or isinstance(value, list | dict) for value in values):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=V1,V2,... with numbers and words")
+    return key, _unique(values)
 
 
 def depths(text: str) -> tuple[int, int]:

@@ -28,6 +28,7 @@ class Engine:
     branches: int | str = 0
     fan_out: str = ""
     sampling: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -41,20 +42,37 @@ class Engine:
             parts.append(self.fan_out)
         if self.sampling not in ("", _USUAL_SAMPLING[self.mode]):
             parts.append(self.sampling)
+        parts += [f"{key}={as_typed(value)}" for key, value in self.options]
         return " ".join(parts)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Engine:
+        """What `asdict` made of one: JSON has lists where an engine has tuples."""
+        return cls(**{**data, "options": tuple((key, value) for key, value in data.get("options", ()))})
+
+
+def as_typed(value: Any) -> str:
+    """The value of an option as it is written on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What an engine is asked to do: requests at once, and the temperature they sample at."""
+    """What an engine is asked to do: requests at once, and the temperature and top-p they sample at."""
 
     batch: int
     temperature: float
+    top_p: float = 1.0
 
     @property
     def name(self) -> str:
         """Short and unique among the workloads of a run."""
-        return f"batch {self.batch}, T={self.temperature:g}"
+        return f"batch {self.batch}, {self.sampling}"
+
+    @property
+    def sampling(self) -> str:
+        """How its requests sample."""
+        return f"T={self.temperature:g}" + ("" if self.top_p == 1 else f", top-p={self.top_p:g}")
 
 
 @dataclass
@@ -65,7 +83,7 @@ class Repetition:
     (request, step) pairs with output in the decode part, `steps` the engine's steps in it; they are equal at batch 1.
     `drafting_seconds` is vLLM's own drafting inside those steps (mode draft_model; 0 elsewhere). `counters` are the
     differences of the metrics over the whole repetition. `foreign_cpu` is the processor time that others took on our
-    cores, as a share of the cores' time.
+    cores, as a share of the cores' time. `forecasts` is what a `ForecastProbe` counted, with the calibration errors.
     """
 
     wall_seconds: float
@@ -79,6 +97,7 @@ class Repetition:
     digests: list[str] = field(default_factory=list)
     same_text: int | None = None
     foreign_cpu: float = 0.0
+    forecasts: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -124,9 +143,11 @@ class Report:
             raise ValueError(
                 f"this file has format {data.get('schema')!r}, known is {SCHEMA}: is it a report of bench.py?"
             )
+        if "runs" not in data:
+            raise ValueError("this file has no runs of its own: is it a curve?")
         runs = [
             Run(
-                Engine(**run["engine"]),
+                Engine.from_json(run["engine"]),
                 Workload(**run["workload"]),
                 [Repetition(**repetition) for repetition in run["repetitions"]],
             )

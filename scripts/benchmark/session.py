@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import tempfile
 import time
@@ -96,7 +97,7 @@ def _order(settings: Settings, workload: Workload, warm_up: bool = False) -> dic
     prompts, tokens = settings.prompts, settings.tokens
     if warm_up:
         prompts, tokens = min(WARM_UP_BATCHES * workload.batch, prompts), min(WARM_UP_TOKENS, tokens)
-    return {"batch": workload.batch, "temperature": workload.temperature, "prompts": prompts, "tokens": tokens}
+    return {**dataclasses.asdict(workload), "prompts": prompts, "tokens": tokens}
 
 
 def _idle_share(worker: WorkerHandle, seconds: float = 1.0) -> float:

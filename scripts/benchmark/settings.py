@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +17,14 @@ from scripts.benchmark.records import MODES, Engine, Workload
 MAX_MODEL_LENGTH = 1024
 KV_CACHE_BYTES = 512 << 20
 
+_OPTION_OF = {
+    "num_speculative_tokens": "--k",
+    "branches": "--branches",
+    "fan_out": "--fan-out",
+    "draft_sample_method": "--sampling",
+}
+"""Keys of the speculative config that an engine has fields for."""
+
 
 class SettingsError(ValueError):
     """The options do not make a benchmark; the message is one line that says why."""
@@ -23,7 +32,10 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """All options of one benchmark. `draft` and `prompt_file` are found beside the target unless given."""
+    """All options of one benchmark. `draft` and `prompt_file` are found beside the target unless given.
+
+    `sweep`: keys of saguaro's speculative config, each with the values to make engines of.
+    """
 
     target: Path = ROOT / "assets" / "pair" / "target"
     draft: Path | None = None
@@ -31,12 +43,15 @@ class Settings:
     modes: tuple[str, ...] = MODES
     batch: tuple[int, ...] = (1,)
     temperature: tuple[float, ...] = (0.0,)
+    top_p: tuple[float, ...] = (1.0,)
     k: tuple[int, ...] = (4,)
     branches: tuple[int | str, ...] = ("auto",)
     fan_out: tuple[str, ...] = ("ranked",)
     sampling: tuple[str, ...] = ("coupled",)
     baseline_sampling: tuple[str, ...] = ("greedy",)
     options: dict[str, Any] = field(default_factory=dict)
+    sweep: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    forecasts: bool = False
     prompts: int = 24
     tokens: int = 96
     repetitions: int = 3
@@ -84,17 +99,20 @@ class Settings:
                 found += [Engine("draft_model", k, sampling=way) for k in self.k for way in self.baseline_sampling]
             else:
                 found += [
-                    Engine("saguaro", k, branches, fan_out, sampling)
+                    Engine("saguaro", k, branches, fan_out, sampling, options)
                     for k in self.k
                     for branches in self.branches
                     for fan_out in self.fan_out
                     for sampling in self.sampling
+                    for options in itertools.product(
+                        *([(key, value) for value in values] for key, values in self.sweep)
+                    )
                 ]
         return found
 
     def workloads(self) -> list[Workload]:
-        """Every batch at every temperature."""
-        return [Workload(batch, temperature) for batch in self.batch for temperature in self.temperature]
+        """Every batch at every temperature and top-p."""
+        return [Workload(*each) for each in itertools.product(self.batch, self.temperature, self.top_p)]
 
     def check(self) -> None:
         """Complain about what would fail later, after minutes."""
@@ -105,6 +123,11 @@ class Settings:
         for name, value in positive.items():
             if value < 1:
                 raise SettingsError(f"{name} must be at least 1, not {value}")
+        for top_p in self.top_p:
+            if not 0 < top_p <= 1:
+                raise SettingsError(f"--top-p must be above 0 and at most 1, not {top_p:g}")
+        self._check_sweep()
+        self._check_forecasts()
         if self.tokens + max(self.k) + 2 > MAX_MODEL_LENGTH:
             raise SettingsError(f"--tokens {self.tokens} does not fit into {MAX_MODEL_LENGTH} positions")
         available = len(self.read_prompts())
@@ -113,6 +136,31 @@ class Settings:
         beyond = set(self.cores) - set(range(os.cpu_count() or 1))
         if beyond:
             raise SettingsError(f"there is no processor core {min(beyond)} on this machine")
+
+    def _check_sweep(self) -> None:
+        keys = [key for key, _ in self.sweep]
+        for key in keys:
+            if key in _OPTION_OF:
+                raise SettingsError(f"--sweep {key}: write {_OPTION_OF[key]} with all the values instead")
+            if key in self.options:
+                raise SettingsError(f"{key} is given with --option and with --sweep: leave one of them out")
+            if keys.count(key) > 1:
+                raise SettingsError(f"--sweep {key} is given twice: write all the values in one, as {key}=A,B")
+
+    def _check_forecasts(self) -> None:
+        if not self.forecasts:
+            return
+        engines = [engine for engine in self.engines() if engine.mode == "saguaro"]
+        if not engines:
+            raise SettingsError("--forecasts watches saguaro's draft side: add saguaro to --modes")
+        if any(self._saguaro_options(engine).get("placement") != "inline" for engine in engines):
+            raise SettingsError(
+                "--forecasts needs the draft side in the worker's own process: add --option placement=inline"
+            )
+
+    def _saguaro_options(self, engine: Engine) -> dict[str, Any]:
+        """Keys of saguaro's configuration that are given by name, the engine's own last."""
+        return self.options | dict(engine.options)
 
     def read_prompts(self) -> list[str]:
         """The prompts, one JSON object with "prompt" a line."""
@@ -132,6 +180,7 @@ class Settings:
             "llm": self._llm_arguments(engine, target, draft),
             "prompts": self.read_prompts()[: self.prompts],
             "prompt_tokens": MAX_MODEL_LENGTH - self.tokens - max(self.k) - 1,
+            "forecasts": self.forecasts and is_saguaro,
         }
 
     def _llm_arguments(self, engine: Engine, target: Path, draft: Path) -> dict[str, Any]:
@@ -159,7 +208,7 @@ class Settings:
                 "branches": engine.branches,
                 "fan_out": engine.fan_out,
                 "draft_cpus": ",".join(map(str, self.draft_cores)),
-                **self.options,
+                **self._saguaro_options(engine),
             }
         return arguments
 
@@ -173,6 +222,7 @@ class Settings:
             "prompt_file": self.prompt_path,
             "core_target": self.target_cores,
             "core_draft": self.draft_cores,
+            "sweep": {key: list(values) for key, values in self.sweep},
         }
         for name, value in values.items():
             if isinstance(value, Path):

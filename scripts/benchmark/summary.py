@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from scripts.benchmark import counters
+from scripts.benchmark import counters, forecasts
 from scripts.benchmark.records import Engine, Run, Workload
 from vllm_saguaro.algorithm.timing import ideal_ratio
 
@@ -34,6 +34,7 @@ class Summary:
     Times are seconds and means over all decode rounds of all repetitions. `verify_seconds` is scheduling and verify
     pass: for draft_model a step without the time in the drafter, for saguaro what it reports, for plain a whole step.
     `cost_ratio` is c = drafting / verify of draft_model. `over_best` is the ratio to draft_model at its best K.
+    `forecasts` are the counts of all repetitions and the mean calibration errors.
     """
 
     tokens_per_second: Spread
@@ -62,6 +63,7 @@ class Summary:
     reached_same_k: float | None = None
     reached_best: float | None = None
     same_text: list[int] | None = None
+    forecasts: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values only."""
@@ -87,8 +89,13 @@ def summarise(runs: Sequence[Run]) -> dict[str, Summary]:
 def _summarise_workload(runs: Sequence[Run]) -> dict[str, Summary]:
     alone = {run.engine: summarise_alone(run) for run in runs}
     plain = next((run for run in runs if run.engine.mode == "plain"), None)
-    baselines = {run.engine.k: run for run in runs if run.engine.mode == "draft_model"}
-    best_k = max(baselines, key=lambda k: alone[baselines[k].engine].tokens_per_second.median, default=None)
+    # Slowest first: of several at one K the fastest stays.
+    others = sorted(
+        (run for run in runs if run.engine.mode == "draft_model"),
+        key=lambda run: alone[run.engine].tokens_per_second.median,
+    )
+    baselines = {run.engine.k: run for run in others}
+    best_k = others[-1].engine.k if others else None
     for run in runs:
         summary = alone[run.engine]
         if plain is not None:
@@ -122,6 +129,7 @@ def summarise_alone(run: Run) -> Summary:
         tokens_per_round=sum(repetition.decode_tokens for repetition in repetitions) / rounds if rounds else 0.0,
         step_seconds=step_seconds,
         same_text=_same_text(run),
+        forecasts=forecasts.over_repetitions([repetition.forecasts for repetition in repetitions]),
     )
     drafts = counters.count(table, counters.DRAFTS)
     if drafts:

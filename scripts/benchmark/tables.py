@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scripts.benchmark.forecasts import CANDIDATES, ERROR, HITS, ORACLE, OUTCOMES, shares
 from scripts.benchmark.records import Report, Run
 from scripts.benchmark.summary import Spread, Summary
 
@@ -125,6 +126,25 @@ def time_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:
     return render(headers, rows, left=2)
 
 
+def forecast_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:
+    """What N branches hit, and what they could have hit, in percent of the outcomes; empty where nobody watched."""
+    rows = [row for row in _rows(runs, summaries) if row.summary.forecasts.get(OUTCOMES)]
+    if not rows:
+        return ""
+    columns = [(kind, [shares(row.summary.forecasts, kind) for row in rows]) for kind in (HITS, ORACLE)]
+    sizes = sorted({size for _, found in columns for each in found for size in each})
+    errors = ("acceptance", "residual", "bonus")
+    headers = ["engine", "outcomes", *(f"{kind}@{size}" for kind, _ in columns for size in sizes), "candidates"]
+    lines = []
+    for place, row in enumerate(rows):
+        table = row.summary.forecasts
+        cells = [found[place].get(size) for _, found in columns for size in sizes]
+        cells += [table[CANDIDATES] / table[OUTCOMES], *(table.get(f"{ERROR}{name}") for name in errors)]
+        hundredfold = (None if cell is None else 100 * cell for cell in cells)
+        lines.append((row.run.engine.name, f"{table[OUTCOMES]:.0f}", *(number(cell, 1) for cell in hundredfold)))
+    return render([*headers, *(f"error: {name}" for name in errors)], lines)
+
+
 def demo_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:
     """The few columns that say it all."""
     headers = ("engine", "tokens/s", "ratio", "tokens a round", "hit rate", "target waits", "same text")
@@ -148,7 +168,7 @@ def _rows(runs: Sequence[Run], summaries: dict[str, Summary]) -> list[_Row]:
 
 
 def report_text(report: Report, summaries: dict[str, Summary]) -> str:
-    """Both tables for each workload, with what they were measured on above and the warnings below."""
+    """The tables for each workload, with what they were measured on above and the warnings below."""
     about = report.provenance
     settings = report.settings
     git = about["git"]["revision"]
@@ -163,5 +183,7 @@ def report_text(report: Report, summaries: dict[str, Summary]) -> str:
     for workload in dict.fromkeys(run.workload for run in report.runs):
         runs = [run for run in report.runs if run.workload == workload]
         lines += ["", f"== {workload.name}", speed_table(runs, summaries), "", time_table(runs, summaries)]
+        forecasts = forecast_table(runs, summaries)
+        lines += ["", "forecasts, in percent:", forecasts] if forecasts else []
     lines += ["", *(f"warning: {note}" for note in report.notes)] if report.notes else []
     return "\n".join(lines)

@@ -3,8 +3,8 @@
     python -m scripts.benchmark.worker
 
 JSON lines on standard input and output. The first line says what to load (`cores`, `threads`, `llm`, `prompts`,
-`prompt_tokens`), each further one what to run (`batch`, `temperature`, `prompts`, `tokens`); the end of the input ends
-the process.
+`prompt_tokens`, `forecasts`), each further one what to run (`batch`, `temperature`, `top_p`, `prompts`, `tokens`); the
+end of the input ends the process.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from scripts.benchmark import counters
+from scripts.benchmark.forecasts import ForecastProbe, calibration_errors
 
 
 @dataclass
@@ -43,17 +44,38 @@ class Stopwatch:
         return timed
 
 
+def runner_of(llm: Any) -> Any:
+    """vLLM's model runner: the engine is in this process, so it can be reached."""
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
 def watch_drafting(llm: Any) -> Stopwatch:
     """Time vLLM's own drafting: on the CPU it happens inside one call of the model runner, which waits for it.
 
-    The engine is in this process, so the runner can be reached. What is timed is what is on the target's way: the
-    draft's forward passes with the preparation of its inputs.
+    What is timed is what is on the target's way: the draft's forward passes with the preparation of its inputs.
     """
     stopwatch = Stopwatch()
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    runner = executor.driver_worker.worker.model_runner
+    runner = runner_of(llm)
     runner.propose_draft_token_ids = stopwatch.wrap(runner.propose_draft_token_ids)
     return stopwatch
+
+
+class ForecastWatch:
+    """The forecasts of saguaro's draft side, which is in this process with `placement=inline`."""
+
+    def __init__(self, llm: Any) -> None:
+        engine = runner_of(llm).drafter.speculator.channel._engine
+        self._forecaster = engine.forecaster
+        self._probe = ForecastProbe(self._forecaster.fan_out, engine.branches)
+        self._forecaster.learn = self._probe.wrap(self._forecaster.learn)
+
+    def counts(self) -> dict[str, float]:
+        """What was counted until now."""
+        return dict(self._probe.counts)
+
+    def errors(self) -> dict[str, float]:
+        """How far the maps' predictions were off, as far back as they remember."""
+        return calibration_errors(self._forecaster.calibration)
 
 
 class Worker:
@@ -73,6 +95,7 @@ class Worker:
             from vllm_saguaro.vllm_hooks import cpu_sampler
 
             cpu_sampler.mend_kernel()
+        self.forecasts = ForecastWatch(self.llm) if order["forecasts"] else None
         tokenizer = self.llm.get_tokenizer()
         longest = order["prompt_tokens"]
         # The end of a long prompt, not its beginning: the text should go on from there.
@@ -89,10 +112,11 @@ class Worker:
             "threads": torch.get_num_threads(),
         }
 
-    def run(self, batch: int, temperature: float, prompts: int, tokens: int) -> dict[str, Any]:
+    def run(self, batch: int, temperature: float, top_p: float, prompts: int, tokens: int) -> dict[str, Any]:
         """One repetition: the first `prompts` prompts, `batch` at a time, `tokens` new tokens each."""
         gc.collect()
         before = counters.flatten(self.llm.get_metrics())
+        judged = self.forecasts.counts() if self.forecasts else {}
         totals = {
             "decode_seconds": 0.0,
             "drafting_seconds": 0.0,
@@ -104,21 +128,26 @@ class Worker:
         token_ids: list[list[int]] = []
         start = time.perf_counter()
         for first in range(0, prompts, batch):
-            group, found = self._run_together(self.prompts[first : min(first + batch, prompts)], temperature, tokens)
+            together = self.prompts[first : min(first + batch, prompts)]
+            group, found = self._run_together(together, temperature, top_p, tokens)
             token_ids += group
             for name, value in found.items():
                 totals[name] += value
         wall = time.perf_counter() - start
         after = counters.flatten(self.llm.get_metrics())
+        forecasts: dict[str, float] = {}
+        if self.forecasts:
+            forecasts = counters.difference(self.forecasts.counts(), judged) | self.forecasts.errors()
         return {
             "wall_seconds": wall,
             **totals,
             "counters": counters.difference(after, before),
+            "forecasts": forecasts,
             "token_ids": token_ids,
         }
 
     def _run_together(
-        self, prompts: Sequence[list[int]], temperature: float, tokens: int
+        self, prompts: Sequence[list[int]], temperature: float, top_p: float, tokens: int
     ) -> tuple[list[list[int]], dict[str, float]]:
         """Continue these prompts at once; the decode part begins when each of them has its first token."""
         from vllm import SamplingParams
@@ -126,6 +155,7 @@ class Worker:
 
         params = SamplingParams(
             temperature=temperature,
+            top_p=top_p,
             max_tokens=tokens,
             ignore_eos=True,  # every engine makes the same number of tokens
             detokenize=False,  # a server does it in another process

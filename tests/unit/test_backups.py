@@ -19,16 +19,21 @@ class Patient(Policy):
         super().__init__(K, backup, adaptive=False)
         self.seconds, self.more = seconds, more
         self.waited: list[int] = []
+        self.late: list[int] = []
 
     def patience(self, depth: int) -> float:
         return self.seconds
 
-    def more_depths(self, have: int, most: int) -> int:
+    def more_depths(self, have: int, most: int, late: int) -> int:
         return min(self.more, most - have)
 
     def observe_jit(self, depth: int, seconds: float) -> None:
         assert seconds >= 0
         self.waited.append(depth)
+
+    def observe_late(self, depths: int, seconds: float) -> None:
+        assert seconds >= 0
+        self.late.append(depths)
 
 
 def serving(bench: Bench, depth: int = K, version: int = 99) -> None:
@@ -320,11 +325,49 @@ def test_what_a_late_branch_had_is_kept_where_the_rest_does_not_come() -> None:
     assert bench.channel.asked_q == [(stamp, 0, 0, 1)]
 
 
-def test_nobody_waits_for_the_rest_of_a_branch_where_others_are_in_the_step() -> None:
-    bench = arrived(Patient("auto", more=2), a=PROMPT, b=PROMPT)
-    for stamp in [admit.stamp for admit in admitted(bench)]:
+def finishing(bench: Bench) -> None:
+    """The draft side goes on with each wanted outcome, whose drafts were 0 .. already."""
+
+    def go_on(asked: Sequence[Want]) -> None:
+        for want in asked:
+            rows = [[d] for d in range(want.depth)]
+            bench.channel.tables[want.stamp.slot] = Table(want.stamp, [want.accepted], [want.bonus], rows, version=6)
+
+    bench.channel.on_wants = go_on
+
+
+def test_rows_that_are_all_late_wait_for_the_rest_of_their_branches_together() -> None:
+    policy = Patient("auto", more=2)
+    bench = arrived(policy, a=PROMPT, b=PROMPT)
+    stamps = [admit.stamp for admit in admitted(bench)]
+    for stamp in stamps:
         bench.table(stamp, (0, 31), depth=1)
-    assert bench.propose(bench.row("a", 31), bench.row("b", 31)) == [[0], [0]]
+    finishing(bench)
+    assert bench.propose(bench.row("a", 31), bench.row("b", 31)) == [[0, 1, 2], [0, 1, 2]]
+    assert wants(bench) == [Want(stamp, 0, 31, 3) for stamp in stamps]
+    assert policy.late == [2]
+    assert bench.count() == {"hits": 2, "late tables": 2}
+
+
+def test_late_rows_wait_beside_missed_ones_and_those_get_what_costs_no_time() -> None:
+    bench = arrived(Patient("auto", more=2), a=PROMPT, b=PROMPT)
+    late, other = [admit.stamp for admit in admitted(bench)]
+    bench.table(late, (0, 31), depth=1)
+    bench.table(other, (0, 99), depth=1)
+    bench.guesses["b"] = [8]
+    finishing(bench)
+    rows = bench.propose(bench.row("a", 31), bench.row("b", 31))
+    assert rows[0] == [0, 1, 2]
+    assert wants(bench) == [Want(late, 0, 31, 3)]
+
+
+def test_nobody_waits_for_the_rest_of_a_branch_where_a_row_has_all_its_drafts() -> None:
+    bench = arrived(Patient("auto", more=2), a=PROMPT, b=PROMPT)
+    late, whole = [admit.stamp for admit in admitted(bench)]
+    bench.table(late, (0, 31), depth=1)
+    bench.table(whole, (0, 31))
+    finishing(bench)
+    assert bench.propose(bench.row("a", 31), bench.row("b", 31)) == [[0], [0, 1, 2]]
     assert wants(bench) == []
 
 

@@ -307,10 +307,27 @@ def test_whether_the_rest_of_a_late_branch_is_worth_waiting_for(mode: str, waits
         policy.observe_step(1, 1, 1, 0.1, 0.1)  # 10 tokens a second
     policy.observe_round(K, (K + 1) * 0.04)
     # a further draft takes 0.04 s, 0.4 tokens; reach is 0.7, 0.49, 0.34, 0.24
-    assert policy.more_depths(0, K) == (2 if waits else 0)
-    assert policy.more_depths(1, K) == (1 if waits else 0)
-    assert policy.more_depths(2, K) == 0
-    assert policy.more_depths(0, 1) == (1 if waits else 0)
+    assert policy.more_depths(0, K, 1) == (2 if waits else 0)
+    assert policy.more_depths(1, K, 1) == (1 if waits else 0)
+    assert policy.more_depths(2, K, 1) == 0
+    assert policy.more_depths(0, 1, 1) == (1 if waits else 0)
+    # two rows share the wait: 0.2 tokens a draft and row
+    assert policy.more_depths(2, K, 2) == (2 if waits else 0)
+
+
+def test_the_rest_of_late_branches_takes_the_time_that_it_took() -> None:
+    """One branch a request takes less than the step over all of them that a round takes."""
+    policy = Policy(K, "auto")
+    for _ in range(200):
+        policy.observe_step(1, 1, 1, 0.1, 0.1)
+    policy.observe_round(K, (K + 1) * 0.04)
+    policy.observe_late(2, 2 * 0.01)  # 0.1 tokens a draft
+    assert policy.more_depths(0, K, 1) == K
+    policy = Policy(K, "auto")
+    for _ in range(200):
+        policy.observe_step(1, 1, 1, 0.1, 0.1)
+    policy.observe_late(1, 0.2)
+    assert policy.more_depths(0, K, 1) == 0
 
 
 def test_patience_is_a_few_times_the_usual_but_no_more_than_a_step() -> None:

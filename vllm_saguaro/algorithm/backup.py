@@ -58,34 +58,16 @@ def jit_gain(
     return missed * (accepted - rate * per_token * depth) - rate * (first + step * (depth - 1))
 
 
-def jit_depth(
-    reach: Sequence[float],
-    first: float,
-    step: float,
-    rate: float,
-    per_token: float,
-    missed: int,
-    hits: int,
-    most: int,
+def more_depths(
+    reach: Sequence[float], have: int, step: float, rate: float, per_token: float, most: int, late: int = 1
 ) -> int:
-    """How many just-in-time drafts to wait for, 0 to `most`: the most `jit_gain`, the fewer of equals.
-
-    0 if any row hit: it has its drafts, and must not wait for those of others.
-    """
-    if hits > 0:
-        return 0
-    depths = range(min(most, len(reach)) + 1)
-    return first_best([jit_gain(reach, first, step, rate, per_token, missed, w) for w in depths])
-
-
-def more_depths(reach: Sequence[float], have: int, step: float, rate: float, per_token: float, most: int) -> int:
     """How many more drafts to wait for where a late table has `have` of them, up to `most` in all: the fewer of equals.
 
-    sum_{have < j <= have + w} reach_j - rate (step + per_token) w, for the only row of a step. Its outcome known,
-    the draft side goes on with its branch alone, `step` seconds a draft.
+    m sum_{have < j <= have + w} reach_j - rate (step + per_token m) w, for a step of which the m = `late` rows that hit
+    are all late. Their outcomes known, the draft side goes on with their branches alone, `step` seconds a draft.
     """
     beyond = reach[have:most]
-    return first_best([_net(beyond, rate, step + per_token, w) for w in range(len(beyond) + 1)])
+    return first_best([late * _net(beyond, rate, step / late + per_token, w) for w in range(len(beyond) + 1)])
 
 
 def ngram_pays(reach: Sequence[float], rate: float, per_token: float) -> int:

@@ -1,14 +1,18 @@
 """Which Saguaro sampling the next trees draw with: F of each position, and C. SSD paper, section 4.2.
 
 A smaller C makes the bonus token of a rejection more predictable, and drafts less acceptable. What it is worth is
-measured: each C keeps the accepted drafts A and the hit rate H of the speculations that were drawn with it, and the one
-with the most tokens per round, 1 + H A, is used; now and then another, so that all stay known.
+measured: each C keeps the accepted drafts A and the hit rate H of the speculations that were drawn with it. A round
+that begins with a hit verifies n drafts, any other one none, so that the tokens per second are
+
+    (1 + H A) / t(1 + H n)
+
+for a round of t(x) seconds over x tokens. The C with the most is used; now and then another, so that all stay known.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vllm_saguaro.algorithm.measured import Mean
 from vllm_saguaro.algorithm.outcomes import fan_out_from_lengths
@@ -32,26 +36,35 @@ class Deflations:
         self._fixed = None if isinstance(c, str) else float(c)
         self._random = random.Random(seed)  # of its own: it decides how to draw, never what
         self._hits = {c: Mean(h, prior_weight=_PRIOR_ROUNDS, decay=0.998) for c, (h, _) in _PRIORS.items()}
+        self._verified = Mean(float(steps), prior_weight=4.0, decay=0.99)
         self._accepted = {c: Mean(a, prior_weight=_PRIOR_ROUNDS, decay=0.998) for c, (_, a) in _PRIORS.items()}
 
-    @property
-    def chosen(self) -> float:
-        """The C that is best so far, or the user's."""
+    def best(self, round_time: Callable[[float], float]) -> float:
+        """The C that is best so far, or the user's. `round_time(x)`: seconds of a round over x tokens a request."""
         if self._fixed is not None:
             return self._fixed
-        return max(_PRIORS, key=lambda c: self._hits[c].value * self._accepted[c].value)
 
-    def next(self, accepted_lengths: Sequence[float], branches: int) -> Deflation:
+        def rate(c: float) -> float:
+            hits = self._hits[c].value
+            # Before anything is known of the times: the most tokens.
+            return (1 + hits * self._accepted[c].value) / (round_time(1 + hits * self._verified.value) or 1.0)
+
+        return max(_PRIORS, key=rate)
+
+    def next(self, accepted_lengths: Sequence[float], branches: int, round_time: Callable[[float], float]) -> Deflation:
         """The rule for one tree: C, and F by the fan-out that suits the accepted lengths P(k) [K + 1]."""
-        c = self.chosen
+        c = self.best(round_time)
         if self._fixed is None and self._random.random() < _TRY_ANOTHER:
             c = self._random.choice(list(_PRIORS))
         if c == 1:
             return PLAIN
         return Deflation(tuple(fan_out_from_lengths(accepted_lengths, branches, _EXPONENT)[: self._steps]), c)
 
-    def learn(self, c: float, accepted: int, hit: bool) -> None:
-        """What came of a speculation drawn with `c`: drafts accepted, and whether its outcome was predicted."""
+    def learn(self, c: float, accepted: int, verified: int, hit: bool) -> None:
+        """What came of a speculation drawn with `c`: of the verified drafts those accepted, and whether its outcome was
+        predicted.
+        """
+        self._verified.observe(verified)
         if c in self._hits:
             self._accepted[c].observe(accepted)
             self._hits[c].observe(float(hit))

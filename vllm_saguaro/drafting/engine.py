@@ -203,7 +203,7 @@ class DraftEngine:
                 self.pace.observe_forecast(rank, accepted, verified)
             sampled = bool(trunk.speculation) and self.drawer.kind(trunk.sampling) is Drawing.SAMPLED
             if judged and sampled and not trunk.backup:
-                self.deflations.learn(trunk.deflation.c, accepted, rank is not None)
+                self.deflations.learn(trunk.deflation.c, accepted, verified, rank is not None)
             trunk.forecast = None
         branch = self._matching(trunk, accepted, bonus, speculation)
         trunk.tokens += [*trunk.speculation[:accepted], bonus]
@@ -266,7 +266,7 @@ class DraftEngine:
         if not any(self.drawer.kind(trunk.sampling) is Drawing.SAMPLED for trunk in trunks):
             return PLAIN
         branches = max(len(trunk.branches) for trunk in trunks)
-        return self.deflations.next(self.pace.accepted_lengths(), branches)
+        return self.deflations.next(self.pace.accepted_lengths(), branches, self.pace.round_time)
 
     def _place(self, chosen: list[tuple[Trunk, list[tuple[int, int]]]]) -> None:
         """Give the chosen outcomes their branches: the likeliest of every trunk first, as far as there are blocks."""

@@ -60,8 +60,7 @@ class DraftLoop:
             self._pursue(step.wants)
         if step.outcomes:
             self._stop_growing({outcome.stamp.slot for outcome in step.outcomes})
-        for outcome in step.outcomes:
-            self._settle(outcome)
+            self._settle_all(step.outcomes)
         for release in step.releases:
             self._release(release)
 
@@ -185,10 +184,16 @@ class DraftLoop:
         model = self.engine.model
         return 0 < len(token_ids) <= model.max_length and max(token_ids) < model.vocab_size
 
-    def _settle(self, outcome: Outcome) -> None:
+    def _settle_all(self, outcomes: Sequence[Outcome]) -> None:
+        rounds = [seconds for outcome in outcomes if (seconds := self._settle(outcome)) is not None]
+        if rounds:
+            self.engine.pace.observe_round(1 + sum(o.verified for o in outcomes) / len(outcomes), max(rounds))
+
+    def _settle(self, outcome: Outcome) -> float | None:
+        """Seconds since the outcome before this one, if there was one."""
         entry = self._entries.get(outcome.stamp.slot)
         if entry is None or entry.stamp != outcome.stamp:
-            return
+            return None
         trunk = entry.trunk
         agrees = outcome.accepted <= len(trunk.speculation)
         fits = outcome.length + len(outcome.speculation) <= self.engine.model.max_length
@@ -201,12 +206,14 @@ class DraftLoop:
             # Too long, or the two sides no longer talk of the same text: better no table than a useless one.
             self._leave(self._entries.pop(outcome.stamp.slot))
             self._publish(Table(entry.stamp.gone(), [], [], []))
-            return
+            return None
         self.engine.settle(trunk, outcome.accepted, outcome.bonus, list(outcome.speculation), outcome.verified)
         now = time.perf_counter()
-        if entry.stamp.round > 0:
-            self.engine.pace.observe_outcome(now - entry.known_at)
+        seconds = now - entry.known_at if entry.stamp.round > 0 else None
+        if seconds is not None:
+            self.engine.pace.observe_outcome(seconds)
         entry.stamp, entry.known_at, entry.forked = entry.stamp.next(), now, False
+        return seconds
 
     def _release(self, release: Release) -> None:
         entry = self._entries.get(release.stamp.slot)

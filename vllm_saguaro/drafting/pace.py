@@ -28,6 +28,7 @@ class Pace:
         self._choices = [n for n in CHOICES if n < most] + [most]
         self._glue = Mean(0.0, prior_weight=1e-6, decay=0.9)
         self._step = LinearTime(0.0, 0.0)
+        self._round = LinearTime(0.0, 0.0)
         self._available = Mean(0.0, prior_weight=1e-6, decay=0.9)
         self._hits = {n: Mean(1 - n**-_PRIOR_MISS_EXPONENT, prior_weight=20.0, decay=0.998) for n in self._choices}
         self._accepted = [Mean(_PRIOR_ACCEPTANCE, prior_weight=4.0, decay=0.99) for _ in range(steps)]
@@ -45,6 +46,14 @@ class Pace:
         """From one outcome of a request to its next one."""
         self._available.observe(available)
         self._rounds += 1
+
+    def observe_round(self, tokens: float, seconds: float) -> None:
+        """A round of the target over so many tokens a request, from outcomes to outcomes."""
+        self._round.observe(tokens, seconds)
+
+    def round_time(self, tokens: float) -> float:
+        """Seconds of a round of the target over so many tokens a request; 0 as long as nothing is known."""
+        return self._round.at(tokens)
 
     def observe_forecast(self, rank: int | None, accepted: int, verified: int) -> None:
         """The rank of the real outcome among the predicted ones (from 0; None: not there), and what was accepted."""

@@ -77,7 +77,7 @@ def tell(engine: DraftEngine) -> None:
     for name, events in engine.forecaster.calibration.summary().items():
         errors = ", ".join(f"{what} {found['error']:.3f}" for what, found in events.items())
         logger.info("Saguaro: calibration error of the predicted outcomes (%s): %s.", name, errors)
-    logger.info("Saguaro: C of Saguaro sampling would be %.1f now.", engine.deflations.chosen)
+    logger.info("Saguaro: C of Saguaro sampling would be %.1f now.", engine.deflations.best(engine.pace.round_time))
 
 
 def serve(end: DraftEnd, loop: DraftLoop) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_saguaro.algorithm.backup import BackupChoice, choose, critical_batch, jit_depth, jit_gain, ngram_pays
+from vllm_saguaro.algorithm.backup import BackupChoice, choose, critical_batch, jit_gain, more_depths, ngram_pays
 from vllm_saguaro.algorithm.timing import speed_up_over_plain
 
 rates = st.floats(0.0, 1.0)
@@ -56,36 +56,37 @@ def test_both_backups_are_equal_at_the_critical_batch(p: float, slow_time: float
     assert slow_speed_up(critical * 0.9) > fast > slow_speed_up(critical * 1.1)
 
 
-def test_jit_gain_and_depth() -> None:
+def test_jit_gain() -> None:
     # Two rows: 2 * (.8 + .6) - 100 * (.004 + .002) - 100 * .001 * 2 * 2 = 2.8 - .6 - .4
     assert jit_gain(REACH, 0.004, 0.002, RATE, 0.001, missed=2, depth=2) == pytest.approx(1.8)
     assert jit_gain(REACH, 0.004, 0.002, RATE, 0.001, missed=2, depth=0) == 0
-    # One row, a draft costs .2 + .1 tokens after the first: .3 of .4 is worth it, .3 of .2 is not
-    assert jit_depth(REACH, 0.004, 0.002, RATE, 0.001, missed=1, hits=0, most=4) == 3
-    assert jit_depth(REACH, 0.004, 0.002, RATE, 0.001, missed=1, hits=0, most=2) == 2
-    # Two rows share the wait: .1 + .1 a row, and .2 is no gain; three rows: .067 + .1
-    assert jit_depth(REACH, 0.004, 0.002, RATE, 0.001, missed=2, hits=0, most=4) == 3
-    assert jit_depth(REACH, 0.004, 0.002, RATE, 0.001, missed=3, hits=0, most=4) == 4
-    # A first draft that is late: 2 - 2.2 - .2 * 3 - .1 * 4 < 0
-    assert jit_depth(REACH, 0.022, 0.002, RATE, 0.001, missed=1, hits=0, most=4) == 0
-    assert jit_depth(REACH, 0.0, 0.0, RATE, 0.0, missed=0, hits=0, most=4) == 0
-    assert jit_depth([], 0.0, 0.0, RATE, 0.0, missed=1, hits=0, most=4) == 0
+
+
+def test_more_depths() -> None:
+    # A further draft costs .2 + .1 tokens: .3 of .4 is worth it, .3 of .2 is not
+    assert more_depths(REACH, 0, 0.002, RATE, 0.001, most=4) == 3
+    assert more_depths(REACH, 0, 0.002, RATE, 0.001, most=2) == 2
+    assert more_depths(REACH, 2, 0.002, RATE, 0.001, most=4) == 1
+    assert more_depths(REACH, 3, 0.002, RATE, 0.001, most=4) == 0
+    # Three late rows share the wait: .067 + .1 a row
+    assert more_depths(REACH, 3, 0.002, RATE, 0.001, most=4, late=3) == 1
+    assert more_depths(REACH, 3, 0.009, RATE, 0.001, most=4, late=3) == 0
+    assert more_depths([], 0, 0.0, RATE, 0.0, most=4) == 0
+    assert more_depths(REACH, 4, 0.0, RATE, 0.0, most=4) == 0
 
 
 @settings(deadline=None)
-@given(reaches, seconds, seconds, st.floats(0.0, 50.0), seconds, st.integers(0, 8), st.integers(0, 6))
-def test_jit_depth_is_the_best_and_delays_no_hit(
-    reach: list[float], first: float, step: float, rate: float, per_token: float, missed: int, most: int
+@given(reaches, seconds, st.floats(0.0, 50.0), seconds, st.integers(0, 4), st.integers(1, 8), st.integers(0, 6))
+def test_more_depths_are_the_best(
+    reach: list[float], step: float, rate: float, per_token: float, have: int, late: int, most: int
 ) -> None:
     def gain(w: int) -> float:
-        wait = first + step * (w - 1) if w > 0 else 0.0
-        return missed * sum(reach[:w]) - rate * wait - rate * per_token * missed * w
+        return late * sum(reach[have : have + w]) - rate * w * (step + per_token * late)
 
-    chosen = jit_depth(reach, first, step, rate, per_token, missed, 0, most)
-    depths = range(min(most, len(reach)) + 1)
+    chosen = more_depths(reach, have, step, rate, per_token, most, late)
+    depths = range(len(reach[have:most]) + 1)
     assert gain(chosen) >= max(gain(w) for w in depths) - 1e-9
     assert all(gain(w) < gain(chosen) for w in range(chosen))
-    assert jit_depth(reach, first, step, rate, per_token, missed, 1, most) == 0
 
 
 def stalling_gain(batch: int, p: float, reach: list[float], drafting: float, tokens_hit: float) -> float:

@@ -75,3 +75,13 @@ def test_more_accepted_than_k_cannot_be() -> None:
     pace.observe_forecast(None, 7, 9)
     assert len(pace.reach()) == K
     assert len(pace.accepted_lengths()) == K + 1
+
+
+def test_a_round_takes_longer_with_more_tokens_in_it() -> None:
+    pace = Pace(K, 8, chooses=True)
+    assert pace.round_time(1.0) == 0.0
+    for _ in range(100):
+        for tokens in (1.0, 2.5, 4.0):
+            pace.observe_round(tokens, 0.01 + 0.002 * tokens)
+    assert pace.round_time(1.0) == pytest.approx(0.012, rel=0.02)
+    assert pace.round_time(4.0) == pytest.approx(0.018, rel=0.02)

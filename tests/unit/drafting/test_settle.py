@@ -35,7 +35,7 @@ class Observed:
 
     def __init__(self, engine: DraftEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.forecasts: list[tuple[int | None, int, int]] = []
-        self.deflations: list[tuple[float, int, bool]] = []
+        self.deflations: list[tuple[float, int, int, bool]] = []
         monkeypatch.setattr(engine.pace, "observe_forecast", lambda *seen: self.forecasts.append(seen))
         monkeypatch.setattr(engine.deflations, "learn", lambda *seen: self.deflations.append(seen))
 
@@ -176,7 +176,7 @@ def test_what_came_of_a_sampled_speculation_is_learnt_for_its_c(
     branch = trunk.branches[1]
     accepted, bonus = (branch.accepted, branch.bonus) if predicted else (0, unforeseen(trunk))
     engine.settle(trunk, accepted, bonus, [])
-    assert observed.deflations == [(0.3, accepted, predicted)]
+    assert observed.deflations == [(0.3, accepted, K, predicted)]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, COUPLED])
@@ -216,7 +216,7 @@ def test_an_outcome_that_was_drafted_just_in_time_was_not_predicted(monkeypatch:
     engine.grow(tree)
     assert engine.settle(trunk, 0, bonus, speculation(engine, trunk, 0))
     assert observed.forecasts == [(None, 0, K)]
-    assert observed.deflations == [(0.3, 0, False)]
+    assert observed.deflations == [(0.3, 0, K, False)]
 
 
 # ---- noise ----------------------------------------------------------------------------------------------------------

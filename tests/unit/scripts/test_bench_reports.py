@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -105,6 +106,42 @@ def test_engine_names_say_what_the_engine_is() -> None:
         "draft_model K=4",
         "saguaro K=4 N=12 ranked",
     ]
+
+
+def test_swept_options_and_top_p_are_in_the_names() -> None:
+    swept = Engine("saguaro", 4, 12, "ranked", "coupled", (("sampling_c", 0.5), ("adaptive", True), ("backup", "jit")))
+    assert swept.name == "saguaro K=4 N=12 ranked sampling_c=0.5 adaptive=true backup=jit"
+    assert Workload(2, 1.0, 0.9).name == "batch 2, T=1, top-p=0.9"
+    assert Workload(2, 1.0).name == "batch 2, T=1"
+
+
+def test_swept_engines_and_forecasts_survive_writing_and_reading(tmp_path: Path) -> None:
+    report = make_report()
+    engine = dataclasses.replace(SAGUARO, options=(("sampling_c", 0.5), ("backup", "jit")))
+    repetition = make_repetition(10.0)
+    repetition.forecasts = {"outcomes": 3, "hits@1": 2, "error_bonus": 0.25}
+    report.runs.append(Run(engine, Workload(1, 1.0, 0.9), [repetition]))
+    path = tmp_path / "report.json"
+    report.write(path)
+    read = Report.read(path)
+    assert read == report
+    assert {run.engine: run for run in read.runs}[engine].workload.top_p == 0.9
+
+
+def test_reports_from_before_there_were_sweeps_can_be_read() -> None:
+    data = make_report().to_json()
+    for run in data["runs"]:
+        del run["engine"]["options"], run["workload"]["top_p"]
+        for repetition in run["repetitions"]:
+            del repetition["forecasts"]
+    assert Report.from_json(data) == make_report()
+
+
+def test_a_curve_is_no_report(tmp_path: Path) -> None:
+    path = tmp_path / "curve.json"
+    path.write_text(json.dumps({"schema": 1, "kind": "curve", "points": [], "reports": []}))
+    with pytest.raises(ValueError, match="no runs of its own"):
+        Report.read(path)
 
 
 def test_a_report_survives_writing_and_reading(tmp_path: Path) -> None:

@@ -44,6 +44,46 @@ def test_engines_are_all_combinations_plain_first() -> None:
     assert names == ["batch 1, T=0", "batch 1, T=1", "batch 8, T=0", "batch 8, T=1"]
 
 
+def test_top_p_is_a_dimension_of_the_workload() -> None:
+    chosen = Settings(batch=(1,), temperature=(0.7, 1.0), top_p=(1.0, 0.9))
+    assert [workload.name for workload in chosen.workloads()] == [
+        "batch 1, T=0.7",
+        "batch 1, T=0.7, top-p=0.9",
+        "batch 1, T=1",
+        "batch 1, T=1, top-p=0.9",
+    ]
+
+
+def test_every_value_of_a_swept_key_makes_an_engine(pair: Path) -> None:
+    sweep = (("sampling_c", (0.5, "auto")), ("adaptive", (True, False)))
+    options = {"placement": "inline", "backup": "none"}
+    chosen = Settings(target=pair, branches=(6, 12), modes=("plain", "saguaro"), sweep=sweep, options=options)
+    chosen.check()
+    engines = chosen.engines()
+    assert len(set(engines)) == 1 + 2 * 4
+    assert [engine.name for engine in engines[:4]] == [
+        "plain",
+        "saguaro K=4 N=6 ranked sampling_c=0.5 adaptive=true",
+        "saguaro K=4 N=6 ranked sampling_c=0.5 adaptive=false",
+        "saguaro K=4 N=6 ranked sampling_c=auto adaptive=true",
+    ]
+    told = chosen.order(engines[2], pair, pair / "draft")["llm"]["speculative_config"]
+    assert {key: told[key] for key in ("sampling_c", "adaptive", "placement", "backup")} == {
+        "sampling_c": 0.5,
+        "adaptive": False,
+        "placement": "inline",
+        "backup": "none",
+    }
+    assert chosen.to_json()["sweep"] == {"sampling_c": [0.5, "auto"], "adaptive": [True, False]}
+
+
+def test_forecasts_are_asked_of_saguaro_alone(pair: Path) -> None:
+    chosen = Settings(target=pair, forecasts=True, options={"placement": "inline"})
+    chosen.check()
+    orders = [chosen.order(engine, pair, pair / "draft") for engine in chosen.engines()]
+    assert [order["forecasts"] for order in orders] == [False, False, True]
+
+
 def test_cores_by_default_and_by_choice(pair: Path) -> None:
     default = Settings(target=pair)
     assert (default.target_cores, default.draft_cores, default.cores) == ((0,), (1,), (0, 1))
@@ -93,6 +133,14 @@ def test_what_an_engine_is_told(pair: Path) -> None:
         ({"prompts": 0}, "--prompts must be at least 1"),
         ({"tokens": 1023}, "does not fit"),
         ({"core_draft": (7,)}, "no processor core 7"),
+        ({"top_p": (1.0, 0.0)}, "--top-p must be above 0 and at most 1, not 0"),
+        ({"top_p": (1.5,)}, "not 1.5"),
+        ({"sweep": (("x", (1,)),), "options": {"x": 2}}, "x is given with --option and with --sweep"),
+        ({"sweep": (("x", (1,)), ("x", (2,)))}, "--sweep x is given twice"),
+        ({"sweep": (("branches", (6, 12)),)}, "write --branches"),
+        ({"forecasts": True}, "add --option placement=inline"),
+        ({"forecasts": True, "sweep": (("placement", ("inline", "process")),)}, "add --option placement=inline"),
+        ({"forecasts": True, "modes": ("plain",)}, "add saguaro to --modes"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(pair: Path, change: dict[str, object], complaint: str) -> None:
@@ -117,13 +165,19 @@ def test_run_is_the_default_command() -> None:
 
 
 def test_options_become_settings() -> None:
-    words = "--k 3 4 4 --branches 6 --temperature 0 1 --option placement=inline --option x=2 --core-draft 1-2 --eager"
+    words = (
+        "--k 3 4 4 --branches 6 --temperature 0 1 --option placement=inline --option x=2 --core-draft 1-2 --eager "
+        "--top-p 1 0.9 --sweep y=0.25,auto,0.25 --sweep z=true,null --forecasts"
+    )
     chosen = options.settings_from(bench.parser().parse_args(bench.with_command(words.split())))
     assert chosen == Settings(
         k=(3, 4),
         branches=(6,),
         temperature=(0.0, 1.0),
+        top_p=(1.0, 0.9),
         options={"placement": "inline", "x": 2},
+        sweep=(("y", (0.25, "auto")), ("z", (True, None))),
+        forecasts=True,
         core_draft=(1, 2),
         eager=True,
     )
@@ -132,7 +186,8 @@ def test_options_become_settings() -> None:
 def test_options_that_cannot_be_read() -> None:
     assert options.cores("0,2-3") == (0, 2, 3)
     assert options.depths("24:6") == (24, 6)
-    for read, text in ((options.cores, "x"), (options.depths, "24"), (options.key_value, "inline")):
+    wrong = ((options.cores, "x"), (options.depths, "24"), (options.key_value, "inline"), (options.key_values, "x"))
+    for read, text in (*wrong, (options.key_values, "x=1,,2"), (options.key_values, "x=[1]")):
         with pytest.raises(argparse.ArgumentTypeError):
             read(text)
 

@@ -44,6 +44,17 @@ def test_comparison_with_plain_with_the_same_k_and_with_the_best_k() -> None:
     assert summaries[PLAIN].over_best is None
 
 
+@pytest.mark.parametrize("order", [(200.0, 100.0), (100.0, 200.0)])
+def test_the_faster_of_two_baselines_with_one_k_counts(order: tuple[float, float]) -> None:
+    ways = [Engine("draft_model", 4, sampling=way) for way in ("greedy", "probabilistic")]
+    saguaro = Run(SAGUARO, GREEDY, [make_repetition(300.0)])
+    runs = [Run(way, GREEDY, [make_repetition(speed)]) for way, speed in zip(ways, order, strict=True)]
+    summary = summarise([*runs, saguaro])[saguaro.name]
+    assert summary.over_same_k is not None
+    assert summary.over_best is not None
+    assert summary.over_same_k.median == summary.over_best.median == pytest.approx(1.5)
+
+
 def test_times_of_a_draft_model_round() -> None:
     run = next(run for run in make_report().runs if run.engine == DRAFT_4)
     summary = summarise_alone(run)

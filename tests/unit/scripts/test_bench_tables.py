@@ -74,6 +74,14 @@ def test_what_makes_reports_incomparable_is_said() -> None:
     assert compare_text(before, after).startswith("differs: tokens: 51 / 96\n")
 
 
+def test_settings_that_older_reports_lack_had_their_defaults() -> None:
+    before, after = make_report(), make_report()
+    after.settings |= {"top_p": [1.0], "sweep": {}, "forecasts": False}
+    assert differences(before, after) == []
+    after.settings["top_p"] = [0.9]
+    assert differences(before, after) == ["top_p: [1.0] / [0.9]"]
+
+
 def test_reports_without_a_common_configuration() -> None:
     before, after = make_report(), make_report()
     before.runs = before.runs[:1]

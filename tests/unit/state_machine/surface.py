@@ -42,10 +42,13 @@ class DrivenPolicy(Policy):
     def observe_jit(self, depth: int, seconds: float) -> None:
         pass
 
+    def observe_late(self, depths: int, seconds: float) -> None:
+        pass
+
     def observe_round(self, depth: int, seconds: float) -> None:
         pass
 
-    def more_depths(self, have: int, most: int) -> int:
+    def more_depths(self, have: int, most: int, late: int) -> int:
         return most - have if self._mode in ("auto", "jit") else 0
 
     def patience(self, depth: int) -> float:

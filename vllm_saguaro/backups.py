@@ -1,6 +1,6 @@
 """Drafts for the rows of a step whose outcome nobody predicted, and the rest of those that came late.
 
-SSD paper, section 4.3; what is worth it is decided in `policy.py`. No row that hit ever waits for another.
+SSD paper, section 4.3; what is worth it is decided in `policy.py`. No row that has all its drafts ever waits.
 """
 
 from __future__ import annotations
@@ -56,14 +56,18 @@ class Backups:
 
     def _finish(self, found: Sequence[Turn], most: int) -> None:
         """If all rows that hit have too few drafts, of late tables: wait for the rest of their branches, if it pays."""
-        have = max(len(turn.speculation) for turn in found)
-        more = self._policy.more_depths(have, most, len(found)) if have < most else 0
+        before = [len(turn.speculation) for turn in found]
+        have = min(before)
+        # Tables that are more than one depth apart are no longer of one tree, and would be begun anew.
+        if max(before) >= most or max(before) > have + 1:
+            return
+        more = self._policy.more_depths(have, most, len(found))
         if not more:
             return
         seconds = self._await(found, have + more)
-        reached = min(len(turn.speculation) for turn in found)
-        if reached > have:
-            self._policy.observe_late(reached - have, seconds)
+        if seconds:
+            gained = sum(len(turn.speculation) for turn in found) - sum(before)
+            self._policy.observe_late(more, gained / len(found), seconds)
         for turn in found:
             if turn.drawn is not None:
                 turn.drawn = dataclasses.replace(turn.drawn, source=Source.CACHE)

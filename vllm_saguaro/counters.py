@@ -71,7 +71,7 @@ DRAFT_ROUND = Histogram(
 )
 TARGET_WAIT = Histogram(
     "saguaro_target_wait_seconds",
-    "From the outcomes of a step to the drafts of its hits in hand, on the target side.",
+    "From the outcomes of a step to the drafts that are there for its hits in hand, on the target side.",
     _FIRST_BIN + _BINS + 1,
 )
 VERIFY = Histogram(

@@ -72,7 +72,8 @@ class Policy:
         self._jit = LinearTime(0.0, 1e-3)
         self._jit_waits = 0
         self._draft_step = Mean(0.0, prior_weight=1e-6, decay=0.95)
-        self._late_step = Mean(0.0, prior_weight=1e-6, decay=0.95)
+        self._late = LinearTime(0.0, 0.0)
+        self._late_gain = Mean(1.0, prior_weight=4.0, decay=0.9)
         self._steps = 0
         self._in_vain = 0
         self._rest = _FIRST_REST
@@ -109,9 +110,10 @@ class Policy:
             self._jit.observe(depth, seconds)
             self._jit_waits += 1
 
-    def observe_late(self, depths: int, seconds: float) -> None:
-        """The rest of late branches, `depths` drafts, was there after `seconds`."""
-        self._late_step.observe(seconds / depths)
+    def observe_late(self, asked: int, gained: float, seconds: float) -> None:
+        """A wait for `asked` more drafts of late branches took `seconds` and gave each row `gained` on average."""
+        self._late.observe(asked, seconds)
+        self._late_gain.observe(gained / asked)
 
     def observe_round(self, depth: int, seconds: float) -> None:
         """A table of `depth` was finished after `seconds`: glue, fork, and a step over all branches for each depth."""
@@ -159,7 +161,7 @@ class Policy:
         in_trial = self._trial > 0
         self._trial -= in_trial
         known = self._pass.base + self._pass.per_unit > 0
-        if not self._adaptive or not known or in_trial or self._steps % _LOOK_AGAIN == 0:
+        if not self._adaptive or not known or in_trial or self._looks_again:
             return self._most
         pays = timing.drafts_worth_verifying(
             self.reach(Source.CACHE), rows * self.hit_rate, rows, self._pass.base, self._pass.per_unit
@@ -175,11 +177,12 @@ class Policy:
     def back_up(self, matches: Sequence[bool], hits: int, most: int) -> BackupChoice:
         """What the missed rows get: row i of them has an n-gram match or not; `hits` rows of the step have drafts."""
         first, step = self._jit_times()
+        tries = self._mode == "auto" and self._looks_again and not any(matches)
         return backup.choose(
-            self._mode,
+            "jit" if tries else self._mode,
             matches,
             hits,
-            jit_reach=self.reach(Source.JIT)[:most],
+            jit_reach=self.reach(Source.JIT)[: min(most, 1) if tries else most],
             ngram_reach=self.reach(Source.NGRAM)[:most],
             first=first,
             step=step,
@@ -191,8 +194,16 @@ class Policy:
         """How many more drafts to wait for in a step whose `late` rows that hit have `have` of them, of late tables."""
         if self._mode not in ("auto", "jit"):
             return 0
-        step = self._late_step.value or self._jit_times()[1]
-        return backup.more_depths(self.reach(Source.CACHE), have, step, self.rate, self._pass.per_unit, most, late)
+        known = self._late.at(1) > 0
+        first, step = (self._late.at(1), self._late.per_unit) if known else (self._jit_times()[1],) * 2
+        reach = [self._late_gain.value * chance for chance in self.reach(Source.CACHE)]
+        more = backup.more_depths(reach, have, first, step, self.rate, self._pass.per_unit, most, late)
+        return max(more, min(self._looks_again, most - have))
+
+    @property
+    def _looks_again(self) -> bool:
+        """Whether this step tries what does not seem to pay: what is known from trying alone would never change."""
+        return self._adaptive and self._steps > 0 and self._steps % _LOOK_AGAIN == 0
 
     def patience(self, depth: int) -> float:
         """Seconds to wait for just-in-time drafts at most: no longer than a verify pass takes."""

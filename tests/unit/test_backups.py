@@ -19,7 +19,7 @@ class Patient(Policy):
         super().__init__(K, backup, adaptive=False)
         self.seconds, self.more = seconds, more
         self.waited: list[int] = []
-        self.late: list[int] = []
+        self.late: list[tuple[int, float]] = []
 
     def patience(self, depth: int) -> float:
         return self.seconds
@@ -31,9 +31,9 @@ class Patient(Policy):
         assert seconds >= 0
         self.waited.append(depth)
 
-    def observe_late(self, depths: int, seconds: float) -> None:
+    def observe_late(self, asked: int, gained: float, seconds: float) -> None:
         assert seconds >= 0
-        self.late.append(depths)
+        self.late.append((asked, gained))
 
 
 def serving(bench: Bench, depth: int = K, version: int = 99) -> None:
@@ -345,7 +345,7 @@ def test_rows_that_are_all_late_wait_for_the_rest_of_their_branches_together() -
     finishing(bench)
     assert bench.propose(bench.row("a", 31), bench.row("b", 31)) == [[0, 1, 2], [0, 1, 2]]
     assert wants(bench) == [Want(stamp, 0, 31, 3) for stamp in stamps]
-    assert policy.late == [2]
+    assert policy.late == [(2, 2.0)]
     assert bench.count() == {"hits": 2, "late tables": 2}
 
 

@@ -315,19 +315,44 @@ def test_whether_the_rest_of_a_late_branch_is_worth_waiting_for(mode: str, waits
     assert policy.more_depths(2, K, 2) == (2 if waits else 0)
 
 
-def test_the_rest_of_late_branches_takes_the_time_that_it_took() -> None:
-    """One branch a request takes less than the step over all of them that a round takes."""
+def late(gained: float, seconds: float, waits: int = 20) -> Policy:
+    """A policy that has waited for one more draft so many times; a step takes 0.1 s and gives a token."""
     policy = Policy(K, "auto")
     for _ in range(200):
         policy.observe_step(1, 1, 1, 0.1, 0.1)
     policy.observe_round(K, (K + 1) * 0.04)
-    policy.observe_late(2, 2 * 0.01)  # 0.1 tokens a draft
-    assert policy.more_depths(0, K, 1) == K
-    policy = Policy(K, "auto")
-    for _ in range(200):
-        policy.observe_step(1, 1, 1, 0.1, 0.1)
-    policy.observe_late(1, 0.2)
-    assert policy.more_depths(0, K, 1) == 0
+    for _ in range(waits):
+        policy.observe_late(1, gained, seconds)
+        policy.observe_late(K, K * gained, seconds + (K - 1) * 0.01)
+    return policy
+
+
+def test_the_rest_of_late_branches_takes_the_time_that_it_took() -> None:
+    """One branch a request takes less than the step over all of them that a round takes."""
+    assert late(gained=1.0, seconds=0.01).more_depths(0, K, 1) == K
+    assert late(gained=1.0, seconds=0.5).more_depths(0, K, 1) == 0
+
+
+def test_what_was_waited_for_in_vain_is_not_waited_for_again() -> None:
+    assert late(gained=0.0, seconds=0.01).more_depths(0, K, 1) == 0
+
+
+def test_what_did_not_pay_is_tried_again_now_and_then() -> None:
+    """And believed: times that are known only from trying would never change."""
+    policy = late(gained=0.0, seconds=0.01)
+    tried = 0
+    for _ in range(640):
+        policy.resting(1)
+        more = policy.more_depths(0, K, 1)
+        assert more in (0, 1)
+        assert policy.more_depths(K, K, 1) == 0
+        tried += more
+    assert tried == 10
+    for _ in range(40):
+        policy.observe_late(1, 1.0, 0.01)
+    assert policy.more_depths(0, K, 1) > 1
+    tried = sum(policy.back_up([False], 0, K).jit_drafts for _ in range(640) if not policy.resting(1))
+    assert tried == 10 or policy.back_up([False], 0, K).jit_drafts > 0
 
 
 def test_patience_is_a_few_times_the_usual_but_no_more_than_a_step() -> None:

@@ -59,15 +59,27 @@ def jit_gain(
 
 
 def more_depths(
-    reach: Sequence[float], have: int, step: float, rate: float, per_token: float, most: int, late: int = 1
+    reach: Sequence[float],
+    have: int,
+    first: float,
+    step: float,
+    rate: float,
+    per_token: float,
+    most: int,
+    late: int = 1,
 ) -> int:
     """How many more drafts to wait for where a late table has `have` of them, up to `most` in all: the fewer of equals.
 
-    m sum_{have < j <= have + w} reach_j - rate (step + per_token m) w, for a step of which the m = `late` rows that hit
-    are all late. Their outcomes known, the draft side goes on with their branches alone, `step` seconds a draft.
+    m sum_{have < j <= have + w} reach_j - rate (first + (w - 1) step + per_token m w), 0 at w = 0, for a step of which
+    the m = `late` rows that hit are all late. Their outcomes known, the draft side goes on with their branches alone:
+    `first` seconds until one more draft, `step` for each further one.
     """
-    beyond = reach[have:most]
-    return first_best([late * _net(beyond, rate, step / late + per_token, w) for w in range(len(beyond) + 1)])
+    return first_best(
+        [
+            jit_gain(reach[have:most], first, step, rate, per_token, missed=late, depth=w)
+            for w in range(len(reach[have:most]) + 1)
+        ]
+    )
 
 
 def ngram_pays(reach: Sequence[float], rate: float, per_token: float) -> int:

@@ -50,6 +50,7 @@ class DraftEngine:
         self.forecaster = Forecaster(fan_out)
         self.pace = pace or Pace(num_speculative_tokens, branches, chooses=False)
         self.deflations = deflations or Deflations(num_speculative_tokens, c=1.0)
+        self._wanted = branches
 
     # ---- text and KV -------------------------------------------------------------------------------------------
 
@@ -117,8 +118,8 @@ class DraftEngine:
         """
         states = torch.cat([t.hidden for t in trunks if t.hidden is not None])
         certain = [self.drawer.kind(trunk.sampling) is Drawing.CERTAIN for trunk in trunks]
-        predicted = self.forecaster.predict(trunks, self.model.logits(states), self.branches, certain)
-        wanted = branches or self.branches
+        wanted = self._wanted = branches or self.branches
+        predicted = self.forecaster.predict(trunks, self.model.logits(states), self.branches, certain, wanted)
         self._place([(t, ranked[:wanted]) for t, ranked in zip(trunks, predicted, strict=True)])
         return self._plant(trunks, self.num_speculative_tokens)
 
@@ -203,7 +204,8 @@ class DraftEngine:
                 self.pace.observe_forecast(rank, accepted, verified)
             sampled = bool(trunk.speculation) and self.drawer.kind(trunk.sampling) is Drawing.SAMPLED
             if judged and sampled and not trunk.backup:
-                self.deflations.learn(trunk.deflation.c, accepted, verified, rank is not None)
+                hit = rank is not None and rank < trunk.forecast.wanted
+                self.deflations.learn(trunk.deflation.c, accepted, verified, hit)
             trunk.forecast = None
         branch = self._matching(trunk, accepted, bonus, speculation)
         trunk.tokens += [*trunk.speculation[:accepted], bonus]
@@ -265,8 +267,8 @@ class DraftEngine:
         """How the next tree's sampled rows draw."""
         if not any(self.drawer.kind(trunk.sampling) is Drawing.SAMPLED for trunk in trunks):
             return PLAIN
-        branches = max(len(trunk.branches) for trunk in trunks)
-        return self.deflations.next(self.pace.accepted_lengths(), branches, self.pace.round_time)
+        # F of these drafts' positions is that of the round which verifies them: about that of this one.
+        return self.deflations.next(self.pace.accepted_lengths(), self._wanted, self.pace.round_time)
 
     def _place(self, chosen: list[tuple[Trunk, list[tuple[int, int]]]]) -> None:
         """Give the chosen outcomes their branches: the likeliest of every trunk first, as far as there are blocks."""

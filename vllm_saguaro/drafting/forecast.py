@@ -28,7 +28,7 @@ class Forecast:
     """What was predicted for one request and round.
 
     accept [n], tokens [n + 1, M], scores [n + 1, M]: raw scores, as `outcomes.scores` has them. `ranked`: the outcomes
-    (k, t*), likeliest first.
+    (k, t*), likeliest first; the first `wanted` of them were to get a branch.
     """
 
     cls: int
@@ -36,6 +36,7 @@ class Forecast:
     tokens: np.ndarray
     scores: np.ndarray
     ranked: list[tuple[int, int]]
+    wanted: int
 
 
 class Forecaster:
@@ -48,12 +49,13 @@ class Forecaster:
         self._untaught = Calibration().table()
 
     def predict(
-        self, trunks: Sequence[Trunk], logits: torch.Tensor, branches: int, certain: Sequence[bool]
+        self, trunks: Sequence[Trunk], logits: torch.Tensor, branches: int, certain: Sequence[bool], wanted: int
     ) -> list[list[tuple[int, int]]]:
         """The `branches` likeliest outcomes (k, t*) of each trunk, likeliest first.
 
         `logits` [T, V]: of the last committed token and of each draft under verification, trunk after trunk.
-        `certain`: whether a trunk's drafts have no q. Leaves in each trunk what there is to learn from.
+        `certain`: whether a trunk's drafts have no q. `wanted`: how many outcomes get a branch. Leaves in each trunk
+        what there is to learn from.
         """
         beliefs = self._beliefs(trunks, logits, certain)
         raw = outcomes.scores(beliefs)
@@ -73,7 +75,7 @@ class Forecaster:
         for row, trunk in enumerate(trunks):
             n = len(trunk.speculation)
             trunk.forecast = Forecast(
-                classes[row], accept[row, :n], tokens[row, : n + 1], scores[row, : n + 1], ranked[row]
+                classes[row], accept[row, :n], tokens[row, : n + 1], scores[row, : n + 1], ranked[row], wanted
             )
         return ranked
 

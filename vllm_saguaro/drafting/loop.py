@@ -31,6 +31,8 @@ class Entry:
     """When the newest outcome (or the prompt) arrived, in seconds of `time.perf_counter`."""
     forked: bool = False
     """Whether the table of this round has been begun."""
+    again: bool = False
+    """Whether it was, and was given up: then `known_at` tells nothing of the time that a round takes."""
 
 
 class DraftLoop:
@@ -45,6 +47,7 @@ class DraftLoop:
         self._growing: list[Entry] = []
         self._leaving: list[Trunk] = []
         self._prompts_next = False
+        self._holding = False
         self._few = engine.num_speculative_tokens + 1
 
     def __len__(self) -> int:
@@ -56,6 +59,7 @@ class DraftLoop:
         """Take in one step of the target: new requests, outcomes, departures."""
         for admit in step.admits:
             self._admit(admit)
+        self._holding = False
         if step.wants:
             self._pursue(step.wants)
         if step.outcomes:
@@ -69,6 +73,9 @@ class DraftLoop:
         if self._tree is not None:
             self._grow(self._tree)
             return True
+        if self._holding:
+            # The outcomes of this step are known over there and come at once: no forward may stand in their way.
+            return False
         self._let_go()
         # Prompts and rounds take turns where both wait, so that neither starves the other.
         first, second = (self._prefill, self._begin_round) if self._prompts_next else (self._begin_round, self._prefill)
@@ -82,7 +89,7 @@ class DraftLoop:
         for entry in self._growing:
             if entry.stamp.slot not in settled:
                 self.engine.drop_branches(entry.trunk)
-                entry.forked = False
+                entry.forked, entry.again = False, True
         self._tree, self._growing = None, []
 
     def _pursue(self, wants: Sequence[Want]) -> None:
@@ -101,6 +108,7 @@ class DraftLoop:
                 wanted.append((entry, want))
         if not wanted:
             return
+        self._holding = True
         entries = [entry for entry, _ in wanted]
         self._stop_growing({entry.stamp.slot for entry in entries})
         self._let_go()
@@ -138,7 +146,7 @@ class DraftLoop:
             self._tree = self.engine.fork([e.trunk for e in ready], share)
             self._growing = [e for e in ready if e.trunk.branches]
             self._publish_growing()
-            after_outcomes = [e.known_at for e in ready if e.stamp.round > 0]
+            after_outcomes = [e.known_at for e in ready if e.stamp.round > 0 and not e.again]
             if after_outcomes:  # the reading of a prompt is no glue
                 pace.observe_glue(time.perf_counter() - max(after_outcomes))
         return True
@@ -187,7 +195,8 @@ class DraftLoop:
     def _settle_all(self, outcomes: Sequence[Outcome]) -> None:
         rounds = [seconds for outcome in outcomes if (seconds := self._settle(outcome)) is not None]
         if rounds:
-            self.engine.pace.observe_round(1 + sum(o.verified for o in outcomes) / len(outcomes), max(rounds))
+            # The least: a request that sat out some steps has had more than one of them.
+            self.engine.pace.observe_round(1 + sum(o.verified for o in outcomes) / len(outcomes), min(rounds))
 
     def _settle(self, outcome: Outcome) -> float | None:
         """Seconds since the outcome before this one, if there was one."""
@@ -210,9 +219,7 @@ class DraftLoop:
         self.engine.settle(trunk, outcome.accepted, outcome.bonus, list(outcome.speculation), outcome.verified)
         now = time.perf_counter()
         seconds = now - entry.known_at if entry.stamp.round > 0 else None
-        if seconds is not None:
-            self.engine.pace.observe_outcome(seconds)
-        entry.stamp, entry.known_at, entry.forked = entry.stamp.next(), now, False
+        entry.stamp, entry.known_at, entry.forked, entry.again = entry.stamp.next(), now, False, False
         return seconds
 
     def _release(self, release: Release) -> None:

@@ -42,14 +42,11 @@ class Pace:
         """One decode step over so many rows."""
         self._step.observe(rows, seconds)
 
-    def observe_outcome(self, available: float) -> None:
-        """From one outcome of a request to its next one."""
-        self._available.observe(available)
-        self._rounds += 1
-
     def observe_round(self, tokens: float, seconds: float) -> None:
         """A round of the target over so many tokens a request, from outcomes to outcomes."""
         self._round.observe(tokens, seconds)
+        self._available.observe(seconds)
+        self._rounds += 1
 
     def round_time(self, tokens: float) -> float:
         """Seconds of a round of the target over so many tokens a request; 0 as long as nothing is known."""

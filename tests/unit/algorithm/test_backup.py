@@ -64,26 +64,31 @@ def test_jit_gain() -> None:
 
 def test_more_depths() -> None:
     # A further draft costs .2 + .1 tokens: .3 of .4 is worth it, .3 of .2 is not
-    assert more_depths(REACH, 0, 0.002, RATE, 0.001, most=4) == 3
-    assert more_depths(REACH, 0, 0.002, RATE, 0.001, most=2) == 2
-    assert more_depths(REACH, 2, 0.002, RATE, 0.001, most=4) == 1
-    assert more_depths(REACH, 3, 0.002, RATE, 0.001, most=4) == 0
+    assert more_depths(REACH, 0, 0.002, 0.002, RATE, 0.001, most=4) == 3
+    assert more_depths(REACH, 0, 0.002, 0.002, RATE, 0.001, most=2) == 2
+    assert more_depths(REACH, 2, 0.002, 0.002, RATE, 0.001, most=4) == 1
+    assert more_depths(REACH, 3, 0.002, 0.002, RATE, 0.001, most=4) == 0
+    # The first one is late: .9 + .1 is more than the .4 of one and less than the .6 of two, with .3 more for the second
+    assert more_depths(REACH, 2, 0.009, 0.002, RATE, 0.001, most=4) == 0
     # Three late rows share the wait: .067 + .1 a row
-    assert more_depths(REACH, 3, 0.002, RATE, 0.001, most=4, late=3) == 1
-    assert more_depths(REACH, 3, 0.009, RATE, 0.001, most=4, late=3) == 0
-    assert more_depths([], 0, 0.0, RATE, 0.0, most=4) == 0
-    assert more_depths(REACH, 4, 0.0, RATE, 0.0, most=4) == 0
+    assert more_depths(REACH, 3, 0.002, 0.002, RATE, 0.001, most=4, late=3) == 1
+    assert more_depths(REACH, 3, 0.009, 0.002, RATE, 0.001, most=4, late=3) == 0
+    assert more_depths([], 0, 0.0, 0.0, RATE, 0.0, most=4) == 0
+    assert more_depths(REACH, 4, 0.0, 0.0, RATE, 0.0, most=4) == 0
 
 
 @settings(deadline=None)
-@given(reaches, seconds, st.floats(0.0, 50.0), seconds, st.integers(0, 4), st.integers(1, 8), st.integers(0, 6))
+@given(
+    reaches, seconds, seconds, st.floats(0.0, 50.0), seconds, st.integers(0, 4), st.integers(1, 8), st.integers(0, 6)
+)
 def test_more_depths_are_the_best(
-    reach: list[float], step: float, rate: float, per_token: float, have: int, late: int, most: int
+    reach: list[float], first: float, step: float, rate: float, per_token: float, have: int, late: int, most: int
 ) -> None:
     def gain(w: int) -> float:
-        return late * sum(reach[have : have + w]) - rate * w * (step + per_token * late)
+        wait = first + step * (w - 1) if w else 0.0
+        return late * sum(reach[have : have + w]) - rate * (wait + per_token * late * w)
 
-    chosen = more_depths(reach, have, step, rate, per_token, most, late)
+    chosen = more_depths(reach, have, first, step, rate, per_token, most, late)
     depths = range(len(reach[have:most]) + 1)
     assert gain(chosen) >= max(gain(w) for w in depths) - 1e-9
     assert all(gain(w) < gain(chosen) for w in range(chosen))

@@ -49,7 +49,7 @@ def forecast_of(n: int = K) -> Forecast:
     tokens = np.arange(3 * (n + 1)).reshape(n + 1, 3)
     scores = np.tile([0.0, 0.6, 0.4], (n + 1, 1))
     scores[n] = [0.5, 0.3, 0.2]
-    return Forecast(8, np.linspace(0.9, 0.7, n) if n else np.empty(0), tokens, scores, [(0, 1), (n, 3 * n), (0, 2)])
+    return Forecast(8, np.linspace(0.9, 0.7, n) if n else np.empty(0), tokens, scores, [(0, 1), (n, 3 * n), (0, 2)], 3)
 
 
 def learn(forecast: Forecast, accepted: int, bonus: int, verified: int) -> tuple[int | None, Lessons]:

@@ -17,7 +17,7 @@ def informed(most: int, *, available: float, glue: float, base: float, per_row: 
         pace.observe_glue(glue)
         for rows in (1, 10, 100):
             pace.observe_step(rows, base + per_row * rows)
-        pace.observe_outcome(available)
+        pace.observe_round(1.0, available)
         spread = i % (2 * most)
         pace.observe_forecast(rank if rank is not None else spread if spread < most else None, K, K)
     return pace
@@ -26,7 +26,7 @@ def informed(most: int, *, available: float, glue: float, base: float, per_row: 
 def test_without_a_choice_n_is_what_it_is() -> None:
     pace = Pace(K, 17, chooses=False)
     for _ in range(50):
-        pace.observe_outcome(0.001)
+        pace.observe_round(1.0, 0.001)
         pace.observe_step(10, 1.0)
     assert pace.branches(1) == pace.branches(200) == 17
 

@@ -247,3 +247,24 @@ def test_a_request_that_comes_again_with_more_text_has_the_noise_of_its_position
     assert [(b.accepted, b.bonus) for b in first.branches] == [(b.accepted, b.bonus) for b in again.branches]
     assert speculation(engine, first, 0) == speculation(engine, again, 0)
     check_drafts(engine, again)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2, 4])
+def test_an_outcome_beyond_the_branches_that_there_were_is_no_hit_of_its_c(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More outcomes are ranked than get a branch: C is to be judged by those that did."""
+    engine = deflating()
+    observed = Observed(engine, monkeypatch)
+    trunk = ready(engine, sampling=SAMPLED)
+    grown(engine, [trunk])
+    hit = trunk.branches[0]
+    assert engine.settle(trunk, hit.accepted, hit.bonus, speculation(engine, trunk, 0))
+    prefill(engine, [trunk])
+    assert engine.fork([trunk], 2) is not None
+    assert len(trunk.branches) == 2
+    assert trunk.forecast is not None
+    accepted, bonus = trunk.forecast.ranked[rank]
+    engine.settle(trunk, accepted, bonus, [])
+    assert observed.deflations == [(0.3, accepted, K, rank < 2)]
+    assert observed.forecasts[-1] == (rank, accepted, K)

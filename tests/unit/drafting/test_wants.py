@@ -190,7 +190,7 @@ def test_without_room_nothing_is_published_and_the_outcome_is_a_miss() -> None:
 
 @pytest.mark.parametrize("found", [True, False])
 @pytest.mark.parametrize("turns", [1, 2, 3])
-def test_others_in_the_growing_tree_wait_and_begin_again(found: bool, turns: int) -> None:
+def test_others_in_the_growing_tree_wait_for_the_outcomes_and_begin_again(found: bool, turns: int) -> None:
     # Prompts that are short enough for one round together.
     r, other = request(0, 4, sampling=SAMPLED), request(1, 3, sampling=COUPLED)
     driver = started(r, other, turns=turns)
@@ -202,11 +202,29 @@ def test_others_in_the_growing_tree_wait_and_begin_again(found: bool, turns: int
     while len(driver.check_table(r).drafts) < K:
         assert {stamp.slot for stamp, _ in driver.history} == {0}, "the wanted drafts come first"
         driver.loop.advance()
-    driver.work()
-    assert len(driver.check_table(other).drafts) == K
+    batches = len(driver.model.batches)
+    assert driver.work() == 0
+    assert len(driver.model.batches) == batches, "no forward stands in the way of outcomes that are about to come"
     assert len(driver.check_table(r).bonus) == 1
     driver.submit(outcomes=[outcome_of(driver, r)])
     finish(driver, r, other)
+
+
+def test_a_round_that_was_begun_again_tells_nothing_of_the_time_that_glue_takes() -> None:
+    r, other = request(0, 4), request(1, 3)
+    driver = started(r, other)
+    glue: list[float] = []
+    driver.loop.engine.pace.observe_glue = glue.append  # type: ignore[method-assign, assignment]
+    driver.submit(outcomes=[outcome_of(driver, r), outcome_of(driver, other)])
+    driver.work(2)
+    assert len(glue) == 1
+    driver.submit(wants=[r.want(0, unforeseen(driver.check_table(r)), K)])
+    driver.submit(releases=[r.release()])
+    driver.work()
+    assert len(driver.check_table(other).drafts) == K
+    assert len(glue) == 1
+    driver.submit(outcomes=[outcome_of(driver, other)])
+    finish(driver, other)
 
 
 @pytest.mark.parametrize("found", [True, False])
@@ -230,7 +248,6 @@ def test_a_request_whose_tree_was_stopped_is_wanted_before_it_began_again() -> N
     driver.work()
     table = driver.check_table(r)
     assert (list(table.bonus), len(table.drafts)) == ([bonus], K)  # not the whole table of that round after all
-    assert len(driver.check_table(other).drafts) == K
     driver.submit(outcomes=[outcome_of(driver, r)])
     finish(driver, other, r)
 

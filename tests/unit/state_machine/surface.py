@@ -42,7 +42,7 @@ class DrivenPolicy(Policy):
     def observe_jit(self, depth: int, seconds: float) -> None:
         pass
 
-    def observe_late(self, depths: int, seconds: float) -> None:
+    def observe_late(self, asked: int, gained: float, seconds: float) -> None:
         pass
 
     def observe_round(self, depth: int, seconds: float) -> None:

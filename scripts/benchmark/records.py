@@ -83,7 +83,7 @@ class Repetition:
     (request, step) pairs with output in the decode part, `steps` the engine's steps in it; they are equal at batch 1.
     `drafting_seconds` is vLLM's own drafting inside those steps (mode draft_model; 0 elsewhere). `counters` are the
     differences of the metrics over the whole repetition. `foreign_cpu` is the processor time that others took on our
-    cores, as a share of the cores' time. `forecasts` is what a `ForecastProbe` counted, with the calibration errors.
+    cores, as a share of the cores' time. `forecasts` is what a `ForecastProbe` counted, with what was believed of them.
     """
 
     wall_seconds: float

@@ -34,7 +34,7 @@ class Summary:
     Times are seconds and means over all decode rounds of all repetitions. `verify_seconds` is scheduling and verify
     pass: for draft_model a step without the time in the drafter, for saguaro what it reports, for plain a whole step.
     `cost_ratio` is c = drafting / verify of draft_model. `over_best` is the ratio to draft_model at its best K.
-    `forecasts` are the counts of all repetitions and the mean calibration errors.
+    `forecasts` are the counts of a `ForecastProbe` over all repetitions.
     """
 
     tokens_per_second: Spread
@@ -129,7 +129,7 @@ def summarise_alone(run: Run) -> Summary:
         tokens_per_round=sum(repetition.decode_tokens for repetition in repetitions) / rounds if rounds else 0.0,
         step_seconds=step_seconds,
         same_text=_same_text(run),
-        forecasts=forecasts.over_repetitions([repetition.forecasts for repetition in repetitions]),
+        forecasts=forecasts.over_repetitions(repetition.forecasts for repetition in repetitions),
     )
     drafts = counters.count(table, counters.DRAFTS)
     if drafts:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scripts.benchmark.forecasts import CANDIDATES, ERROR, HITS, ORACLE, OUTCOMES, shares
+from scripts.benchmark.forecasts import (
+    ACCEPTANCE_BINS,
+    CANDIDATES,
+    HIT_BINS,
+    HITS,
+    ORACLE,
+    OUTCOMES,
+    PREDICTED,
+    CalibrationError,
+    shares,
+)
 from scripts.benchmark.records import Report, Run
 from scripts.benchmark.summary import Spread, Summary
 
@@ -127,22 +137,31 @@ def time_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:
 
 
 def forecast_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:
-    """What N branches hit, and what they could have hit, in percent of the outcomes; empty where nobody watched."""
+    """What N branches hit, were predicted to hit and could have hit, in percent; empty where nobody watched."""
     rows = [row for row in _rows(runs, summaries) if row.summary.forecasts.get(OUTCOMES)]
     if not rows:
         return ""
-    columns = [(kind, [shares(row.summary.forecasts, kind) for row in rows]) for kind in (HITS, ORACLE)]
-    sizes = sorted({size for _, found in columns for each in found for size in each})
-    errors = ("acceptance", "residual", "bonus")
-    headers = ["engine", "outcomes", *(f"{kind}@{size}" for kind, _ in columns for size in sizes), "candidates"]
+    kinds = {"measured": HITS, "predicted": PREDICTED, "oracle": ORACLE}
+    found = [{kind: shares(row.summary.forecasts, what) for kind, what in kinds.items()} for row in rows]
+    sizes = sorted({size for each in found for one in each.values() for size in one})
+    headers = ["engine", "hits", *(f"N={size}" for size in sizes), "outcomes", "candidates",
+               "error: hits", "noise", "error: acceptance", "noise"]  # fmt: skip
     lines = []
-    for place, row in enumerate(rows):
+    for row, each in zip(rows, found, strict=True):
         table = row.summary.forecasts
-        cells = [found[place].get(size) for _, found in columns for size in sizes]
-        cells += [table[CANDIDATES] / table[OUTCOMES], *(table.get(f"{ERROR}{name}") for name in errors)]
-        hundredfold = (None if cell is None else 100 * cell for cell in cells)
-        lines.append((row.run.engine.name, f"{table[OUTCOMES]:.0f}", *(number(cell, 1) for cell in hundredfold)))
-    return render([*headers, *(f"error: {name}" for name in errors)], lines)
+        about = [f"{table[OUTCOMES]:.0f}", _hundredfold(table[CANDIDATES] / table[OUTCOMES])]
+        for bins in (HIT_BINS, ACCEPTANCE_BINS):
+            error = CalibrationError.of(table, bins)
+            about += [_hundredfold(error.error), _hundredfold(error.noise)] if error else [NOTHING, NOTHING]
+        name = row.run.engine.name
+        for kind, by_size in each.items():
+            lines.append((name, kind, *(_hundredfold(by_size.get(size)) for size in sizes), *about))
+            name, about = "", [""] * len(about)
+    return render(headers, lines, left=2)
+
+
+def _hundredfold(value: float | None) -> str:
+    return NOTHING if value is None else number(100 * value, 1)
 
 
 def demo_table(runs: Sequence[Run], summaries: dict[str, Summary]) -> str:

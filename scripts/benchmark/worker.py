@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from scripts.benchmark import counters
-from scripts.benchmark.forecasts import ForecastProbe, calibration_errors
+from scripts.benchmark.forecasts import ForecastProbe
 
 
 @dataclass
@@ -65,17 +65,12 @@ class ForecastWatch:
 
     def __init__(self, llm: Any) -> None:
         engine = runner_of(llm).drafter.speculator.channel._engine
-        self._forecaster = engine.forecaster
-        self._probe = ForecastProbe(self._forecaster.fan_out, engine.branches)
-        self._forecaster.learn = self._probe.wrap(self._forecaster.learn)
+        self._probe = ForecastProbe(engine.forecaster, engine.branches)
+        engine.forecaster.learn = self._probe.wrap(engine.forecaster.learn)
 
     def counts(self) -> dict[str, float]:
         """What was counted until now."""
-        return dict(self._probe.counts)
-
-    def errors(self) -> dict[str, float]:
-        """How far the maps' predictions were off, as far back as they remember."""
-        return calibration_errors(self._forecaster.calibration)
+        return self._probe.counts()
 
 
 class Worker:
@@ -135,14 +130,11 @@ class Worker:
                 totals[name] += value
         wall = time.perf_counter() - start
         after = counters.flatten(self.llm.get_metrics())
-        forecasts: dict[str, float] = {}
-        if self.forecasts:
-            forecasts = counters.difference(self.forecasts.counts(), judged) | self.forecasts.errors()
         return {
             "wall_seconds": wall,
             **totals,
             "counters": counters.difference(after, before),
-            "forecasts": forecasts,
+            "forecasts": counters.difference(self.forecasts.counts(), judged) if self.forecasts else {},
             "token_ids": token_ids,
         }
 

@@ -1,23 +1,35 @@
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from scripts.benchmark import forecasts, tables
-from scripts.benchmark.forecasts import HITS, ORACLE, ForecastProbe
+from scripts.benchmark.forecasts import (
+    ACCEPTANCE_BINS,
+    HIT_BINS,
+    HITS,
+    ORACLE,
+    PREDICTED,
+    Belief,
+    CalibrationError,
+    ForecastProbe,
+)
 from scripts.benchmark.records import Run
 from scripts.benchmark.summary import summarise, summarise_alone
 from scripts.benchmark.worker import ForecastWatch
 from tests.unit.drafting.checks import make_engine
 from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.scripts.test_bench_reports import GREEDY, SAGUARO, make_repetition, make_report
-from vllm_saguaro.algorithm.calibration import Calibration, Event
+from vllm_saguaro.algorithm.calibration import BINS, NUM_CLASSES, Calibration, Event, class_of
+from vllm_saguaro.algorithm.outcomes import Beliefs, choose, scores
 from vllm_saguaro.drafting.forecast import Forecast, Forecaster
 from vllm_saguaro.placement.inline import InlineChannel
 from vllm_saguaro.placement.mailbox import MailboxShape
@@ -25,23 +37,60 @@ from vllm_saguaro.placement.mailbox import MailboxShape
 K = 3
 
 
+ACCEPTANCE, TOKEN = 0.5, 0.7
+"""What `flat_table` says of every draft and of every candidate."""
+
+
 def make_forecast() -> Forecast:
     """Candidates 10 j, 10 j + 1, 10 j + 2, 10 j + 3 at position j; the first is the draft there, so never the bonus."""
     tokens = 10 * np.arange(K + 1)[:, None] + np.arange(4)
-    scores = np.tile([0.0, 0.2, 0.7, 0.1], (K + 1, 1))
-    return Forecast(0, np.array([0.9, 0.8, 0.7]), tokens, scores, [(K, 32), (0, 2), (0, 1)])
+    raw = np.tile([0.0, 0.2, 0.7, 0.1], (K + 1, 1))
+    return Forecast(0, np.array([0.9, 0.8, 0.7]), tokens, raw, [(K, 32), (0, 2), (0, 1)], wanted=3)
 
 
-def watch(outcomes: list[tuple[int, int, int]], fan_out: str = "ranked", branches: int = 3) -> dict[str, float]:
-    probe = ForecastProbe(fan_out, branches)
-    learn = probe.wrap(Forecaster(fan_out).learn)
+def flat_table() -> torch.Tensor:
+    """Maps that say the same of every score: the outcomes of `make_forecast` have 0.0875, 0.35 and 0.35."""
+    chance = torch.full((NUM_CLASSES, len(Event), BINS), TOKEN)
+    chance[:, Event.ACCEPTANCE] = ACCEPTANCE
+    return torch.logit(chance)
+
+
+def make_forecaster(fan_out: str = "ranked") -> Forecaster:
+    """Knows `flat_table` and never learns."""
+    forecaster = Forecaster(fan_out)
+    forecaster.calibration.table = flat_table  # type: ignore[method-assign]
+    return forecaster
+
+
+def watch(
+    outcomes: list[tuple[int, int, int]], forecaster: Forecaster | None = None, branches: int = 3
+) -> dict[str, float]:
+    forecaster = forecaster or make_forecaster()
+    probe = ForecastProbe(forecaster, branches)
+    learn = probe.wrap(forecaster.learn)
     for outcome in outcomes:
         learn(make_forecast(), *outcome)
-    return probe.counts
+    return probe.counts()
+
+
+def without_bins(counts: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in counts.items() if "bin_" not in name and PREDICTED not in name}
+
+
+def filled_bins(counts: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in counts.items() if "bin_" in name and value}
+
+
+MIXED = [
+    (0, 1, K),  # predicted third, and the second of the candidates at position 0
+    (1, 13, K),  # not predicted, but the third of the candidates at position 1
+    (1, 2, K),  # a token that is predicted at another position
+    (2, 20, K),  # a candidate that was held to be impossible
+]
 
 
 def test_each_outcome_is_held_against_its_forecast() -> None:
-    assert watch([(K, 32, K)]) == {
+    assert without_bins(watch([(K, 32, K)])) == {
         "outcomes": 1,
         "candidates": 1,
         "hits@1": 1,
@@ -51,15 +100,7 @@ def test_each_outcome_is_held_against_its_forecast() -> None:
         "oracle@2": 1,
         "oracle@3": 1,
     }
-    counts = watch(
-        [
-            (0, 1, K),  # predicted third, and the second of the candidates at position 0
-            (1, 13, K),  # not predicted, but the third of the candidates at position 1
-            (1, 2, K),  # a token that is predicted at another position
-            (2, 20, K),  # a candidate that was held to be impossible
-        ]
-    )
-    assert counts == {
+    assert without_bins(watch(MIXED)) == {
         "outcomes": 4,
         "candidates": 3,
         "hits@1": 0,
@@ -71,14 +112,111 @@ def test_each_outcome_is_held_against_its_forecast() -> None:
     }
 
 
-def test_what_the_scheduler_cut_short_is_not_counted() -> None:
-    assert watch([(2, 22, 2), (0, 2, 0)])["outcomes"] == 0
-    assert watch([(1, 12, 2)])["outcomes"] == 1  # a rejection is one, whatever was cut behind it
+def test_predicted_is_what_the_table_says_of_the_first_n() -> None:
+    predicted = forecasts.shares(watch(MIXED), PREDICTED)
+    assert predicted == pytest.approx({1: 0.0875, 2: 0.4375, 3: 0.7875})
+    # More branches than there were outcomes to rank.
+    assert forecasts.shares(watch(MIXED, branches=4), PREDICTED)[4] == pytest.approx(0.7875)
+
+
+def test_the_probabilities_are_those_of_the_choice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(1, K + 1, 6, generator=generator).softmax(-1)
+    tokens = torch.stack([torch.randperm(50, generator=generator)[:6] for _ in range(K + 1)])[None]
+    n, classes = torch.tensor([K]), torch.tensor([class_of(1.0, False, False, False)])
+    beliefs = Beliefs(tokens, share, share, tokens[:, :K, 0], n, classes)
+    raw, table = scores(beliefs), Calibration().table()
+    chosen = choose("ranked", beliefs, raw, table, 10)
+    ranked = list(zip(chosen.accepted[0].tolist(), chosen.bonus[0].tolist(), strict=True))
+    accept, places, raws = (x[0].numpy() for x in (raw.accept, tokens, raw.token))
+    belief = Belief.of(Forecast(int(classes[0]), accept, places, raws, ranked, wanted=10), table)
+    assert belief.ranked == pytest.approx(chosen.probability[0].numpy())
+    assert belief.accept.shape == (K,)
+
+
+def test_a_forecast_without_drafts_has_a_belief() -> None:
+    tokens, raw = np.array([[5, 6]]), np.array([[0.9, 0.1]], dtype=np.float32)
+    belief = Belief.of(Forecast(0, np.zeros(0, np.float32), tokens, raw, [(0, 6), (0, 5)], wanted=2), flat_table())
+    assert belief.accept.size == 0
+    assert belief.ranked == pytest.approx([TOKEN, TOKEN])
+    assert Belief.of(Forecast(0, np.zeros(0), tokens, raw, [], wanted=0), flat_table()).ranked.size == 0
+
+
+def test_errors_of_predictions_that_are_off_by_a_known_amount() -> None:
+    counts = watch(MIXED)
+    assert filled_bins(counts) == pytest.approx(
+        {
+            "bin_count_7": 4,
+            "bin_predicted_7": 4 * 0.7875,
+            "bin_hits_7": 1,
+            "accept_bin_count_5": 8,
+            "accept_bin_predicted_5": 4,
+            "accept_bin_hits_5": 4,
+        }
+    )
+    hits = CalibrationError.of(counts, HIT_BINS)
+    assert hits is not None
+    assert hits.error == pytest.approx(0.7875 - 0.25)
+    assert hits.noise == pytest.approx(math.sqrt(2 / math.pi * 0.7875 * 0.2125 / 4))
+    acceptance = CalibrationError.of(counts, ACCEPTANCE_BINS)
+    assert acceptance is not None
+    assert acceptance.error == pytest.approx(0)
+    assert acceptance.noise == pytest.approx(math.sqrt(2 / math.pi * 0.25 / 8))
+    always = CalibrationError.of(watch([(K, 32, K)] * 5), ACCEPTANCE_BINS)
+    assert always is not None
+    assert always.error == pytest.approx(1 - ACCEPTANCE)
+
+
+def test_errors_of_several_bins_do_not_cancel() -> None:
+    low = {"bin_count_1": 10, "bin_predicted_1": 1.5, "bin_hits_1": 4}
+    high = {"bin_count_9": 10, "bin_predicted_9": 10.5, "bin_hits_9": 8}  # sums of candidates may be above 1
+    error = CalibrationError.of(low | high, HIT_BINS)
+    assert error is not None
+    assert error.error == pytest.approx((2.5 + 2.5) / 20)
+    assert error.noise == pytest.approx(math.sqrt(2 / math.pi * 1.5 * 0.85) / 20)
+    assert CalibrationError.of({}, HIT_BINS) is None
+
+
+def test_more_than_certain_is_in_the_last_bin() -> None:
+    forecaster = make_forecaster()
+    forecaster.calibration.table = lambda: torch.full_like(flat_table(), 9.0)  # type: ignore[method-assign]
+    sure = make_forecast()
+    probe = ForecastProbe(forecaster, 3)
+    sure.ranked[:] = [(K, 31), (K, 32), (K, 33)]
+    probe.wrap(forecaster.learn)(sure, K, 32, K)
+    assert probe.counts()["bin_predicted_9"] == probe.counts()["predicted@3"] > 2
+
+
+def test_uncalibrated_is_judged_by_the_maps_that_it_chose_by() -> None:
+    prior = watch([MIXED[0]], Forecaster("ranked"))
+    found = {}
+    for fan_out in ("ranked", "uncalibrated"):
+        forecaster = Forecaster(fan_out)
+        for _ in range(200):
+            forecaster.learn(make_forecast(), 0, 3, K)
+        found[fan_out] = watch([MIXED[0]], forecaster)
+    for name in ("predicted@1", "predicted@3"):
+        assert found["uncalibrated"][name] == prior[name]
+        assert abs(found["ranked"][name] - prior[name]) > 0.05
+
+
+def test_what_was_believed_is_of_before_the_outcome_was_learnt() -> None:
+    forecaster = Forecaster("ranked")
+    belief = Belief.of(make_forecast(), forecaster.calibration.table())
+    assert watch([(0, 2, K)], forecaster)["predicted@3"] == belief.ranked.sum()
+    assert Belief.of(make_forecast(), forecaster.calibration.table()).ranked.sum() != belief.ranked.sum()
+
+
+def test_of_what_the_scheduler_cut_short_only_acceptances_are_counted() -> None:
+    counts = watch([(2, 22, 2), (1, 12, 2), (0, 2, 0)])
+    assert counts["outcomes"] == 0
+    assert CalibrationError.of(counts, HIT_BINS) is None
+    assert filled_bins(counts) == {"accept_bin_count_5": 4, "accept_bin_predicted_5": 2, "accept_bin_hits_5": 3}
 
 
 def test_the_learning_goes_on() -> None:
-    probe, forecaster = ForecastProbe("ranked", 3), Forecaster("ranked")
-    assert probe.wrap(forecaster.learn)(make_forecast(), 0, 2, K) == 1
+    forecaster = Forecaster("ranked")
+    assert ForecastProbe(forecaster, 3).wrap(forecaster.learn)(make_forecast(), 0, 2, K) == 1
     assert forecaster.calibration.summary()
 
 
@@ -86,13 +224,6 @@ def test_a_prefix_says_what_fewer_branches_would_hit_only_where_it_is_their_choi
     assert forecasts.sizes_of("ranked", 12) == (1, 2, 4, 6, 8, 12)
     assert forecasts.sizes_of("uncalibrated", 10) == (1, 2, 4, 6, 8, 10)
     assert forecasts.sizes_of("geometric", 12) == forecasts.sizes_of("uniform", 12) == (12,)
-
-
-def test_errors_are_of_the_events_that_were_seen() -> None:
-    calibration = Calibration()
-    calibration.learn(0, Event.BONUS, np.full(10, 0.5), np.ones(10, dtype=bool))
-    errors = forecasts.calibration_errors(calibration)
-    assert errors == {"error_bonus": calibration.calibration_error(None, Event.BONUS)}
 
 
 def test_the_inline_draft_side_is_found_below_the_engine() -> None:
@@ -104,37 +235,63 @@ def test_the_inline_draft_side_is_found_below_the_engine() -> None:
         llm = SimpleNamespace(**{name: llm})
     watched = ForecastWatch(SimpleNamespace(llm_engine=llm))
     before = watched.counts()
-    assert watched.errors() == {}
     engine.forecaster.learn(make_forecast(), 0, 2, K)
     assert (before["outcomes"], watched.counts()["outcomes"]) == (0, 1)
-    assert watched.errors().keys() == {"error_acceptance", "error_residual"}
 
 
 def make_watched_run() -> Run:
     run = Run(SAGUARO, GREEDY, [make_repetition(10.0), make_repetition(10.0)])
-    for repetition, error in zip(run.repetitions, (0.01, 0.03), strict=True):
-        repetition.forecasts = {"outcomes": 4, "candidates": 4, "error_bonus": error}
+    for repetition in run.repetitions:
+        repetition.forecasts = {"outcomes": 4, "candidates": 4}
         repetition.forecasts |= {"hits@1": 1, "hits@12": 2, "oracle@1": 2, "oracle@12": 3}
     return run
 
 
-def test_counts_are_added_and_errors_averaged() -> None:
-    run = make_watched_run()
-    run.repetitions[0].forecasts["error_residual"] = 0.5
-    summary = summarise_alone(run).forecasts
+def predictions(hits: float) -> dict[str, float]:
+    return {"predicted@1": 1.2, "predicted@12": 2.2, "bin_count_5": 4, "bin_predicted_5": 2.2, "bin_hits_5": hits}
+
+
+def test_counts_are_added() -> None:
+    summary = summarise_alone(make_watched_run()).forecasts
     assert summary["outcomes"] == 8
-    assert summary["error_bonus"] == pytest.approx(0.02)
-    assert summary["error_residual"] == 0.5
     assert forecasts.shares(summary, HITS) == {1: 0.25, 12: 0.5}
     assert forecasts.shares(summary, ORACLE) == {1: 0.5, 12: 0.75}
     assert forecasts.shares({}, HITS) == forecasts.shares({"outcomes": 0, "hits@1": 0}, HITS) == {}
 
 
+def test_errors_are_of_all_repetitions_together() -> None:
+    run = make_watched_run()
+    for repetition, hits in zip(run.repetitions, (1, 3), strict=True):
+        repetition.forecasts |= predictions(hits)
+    error = CalibrationError.of(summarise_alone(run).forecasts, HIT_BINS)
+    assert error is not None
+    assert error.error == pytest.approx(0.4 / 8)  # not the mean of 1.2 / 4 and 0.8 / 4
+
+
 def test_the_table_is_there_where_somebody_watched() -> None:
     report = make_report()
     assert "forecasts" not in tables.report_text(report, summarise(report.runs))
-    report.runs[-1] = make_watched_run()
+    report.runs[-1] = run = make_watched_run()
+    for repetition in run.repetitions:
+        repetition.forecasts |= predictions(2)
     lines = tables.report_text(report, summarise(report.runs)).splitlines()
-    header, _, row = lines[lines.index("forecasts, in percent:") + 1 :]
-    assert header.split()[:7] == ["engine", "outcomes", "hits@1", "hits@12", "oracle@1", "oracle@12", "candidates"]
-    assert row.split()[4:] == ["8", "25.0", "50.0", "50.0", "75.0", "100.0", "-", "-", "2.0"]
+    header, _, *rows = lines[lines.index("forecasts, in percent:") + 1 :]
+    assert header.split()[:6] == ["engine", "hits", "N=1", "N=12", "outcomes", "candidates"]
+    assert rows[0].startswith(SAGUARO.name)
+    measured, predicted, oracle = (row.removeprefix(SAGUARO.name).split() for row in rows)
+    assert measured == ["measured", "25.0", "50.0", "8", "100.0", "5.0", "14.0", "-", "-"]
+    assert predicted == ["predicted", "30.0", "55.0"]
+    assert oracle == ["oracle", "50.0", "75.0"]
+
+
+def test_reports_from_before_there_were_predictions_can_be_printed() -> None:
+    run = make_watched_run()
+    for repetition in run.repetitions:
+        repetition.forecasts |= {"error_acceptance": 0.1, "error_bonus": 0.01}
+    report = make_report()
+    report.runs[-1] = run
+    summaries = summarise(report.runs)
+    assert not any(name.startswith("error_") for name in summaries[run.name].forecasts)
+    measured, predicted, _ = tables.report_text(report, summaries).splitlines()[-3:]
+    assert measured.removeprefix(SAGUARO.name).split() == ["measured", "25.0", "50.0", "8", "100.0", *"----"]
+    assert predicted.split() == ["predicted", "-", "-"]

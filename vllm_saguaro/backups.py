@@ -18,6 +18,9 @@ from vllm_saguaro.turn import Drawn, Turn
 
 _POLL_SECONDS = 20e-6
 
+_HANGS_AFTER = 4.0
+"""A step that has waited unread for so many verify passes: the draft side hangs, or is in a forward as long as that."""
+
 
 class Backups:
     """N-gram guesses, and drafts that the draft side makes just in time."""
@@ -86,7 +89,12 @@ class Backups:
                 self._page.add(counters.BACKUPS["jit"])
 
     def _await(self, turns: Sequence[Turn], depth: int) -> float:
-        """Have the draft side go on with these outcomes alone, and wait, but never for long; the seconds it took."""
+        """Have the draft side go on with these outcomes alone, and wait, but never for long; the seconds it took.
+
+        0.0 where it was not told: it is not there, has no room, or hangs.
+        """
+        if self._channel.stalled_seconds > _HANGS_AFTER * self._policy.verify_pass:
+            return 0.0
         began = time.perf_counter()
         wants = [Want(t.request.stamp, t.accepted, t.bonus, depth) for t in turns if t.request is not None]
         if not self._channel.post(Step(wants=wants)):

@@ -27,7 +27,16 @@ AUTO_MAX_BRANCHES: Final = 48
 INLINE_BRANCHES: Final = 12
 MAX_SPECULATIVE_TOKENS: Final = 16
 
-OWN_KEYS: Final = ("branches", "fan_out", "placement", "draft_cpus", "backup", "sampling_c", "adaptive")
+OWN_KEYS: Final = (
+    "branches",
+    "fan_out",
+    "placement",
+    "draft_cpus",
+    "backup",
+    "sampling_c",
+    "adaptive",
+    "draft_restarts",
+)
 
 # vLLM's keys that mean for our draft what they mean for vLLM's own `draft_model`.
 VLLM_KEYS: Final = (
@@ -95,6 +104,7 @@ class SaguaroConfig:
     backup: str = AUTO
     sampling_c: float | str = AUTO
     adaptive: bool | None = None
+    draft_restarts: int = 5
     draft_sample_method: str = "coupled"
     num_speculative_tokens: int = 4
     draft_max_length: int = 0
@@ -106,6 +116,7 @@ class SaguaroConfig:
             _require_fraction("sampling_c", self.sampling_c)
         if self.adaptive is not None and not isinstance(self.adaptive, bool):
             raise SaguaroConfigError(f"adaptive must be true or false, not {_show(self.adaptive)}")
+        _require_int("draft_restarts", self.draft_restarts, 0, None)
         _require_choice("draft_sample_method", self.draft_sample_method, DRAFT_SAMPLE_METHODS)
         _require_int("num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
         _require_int("draft_max_length", self.draft_max_length, 0, None)

@@ -1,7 +1,8 @@
 """What this plugin counts beyond vLLM's own metrics, on one small shared page.
 
 The target side adds, whoever serves metrics reads: plain 64-bit floats in memory that both map, no message and no
-lock. One writer, so a reader can at worst see a count a moment old.
+lock. Each word has one writer (the thread that looks after the draft side has three), so a reader can at worst see a
+count a moment old.
 """
 
 from __future__ import annotations
@@ -64,6 +65,9 @@ BACKUPS = {
 QUIET_STEPS = Counter("saguaro_quiet_steps", "Steps without any drafts, because drafting did not pay.", 7)
 DRAFTS = Gauge("saguaro_drafts", "Drafts of a request that are worth verifying now, at most K.", 8)
 BRANCHES = Gauge("saguaro_branches", "Outcomes that the newest table has drafts for.", 9)
+DRAFT_RESTARTS = Counter("saguaro_draft_restarts", "Times that the draft side was started again.", 10)
+DRAFT_UP = Gauge("saguaro_draft_up", "1 while a draft side answers, 0 while none does.", 11)
+DRAFT_LEFT_OFF = Gauge("saguaro_draft_left_off", "1 when the draft side ended too often and is not started again.", 12)
 DRAFT_ROUND = Histogram(
     "saguaro_draft_round_seconds",
     "From an outcome to the finished table of the next round, on the draft side.",
@@ -84,8 +88,8 @@ BACKUP_WAIT = Histogram(
     "Waiting for just-in-time drafts, and for the rest of a late branch.",
     _FIRST_BIN + 3 * (_BINS + 1),
 )
-COUNTERS = (HITS, LATE_TABLES, *MISSES.values(), *BACKUPS.values(), QUIET_STEPS)
-GAUGES = (DRAFTS, BRANCHES)
+COUNTERS = (HITS, LATE_TABLES, *MISSES.values(), *BACKUPS.values(), QUIET_STEPS, DRAFT_RESTARTS)
+GAUGES = (DRAFTS, BRANCHES, DRAFT_UP, DRAFT_LEFT_OFF)
 HISTOGRAMS = (DRAFT_ROUND, TARGET_WAIT, VERIFY, BACKUP_WAIT)
 PAGE_BYTES = 8 * (_FIRST_BIN + len(HISTOGRAMS) * (_BINS + 1))
 

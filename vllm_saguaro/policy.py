@@ -81,6 +81,11 @@ class Policy:
         self._quiet_rows = 0
         self._trial = 0
 
+    def begin_anew(self) -> None:
+        """Another draft side is there: what was found while none answered, or of one that hung, says nothing of it."""
+        self._hit_rate = Mean(_PRIOR_HIT_RATE, prior_weight=16.0, decay=0.995)
+        self._in_vain, self._rest, self._quiet_until, self._trial = 0, _FIRST_REST, 0, _TRIAL
+
     # ---- what was measured -----------------------------------------------------------------------------------------
 
     def observe_step(self, rows: int, tokens_in: int | None, tokens_out: int, seconds: float, whole: float) -> None:
@@ -208,9 +213,13 @@ class Policy:
     def patience(self, depth: int) -> float:
         """Seconds to wait for just-in-time drafts at most: no longer than a verify pass takes."""
         first, step = self._jit_times()
-        most = max(self._pass.base + self._pass.per_unit, 1e-3)
         usual = _PATIENCE * (first + step * depth)
-        return min(usual, most) if usual else most
+        return min(usual, self.verify_pass) if usual else self.verify_pass
+
+    @property
+    def verify_pass(self) -> float:
+        """Seconds that a verify pass of one token takes, but a millisecond at least."""
+        return max(self._pass.base + self._pass.per_unit, 1e-3)
 
     def _jit_times(self) -> tuple[float, float]:
         """Seconds until the first just-in-time draft, and for each further one.

@@ -14,13 +14,24 @@ from collections.abc import Sequence
 from vllm_saguaro import counters
 from vllm_saguaro.backups import Backups
 from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import Admit, Miss, Outcome, Proposals, Release, Sampling, Stamp, Step
+from vllm_saguaro.messages import Admit, Miss, Outcome, Proposals, Release, Sampling, Step
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.policy import Judged, Policy, Source
+from vllm_saguaro.slots import Slots
 from vllm_saguaro.turn import Drawn, Request, Turn, Verified
 
 _LONGEST_REST = 63
 """Posts without learning anew, at most, for a draft side that refuses what it is told: it hangs, or is far behind."""
+
+_TOLD_ANEW = 8192
+"""Tokens of running requests that are told anew in one step, unless a single text is longer.
+
+After a restart all are unknown at once: so they leave room, in the ring and in the step, for those that arrive.
+"""
+
+_FIRST_TRY = 8
+"""Steps until a request is told anew that the draft side gave up: twice as many each time, since it may be one that it
+can never have."""
 
 _TELL_AFTER = 256
 """Steps after which the log has what was chosen."""
@@ -32,13 +43,11 @@ class Speculator:
     def __init__(
         self,
         channel: Channel,
-        slots: int,
         num_speculative_tokens: int,
         page: CounterPage,
         log: logging.Logger,
         policy: Policy,
     ) -> None:
-        """`slots`: requests that the channel can hold tables for."""
         self.channel = channel
         self.page = page
         self.policy = policy
@@ -47,12 +56,12 @@ class Speculator:
         self._log = log
         self._requests: dict[str, Request] = {}
         self._running: set[str] = set()
-        self._free = list(range(slots - 1, -1, -1))
-        self._generations = [0] * slots
+        self._slots = Slots(channel)
+        self._given_up: dict[str, tuple[int, int]] = {}
+        """By request: the step from which on it may be told anew, and how many steps it waited last."""
         self._left_out: set[str] = set()
         self._known_at: float | None = None
         self._in_hand_at: float | None = None
-        self._lost = False
         self._unheard: list[Release] = []
         self._rest = 0
         self._refusals = 0
@@ -70,7 +79,7 @@ class Speculator:
         `tokens_in`: tokens that the step fed, where it only decoded.
         """
         known_at = time.perf_counter()
-        self._notice_the_end()
+        self._notice_lives()
         self._measure(rows, tokens_in, known_at)
         if self.policy.resting(len(rows)):
             self.page.add(counters.QUIET_STEPS)
@@ -92,6 +101,7 @@ class Speculator:
         step = Step()
         for turn in turns:
             self._settle(turn, step)
+        self._learn_anew([turn.row for turn in turns if turn.request is None or turn.given_up], step)
         self._post(step)
         if step.outcomes:
             self.page.observe(counters.TARGET_WAIT, found_at - known_at)
@@ -124,8 +134,11 @@ class Speculator:
         turn.request = request
         table = self.channel.read(request.stamp.slot)
         if table is None or table.stamp != request.stamp:
-            gone = table is not None and table.stamp == request.stamp.gone()
-            return self._miss(turn, Miss.ABSENT if gone or not self.channel.alive else Miss.LATE)
+            if table is not None and table.stamp == request.stamp.gone():
+                turn.given_up = True
+                self._given_up.setdefault(row.request_id, (self._steps + _FIRST_TRY, _FIRST_TRY))
+                return self._miss(turn, Miss.ABSENT)
+            return self._miss(turn, Miss.LATE if self.channel.epoch(request.stamp.slot) else Miss.ABSENT)
         turn.wanted = True
         self.page.set(counters.BRANCHES, len(table.bonus))
         branch = table.find(turn.accepted, turn.bonus)
@@ -154,7 +167,6 @@ class Speculator:
         """Note the outcome of a row, and what it has under verification next, for the draft side."""
         row, request = turn.row, turn.request
         if request is None:
-            self._learn_anew(row, step)
             return
         step.outcomes.append(
             Outcome(request.stamp, turn.accepted, turn.bonus, row.length, turn.speculation, row.verified)
@@ -207,29 +219,29 @@ class Speculator:
 
         The draft reads a prompt while the target does.
         """
-        self._notice_the_end()
+        self._notice_lives()
         step = Step()
         for request_id in left:
             self._release(request_id, step)
+            self._given_up.pop(request_id, None)
         self._running.difference_update(left)
         if not self._running:
             self._in_hand_at = self._known_at = None  # a pause between requests is no verify pass
         for request_id, tokens, sampling in arrived:
             self._running.add(request_id)
             self._release(request_id, step)  # an id that is used again, without its end having been seen
+            self._given_up.pop(request_id, None)
             if not self.policy.quiet:
                 self._admit(request_id, tokens, sampling, step)
         self._post(step)
 
     def _admit(self, request_id: str, tokens: Sequence[int], sampling: Sampling, step: Step) -> None:
-        if not self._free or not self.channel.alive:
-            return
         if not self._fits(len(tokens)):
             self._leave_out(request_id)
             return
-        slot = self._free.pop()
-        self._generations[slot] += 1
-        stamp = Stamp(slot, self._generations[slot], 0)
+        stamp = self._slots.take()
+        if stamp is None:
+            return
         self._requests[request_id] = Request(stamp, len(tokens))
         step.admits.append(Admit(stamp, sampling, tuple(tokens)))
 
@@ -237,18 +249,38 @@ class Speculator:
         self._left_out.discard(request_id)
         request = self._requests.pop(request_id, None)
         if request is not None:
-            self._free.append(request.stamp.slot)
+            self._slots.give(request.stamp.slot)
             step.releases.append(Release(request.stamp))
 
-    def _learn_anew(self, row: Verified, step: Step) -> None:
-        """Let the draft side have a request that it does not have, or has otherwise, unless it is too long for it."""
-        if row.request_id in self._left_out or not self.channel.alive or self._rest:
+    def _learn_anew(self, rows: Sequence[Verified], step: Step) -> None:
+        """Let the draft side have requests that it does not have, or has otherwise, unless they are too long for it.
+
+        The shortest first, and no more at once than what is left for the next steps to tell.
+        """
+        if self._rest:
             return
-        self._release(row.request_id, step)
-        if not self._fits(row.length):
-            self._leave_out(row.request_id)
-        elif self._free:
-            self._admit(row.request_id, row.tokens(), row.sampling(), step)
+        told = 0
+        for row in sorted(rows, key=lambda row: row.length):
+            if row.request_id in self._left_out or not self._may_try(row.request_id):
+                continue
+            if told and told + row.length > _TOLD_ANEW:
+                break
+            self._release(row.request_id, step)
+            if not self._fits(row.length):
+                self._leave_out(row.request_id)
+            elif self._slots.has_room:
+                self._admit(row.request_id, row.tokens(), row.sampling(), step)
+                told += row.length
+
+    def _may_try(self, request_id: str) -> bool:
+        """Whether a request that the draft side gave up may be told anew; the next time it will take twice as long."""
+        if request_id not in self._given_up:
+            return True
+        at, waited = self._given_up[request_id]
+        if self._steps < at:
+            return False
+        self._given_up[request_id] = self._steps + 2 * waited, 2 * waited
+        return True
 
     def _fits(self, length: int) -> bool:
         return length + self._num_speculative_tokens + 1 <= self.channel.max_length
@@ -288,9 +320,21 @@ class Speculator:
         self._refusals += 1
         slots = {stamp.slot for stamp in refused}
         for request_id in [r for r, request in self._requests.items() if request.stamp.slot in slots]:
-            self._free.append(self._requests.pop(request_id).stamp.slot)
+            self._slots.give(self._requests.pop(request_id).stamp.slot)
 
-    def _notice_the_end(self) -> None:
-        if not self.channel.alive and not self._lost:
-            self._lost = True
-            self._log.error("The draft side has ended: decoding goes on without drafts.")
+    def _notice_lives(self) -> None:
+        """Forget what a draft side that has ended knew; the next one learns it anew, a few texts a step."""
+        for shard, before, now in self._slots.look():
+            self._unheard = [release for release in self._unheard if release.stamp.slot not in shard]
+            for request_id in [r for r, request in self._requests.items() if request.stamp.slot in shard]:
+                stamp = self._requests.pop(request_id).stamp
+                self._slots.give(stamp.slot)
+                if now:  # it was told of as the life before ended: the new one may have heard it
+                    self._unheard.append(Release(stamp))
+            self._given_up.clear()
+            self._rest = self._refusals = 0
+            if before:
+                self._log.error("The draft side has ended: decoding goes on without drafts until it is back.")
+            if now:
+                self.policy.begin_anew()
+                self._log.info("The draft side is back: running requests are told to it anew.")

@@ -59,3 +59,5 @@ class Turn:
     drawn: Drawn | None = None
     wanted: bool = False
     """Whether the draft side has this request, its table, and could go on from this outcome at once."""
+    given_up: bool = False
+    """Whether the draft side said that it no longer has this request."""

@@ -143,7 +143,7 @@ class Engine:
 
 
 def speculator_slots(speculator: Any) -> int:
-    return len(speculator._generations) - len(speculator._free)
+    return len(speculator._slots) - len(speculator._slots.free)
 
 
 # ---- scenarios ------------------------------------------------------------------------------------------------------

@@ -25,14 +25,20 @@ class FakeChannel:
     max_length = 40
     resident_bytes = 0
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int) -> None:
+        self.shards: Sequence[range] = (range(slots),)
         self.alive = True
+        self.life = 1
+        self.stalled_seconds = 0.0
         self.taking = True
         self.steps: list[Step] = []
         self.tables: dict[int, Table] = {}
         self.asked_q: list[tuple[Stamp, int, int, int]] = []
         self.on_wants: Callable[[Sequence[Want]], None] = lambda wants: None
         self.on_read: Callable[[int], None] = lambda slot: None
+
+    def epoch(self, slot: int) -> int:
+        return self.life if self.alive else 0
 
     def post(self, step: Step) -> bool:
         if not self.alive or not self.taking:
@@ -61,12 +67,12 @@ class Bench:
     """A speculator, its fake draft side, its counters, and the text of each request."""
 
     def __init__(self, slots: int = 2, policy: Policy | None = None) -> None:
-        self.channel = FakeChannel()
+        self.channel = FakeChannel(slots)
         self.page = CounterPage()
         self.policy = policy if policy is not None else Policy(K, "none", adaptive=False)
         channel: Channel = self.channel
         log = logging.getLogger("saguaro-test")
-        self.speculator = Speculator(channel, slots, K, self.page, log, self.policy)
+        self.speculator = Speculator(channel, K, self.page, log, self.policy)
         self.texts: dict[str, list[int]] = {}
         self.asked: list[str] = []
         """Requests whose tokens were asked for."""

@@ -17,11 +17,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "counters": {"messages"},
     "algorithm": {"messages"},
     "drafting": {"algorithm", "messages"},
-    "placement": {"drafting", "messages"},
+    "placement": {"drafting", "messages", "counters"},
     "policy": {"algorithm", "messages", "counters"},
     "turn": {"policy", "messages"},
+    "slots": {"placement", "messages"},
     "backups": {"turn", "policy", "placement", "messages", "counters"},
-    "speculator": {"backups", "turn", "policy", "placement", "messages", "counters"},
+    "speculator": {"slots", "backups", "turn", "policy", "placement", "messages", "counters"},
 }
 """What each room may import beside itself; `vllm_hooks` and `cli` may import everything."""
 LIGHT = ("__init__.py", "config.py", "cores.py", "messages.py", "counters.py")

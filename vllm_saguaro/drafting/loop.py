@@ -43,11 +43,13 @@ class DraftLoop:
         self.engine = engine
         self._publish = publish
         self._entries: dict[int, Entry] = {}
+        """By slot, in the order in which they were told."""
         self._tree: Tree | None = None
         self._growing: list[Entry] = []
         self._leaving: list[Trunk] = []
         self._prompts_next = False
         self._holding = False
+        self._first_next = False
         self._few = engine.num_speculative_tokens + 1
 
     def __len__(self) -> int:
@@ -77,7 +79,7 @@ class DraftLoop:
             # The outcomes of this step are known over there and come at once: no forward may stand in their way.
             return False
         self._let_go()
-        # Prompts and rounds take turns where both wait, so that neither starves the other.
+        # Texts to read and rounds take turns where both wait, so that neither starves the other.
         first, second = (self._prefill, self._begin_round) if self._prompts_next else (self._begin_round, self._prefill)
         return first() or second()
 
@@ -127,7 +129,7 @@ class DraftLoop:
         self._prompts_next = True
         model, entries, tokens = self.engine.model, list[Entry](), 0
         for entry in self._entries.values():
-            pending = len(entry.trunk.pending())
+            pending = entry.trunk.lacking
             if entry.forked or pending > self._few:
                 continue
             if len(entries) == model.max_rows or tokens + pending > model.max_tokens:
@@ -160,12 +162,17 @@ class DraftLoop:
             self._tree, self._growing = None, []
 
     def _prefill(self) -> bool:
-        """One chunk of the prompt that has waited longest."""
+        """A piece of a text that is not read yet: in turns of the one that was told first and of the shortest rest.
+
+        After a restart the running requests are here all at once, with those that arrive. The shortest rest gives the
+        most tables for the time; the first one's turns see to it that none waits for ever.
+        """
         self._prompts_next = False
-        waiting = [e for e in self._entries.values() if not e.forked and len(e.trunk.pending()) > self._few]
+        waiting = [e for e in self._entries.values() if not e.forked and e.trunk.lacking > self._few]
         if not waiting:
             return False
-        entry = min(waiting, key=lambda e: e.known_at)
+        self._first_next = not self._first_next
+        entry = waiting[0] if self._first_next else min(waiting, key=lambda e: e.trunk.lacking)
         model, trunk, alone = self.engine.model, entry.trunk, len(self._entries) == 1
         before = trunk.valid
         if self.engine.has_room_for(trunk):
@@ -202,6 +209,7 @@ class DraftLoop:
         """Seconds since the outcome before this one, if there was one."""
         entry = self._entries.get(outcome.stamp.slot)
         if entry is None or entry.stamp != outcome.stamp:
+            self._say_if_lost(entry, outcome.stamp)
             return None
         trunk = entry.trunk
         agrees = outcome.accepted <= len(trunk.speculation)
@@ -221,6 +229,17 @@ class DraftLoop:
         seconds = now - entry.known_at if entry.stamp.round > 0 else None
         entry.stamp, entry.known_at, entry.forked, entry.again = entry.stamp.next(), now, False, False
         return seconds
+
+    def _say_if_lost(self, entry: Entry | None, stamp: Stamp) -> None:
+        """An outcome of a request that was never told, or whose outcome before this one was not: it must be told anew.
+
+        What was told twice is behind what is known, and needs no answer.
+        """
+        if entry is not None and (stamp.generation, stamp.round) < (entry.stamp.generation, entry.stamp.round):
+            return
+        if entry is not None:
+            self._leave(self._entries.pop(stamp.slot))
+        self._publish(Table(stamp.gone(), [], [], []))
 
     def _release(self, release: Release) -> None:
         entry = self._entries.get(release.stamp.slot)

@@ -77,6 +77,11 @@ class Trunk:
         """Tokens of the whole trunk, drafts under verification included."""
         return len(self.tokens) + len(self.speculation)
 
+    @property
+    def lacking(self) -> int:
+        """How many tokens of the trunk have no KV yet: the length of `pending`."""
+        return self.length - self.valid
+
     def pending(self) -> list[int]:
         """Tokens of the trunk whose KV is not there yet."""
         behind = self.valid - len(self.tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from vllm_saguaro.messages import Proposals, Stamp, Step, Table
@@ -17,7 +18,27 @@ class Channel(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether the draft side can still answer. Once False it stays False."""
+        """Whether a draft side is there that can answer. It may be True again later: of another life (see `epoch`)."""
+        ...
+
+    @property
+    def shards(self) -> Sequence[range]:
+        """The slots of each draft side behind this channel. An ordinary channel has one range with all its slots."""
+        ...
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long the oldest step has waited unread, as far as it was watched; 0.0: nothing waits.
+
+        A draft side takes steps in between any two forwards, so a step that waits for long means that it hangs.
+        """
+        ...
+
+    def epoch(self, slot: int) -> int:
+        """Which life of which draft side answers for this slot: never used again once that has ended; 0: nobody does.
+
+        Where it is another one than before, all that the draft side knew of the requests in these slots is lost.
+        """
         ...
 
     @property
@@ -41,11 +62,14 @@ class Channel(Protocol):
         ...
 
     def wait_until_ready(self) -> None:
-        """Return once the draft has loaded. Raises `DraftFailed` when it cannot."""
+        """Return once the draft has loaded. Raises `DraftFailed` when it cannot, or is closed meanwhile."""
         ...
 
     def close(self) -> None:
-        """End the draft side and give back all it held. May be called twice."""
+        """End the draft side, by force if need be, and give back all it held. It takes no longer than a moment.
+
+        May be called twice, and while another thread is in `wait_until_ready`; not during any other call.
+        """
         ...
 
 

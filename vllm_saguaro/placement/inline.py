@@ -6,7 +6,7 @@ returns, so every table is complete and the target waits for all of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vllm_saguaro.drafting.engine import DraftEngine
 from vllm_saguaro.drafting.loop import DraftLoop
@@ -22,6 +22,7 @@ class InlineChannel:
         self._engine = make_engine()
         self._loop = DraftLoop(self._engine, self._mailbox.publish)
         self.alive = True
+        self.shards: Sequence[range] = (range(shape.slots),)
 
     @property
     def max_length(self) -> int:
@@ -32,6 +33,15 @@ class InlineChannel:
     def resident_bytes(self) -> int:
         """Nothing outside of this process."""
         return 0
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Nothing ever waits here."""
+        return 0.0
+
+    def epoch(self, slot: int) -> int:
+        """One life."""
+        return int(self.alive)
 
     def post(self, step: Step) -> bool:
         """Run everything that the step gives rise to."""

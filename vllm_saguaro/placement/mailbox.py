@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import array
 import threading
+import time
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -98,6 +99,7 @@ class Mailbox:
         # x86 keeps stores in order and loads in order by itself. Elsewhere leaving a lock and then taking it again
         # keeps what was before from what comes after.
         self._fence = threading.Lock()
+        self._oldest = (-1, 0.0)
 
     def close(self) -> None:
         """Let go of the buffer."""
@@ -138,11 +140,27 @@ class Mailbox:
         data = encode(step)
         need = _LENGTH_BYTES + len(data) + -len(data) % 8
         tail, head = self._words[_TAIL], self._words[_HEAD]
+        if head == tail or head != self._oldest[0]:
+            self._oldest = head, time.monotonic()
         if need > self.shape.ring_bytes - (tail - head):
             return False
         self._write_ring(tail, len(data).to_bytes(_LENGTH_BYTES, "little") + data)
         self._publish(_TAIL, tail + need)
         return True
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Target side: how long the oldest step has waited unread; 0.0: none waits.
+
+        A step that became the oldest since the last call of this or of `post` counts from this call on. Two threads may
+        ask: a moment in which both write down the oldest step can only shorten the time.
+        """
+        head = self._words[_HEAD]
+        if head == self._words[_TAIL]:
+            return 0.0
+        if head != self._oldest[0]:
+            self._oldest = head, time.monotonic()
+        return time.monotonic() - self._oldest[1]
 
     @property
     def has_step(self) -> bool:

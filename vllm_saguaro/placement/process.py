@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +29,7 @@ from vllm_saguaro.placement.mailbox import DraftState, Mailbox, MailboxShape
 START_TIMEOUT_SECONDS = 600.0
 """Loading and compiling a large draft takes minutes on a cold cache."""
 _END_TIMEOUT_SECONDS = 5.0
+"""The system takes longer than a moment to end a killed process only where a device holds it. It ends later then."""
 _YIELD_SECONDS = 2e-3
 _NAP_SECONDS = 50e-3
 _PARENT_CHECK_SECONDS = 1.0
@@ -70,7 +71,9 @@ class ProcessChannel:
         # Should this object be dropped without `close`, the end of the pipe still ends the child.
         self._finalizer = weakref.finalize(self, _close_quietly, self._process.stdin)
         self.alive = True
+        self.shards: Sequence[range] = (range(shape.slots),)
         self._closed = False
+        self._closing = threading.Lock()
         self._max_length = 0
         threading.Thread(
             target=_watch, args=(self._process, weakref.ref(self)), name="saguaro-draft-watch", daemon=True
@@ -85,6 +88,15 @@ class ProcessChannel:
     def max_length(self) -> int:
         """Longest text, in tokens, that the draft can hold."""
         return self._max_length
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long the oldest step in the mailbox has waited."""
+        return self._mailbox.stalled_seconds if self.alive else 0.0
+
+    def epoch(self, slot: int) -> int:
+        """One process, one life."""
+        return int(self.alive)
 
     def post(self, step: Step) -> bool:
         """Put the step into the mailbox, and ring if the draft side sleeps."""
@@ -105,27 +117,35 @@ class ProcessChannel:
     def wait_until_ready(self) -> None:
         """Wait for the model to load. Raises `DraftFailed` when it does not."""
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        while self._mailbox.state == DraftState.STARTING:
+        while (state := self._state()) == DraftState.STARTING:
             if not self.alive:
                 raise DraftFailed(f"the draft process ended while it started (exit status {self._process.returncode})")
             if time.monotonic() > deadline:
                 raise DraftFailed(f"the draft process was not ready after {START_TIMEOUT_SECONDS:.0f} s")
             time.sleep(0.01)
-        if self._mailbox.state == DraftState.FAILED:
+        if state == DraftState.FAILED:
             raise DraftFailed("the draft process could not load its model: its own error is in the log above")
-        self._max_length = self._mailbox.max_length
+
+    def _state(self) -> DraftState:
+        with self._closing:  # another thread may close what is read here
+            if self._closed:
+                raise DraftFailed("the draft process was closed while it started")
+            self._max_length = self._mailbox.max_length
+            return self._mailbox.state
 
     def close(self) -> None:
-        """End the process: by closing its standard input, by force if it does not listen."""
-        if self._closed:
-            return
-        self._closed, self.alive = True, False
+        """End the process by force, which needs no consent of one that hangs or is stopped.
+
+        It has nothing to put in order first: it writes no file, and its memory has no name.
+        """
+        with self._closing:
+            if self._closed:
+                return
+            self._closed, self.alive = True, False
+        self._process.kill()
         self._finalizer()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
         self._mailbox.close()
         self._memory.close()
         os.close(self._memory_fd)

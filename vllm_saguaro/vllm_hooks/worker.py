@@ -23,6 +23,7 @@ from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.placement.inline import InlineChannel
 from vllm_saguaro.placement.mailbox import MailboxShape
 from vllm_saguaro.placement.process import ProcessChannel
+from vllm_saguaro.placement.restarting import RestartingChannel
 from vllm_saguaro.policy import Policy
 from vllm_saguaro.speculator import Speculator
 from vllm_saguaro.vllm_hooks import compatibility, cpu_sampler, rejection_sampler, runner_v1
@@ -68,11 +69,11 @@ class SaguaroWorker(CPUWorker):
                 ring_bytes=(4 << 20) + 8 * self.model_config.max_model_len,
                 support=SUPPORT,
             )
-            self._channel = self._open_channel(config, shape)
             self._page = attach_page(self._options.get("counters"))
+            self._channel = self._open_channel(config, shape)
             steps = config.num_speculative_tokens
             policy = Policy(steps, config.backup, config.chooses_itself)
-            speculator = Speculator(self._channel, slots, steps, self._page, logger, policy)
+            speculator = Speculator(self._channel, steps, self._page, logger, policy)
             keys = RequestKeys(
                 self.model_config.seed or 0,
                 known=KnownNoise.possible(self.model_runner.sampler.topk_topp_sampler),
@@ -139,9 +140,15 @@ class SaguaroWorker(CPUWorker):
         }
         if config.placement == "inline":
             logger.warning("Drafting inline, in the target's own thread: for debugging and ablation, not for speed.")
+            self._page.set(counters.DRAFT_UP, 1)
             return InlineChannel(lambda: load_engine(options), shape)
         environment = cores.draft_environment(dict(os.environ), options["cpus"] or [0])
-        return ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment)
+        return RestartingChannel(
+            lambda: ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment),
+            config.draft_restarts,
+            self._page,
+            logger,
+        )
 
     def _draft_model_options(self) -> dict[str, Any]:
         """The fields of `DraftModelConfig`, as plain values."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -108,25 +109,45 @@ def test_drafts_from_elsewhere_are_followed() -> None:
 # ---- what must be ignored -------------------------------------------------------------------------------------------
 
 
-def test_what_was_said_of_unknown_slots_is_ignored() -> None:
+def test_a_release_of_an_unknown_slot_is_ignored() -> None:
     r = request(0, 9)
     driver = started(r)
-    driver.submit(outcomes=[Outcome(Stamp(5, 1, 0), 0, 3, 10, (), 0)], releases=[Release(Stamp(6, 1, 0))])
+    driver.submit(releases=[Release(Stamp(6, 1, 0))])
     assert len(driver.loop) == 1
     driver.work()
     driver.check_table(r)
 
 
-@pytest.mark.parametrize("stamp", [Stamp(0, 1, 1), Stamp(0, 2, 0), Stamp(0, 0, 0)])
-def test_an_outcome_of_another_round_or_generation_is_ignored(stamp: Stamp) -> None:
-    r = request(0, 9)
+@pytest.mark.parametrize("stamp", [Stamp(0, 2, 0), Stamp(0, 1, 7)])
+def test_what_is_said_of_a_round_or_generation_before_is_ignored(stamp: Stamp) -> None:
+    r = request(0, 9, generation=2)
     driver = started(r)
+    driver.submit(outcomes=[hit(driver, r)])
+    driver.work()
     driver.submit(outcomes=[Outcome(stamp, 0, 3, 10, (), 0)])
     driver.work()
     driver.check_table(r)
     driver.submit(outcomes=[hit(driver, r)])
     driver.work()
     driver.check_table(r)
+
+
+@pytest.mark.parametrize("stamp", [Stamp(0, 1, 1), Stamp(0, 1, 5), Stamp(0, 2, 0), Stamp(0, 2, 4), Stamp(3, 1, 0)])
+def test_where_something_was_not_heard_it_says_that_it_does_not_have_the_request(stamp: Stamp) -> None:
+    """An admission or an outcome before this one was lost on the way: to be told anew is the only remedy."""
+    r, other = request(0, 9), request(1, 9)
+    driver = started(r, other)
+    driver.submit(outcomes=[Outcome(stamp, 0, 3, 10, (), 0), hit(driver, other)])
+    driver.work()
+    assert driver.tables[stamp.slot].stamp == stamp.gone()
+    driver.check_table(other)
+    told_anew = request(stamp.slot, 10, generation=3)
+    driver.submit([told_anew.admit()])
+    driver.work()
+    driver.check_table(told_anew)
+    driver.submit(releases=[other.release(), told_anew.release()] + ([r.release()] if stamp.slot else []))
+    driver.work()
+    assert driver.engine.pool.num_free == 256
 
 
 @pytest.mark.parametrize(("accepted", "length"), [(0, 11), (0, 9), (1, 11)])
@@ -329,3 +350,55 @@ def test_whatever_the_timing_every_table_is_right_and_no_block_is_lost(data: st.
     driver.work()
     assert len(driver.loop) == 0
     assert driver.engine.pool.num_free == num_blocks
+
+
+# ---- many texts to read at once, as after a restart -----------------------------------------------------------------
+
+
+def forwards_until_table(driver: LoopDriver, of: Request, others: Sequence[Request]) -> int:
+    """Forwards until this request has its first table, while those of the others that have one go on as it comes."""
+    target = SimulatedTarget(driver.model)
+    for done in range(500):
+        if driver.table_of(of) is not None:
+            return done
+        finished = [r for r in others if (table := driver.table_of(r)) is not None and len(table.drafts) == K]
+        driver.submit(outcomes=[driver.verify(r, target)[0] for r in finished])
+        driver.loop.advance()
+    raise AssertionError("it starves")
+
+
+def test_a_short_newcomer_is_not_kept_waiting_by_long_texts_that_were_told_before() -> None:
+    long, short = [request(slot, 61) for slot in range(6)], request(6, 12)
+    driver = LoopDriver(FakeModel(num_blocks=512, max_tokens=8))
+    driver.submit([r.admit() for r in long])
+    driver.work(most=3)
+    driver.submit([short.admit()])
+    assert forwards_until_table(driver, short, long) <= 5  # two pieces of its own, two of another, its fork
+
+
+def test_a_long_text_is_read_although_short_ones_never_cease_to_come() -> None:
+    long = request(0, 61)
+    driver = LoopDriver(FakeModel(num_blocks=512, max_tokens=8))
+    driver.submit([long.admit()])
+    for generation in range(1, 100):
+        if driver.table_of(long) is not None:
+            break
+        short = request(1 + generation % 3, 20, generation)
+        driver.submit([short.admit()])
+        driver.work(most=2)  # too few for the newest one: there is always a shorter rest
+    assert generation <= 20
+    driver.check_table(long)
+
+
+def test_outcomes_of_running_requests_that_are_read_anew_do_not_put_them_behind() -> None:
+    """Each outcome makes a request younger, if one looks at the newest word of it."""
+    running = request(0, 40)
+    driver = LoopDriver(FakeModel(num_blocks=512, max_tokens=8))
+    driver.submit([running.admit()])
+    for generation in range(1, 60):
+        if driver.table_of(running) is not None:
+            break
+        driver.submit([request(1 + generation % 3, 20, generation).admit()], [running.outcome(0, generation % 40)])
+        driver.work(most=2)
+    assert generation <= 30
+    driver.check_table(running)

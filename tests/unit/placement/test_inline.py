@@ -95,9 +95,7 @@ def test_the_emitted_text_is_the_targets_greedy_text(num_blocks: int, agreement:
     model = FakeModel(num_blocks=num_blocks, max_length=200)
     target = SimulatedTarget(model, agreement)
     page = CounterPage()
-    speculator = Speculator(
-        inline(model), SHAPE.slots, K, page, logging.getLogger("test"), Policy(K, backup, adaptive=False)
-    )
+    speculator = Speculator(inline(model), K, page, logging.getLogger("test"), Policy(K, backup, adaptive=False))
     prompts = {f"r{i}": [(5 * i + 7 * j) % 40 for j in range(3 + 4 * i)] for i in range(3)}
     texts = {name: list(prompt) for name, prompt in prompts.items()}
     drafts: dict[str, list[int]] = {name: [] for name in prompts}

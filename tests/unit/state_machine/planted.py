@@ -13,6 +13,7 @@ from vllm_saguaro.drafting.engine import DraftEngine
 from vllm_saguaro.drafting.loop import DraftLoop
 from vllm_saguaro.drafting.trunk import Branch, Trunk
 from vllm_saguaro.messages import Step, Table
+from vllm_saguaro.slots import Slots
 from vllm_saguaro.speculator import Speculator
 
 
@@ -84,11 +85,4 @@ def a_tree_that_is_stopped_is_not_begun_again(patch: pytest.MonkeyPatch) -> None
 
 
 def a_slot_is_not_given_back(patch: pytest.MonkeyPatch) -> None:
-    release = Speculator._release
-
-    def planted(self: Speculator, request_id: str, step: Step) -> None:
-        had = len(self._free)
-        release(self, request_id, step)
-        del self._free[had:]
-
-    patch.setattr(Speculator, "_release", planted)
+    patch.setattr(Slots, "give", lambda self, slot: None)

@@ -74,7 +74,7 @@ def stamps_of(speculator: Speculator) -> dict[str, Stamp]:
 
 
 def free_slots(speculator: Speculator) -> list[int]:
-    return list(speculator._free)
+    return speculator._slots.free
 
 
 def unheard(speculator: Speculator) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from tests.unit.state_machine.draft_side import DraftSide, Round, Sizes
@@ -26,7 +26,10 @@ class DrivenChannel:
     """Called with every step before it is posted."""
     stamps: Callable[[], dict[str, Stamp]]
     """The rounds that the target side awaits, for an error that is planted."""
+    shards: Sequence[range]
     alive: bool = True
+    life: int = 1
+    stalled_seconds: float = 0.0
     resident_bytes: int = 0
     refused: int = 0
     """Steps that found no room."""
@@ -34,6 +37,9 @@ class DrivenChannel:
     """What the draft side does before each of the next calls: any of r (receive), a (advance), ! (end)."""
     otherwise: str = ""
     """The same for the calls after these."""
+
+    def epoch(self, slot: int) -> int:
+        return self.life if self.alive else 0
 
     def post(self, step: Step) -> bool:
         self._pass_time()
@@ -79,12 +85,16 @@ class TwoSides:
         self._oracle = oracle
         self._request_of = text_of
         self.channel = DrivenChannel(
-            self._new_draft(), sizes.max_length, self._note, lambda: stamps_of(self.speculator)
+            self._new_draft(),
+            sizes.max_length,
+            self._note,
+            lambda: stamps_of(self.speculator),
+            shards=(range(sizes.slots),),
         )
         log = logging.Logger("saguaro-test", logging.CRITICAL)  # what is logged is tested elsewhere
         steps = sizes.num_speculative_tokens
         self.policy = DrivenPolicy(steps, sizes.backup)
-        self.speculator = Speculator(self.channel, sizes.slots, steps, self.page, log, self.policy)
+        self.speculator = Speculator(self.channel, steps, self.page, log, self.policy)
 
     @property
     def draft(self) -> DraftSide:
@@ -94,6 +104,7 @@ class TwoSides:
         """Another draft side in the place of this one, with a mailbox that nobody has written to."""
         self.lost |= {_first(stamp) for stamp in stamps_of(self.speculator).values()}
         self.channel.draft = self._new_draft()
+        self.channel.life += 1
 
     def _has_strange_tokens(self, first: Stamp) -> bool:
         """Whether the draft side has been told of a token of this request that it does not know."""

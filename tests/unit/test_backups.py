@@ -286,6 +286,48 @@ def test_a_want_that_was_not_taken_tells_nothing_of_the_time_it_takes() -> None:
     assert policy.waited == []
 
 
+def hanging(backup: str = "jit") -> tuple[Bench, Patient]:
+    """A draft side that has left a step unread for as long as many verify passes."""
+    policy = Patient(backup, more=2)
+    bench, _ = missed(policy)
+    bench.channel.stalled_seconds = 5 * policy.verify_pass
+    not_waiting(bench)
+    return bench, policy
+
+
+def test_a_draft_side_that_hangs_is_not_waited_for() -> None:
+    bench, policy = hanging()
+    serving(bench)
+    assert bench.propose(bench.row("a", 31)) == [[]]
+    assert wants(bench) == []
+    assert policy.waited == []
+    assert sum(bench.page.bins(counters.BACKUP_WAIT)) == 0
+
+
+def test_one_that_hangs_is_not_waited_for_with_a_late_branch_either() -> None:
+    bench, policy = hanging("auto")
+    bench.table(admitted(bench)[0].stamp, (0, 31), depth=1)
+    assert bench.propose(bench.row("a", 31)) == [[0]]
+    assert wants(bench) == []
+    assert policy.late == []
+
+
+def test_one_that_is_in_a_forward_of_the_usual_length_is_waited_for() -> None:
+    bench, policy = hanging()
+    bench.channel.stalled_seconds = 3 * policy.verify_pass
+    serving(bench)
+    assert bench.propose(bench.row("a", 31)) == [[70, 71, 72]]
+
+
+def test_a_draft_side_that_falls_silent_is_waited_for_once_at_most() -> None:
+    """Its newest tables are of a round that is over: nobody waits for what cannot be gone on with."""
+    policy = Patient("jit", seconds=0.0)
+    bench, _ = missed(policy)
+    for token in range(31, 36):
+        bench.propose(bench.row("a", token))
+    assert policy.waited == [K]
+
+
 # ---- the rest of a late branch --------------------------------------------------------------------------------------
 
 

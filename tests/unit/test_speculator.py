@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 
 from tests.unit.speculator_bench import PROMPT, Bench, K, admitted, arrived, outcomes, released
 from vllm_saguaro import counters
+from vllm_saguaro import speculator as speculator_module
 from vllm_saguaro.messages import GONE, Miss, Outcome, Sampling, Stamp, Table
 from vllm_saguaro.policy import Policy, Source
 
@@ -283,6 +285,144 @@ def test_a_draft_side_that_ends_between_requests_is_told_of_as_well(caplog: pyte
     for token in (31, 32):
         assert bench.propose(bench.row("a", token)) == [[]]
     assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+# ---- one life of the draft side after the other ---------------------------------------------------------------------
+
+
+def test_all_requests_are_forgotten_with_the_life_that_knew_them_and_told_to_the_next_one() -> None:
+    bench = arrived(a=PROMPT, b=PROMPT)
+    before = [admit.stamp for admit in admitted(bench)]
+    bench.channel.alive = False
+    bench.propose(bench.row("a", 31), bench.row("b", 31))
+    assert bench.speculator._slots.free != []
+    told = len(bench.channel.steps)
+    bench.channel.alive, bench.channel.life = True, 2
+    bench.propose(bench.row("a", 32), bench.row("b", 33))
+    after = admitted(bench)[2:]
+    assert sorted(admit.token_ids[5:] for admit in after) == [(31, 32), (31, 33)]
+    assert not {admit.stamp for admit in after} & set(before)
+    assert [step for step in bench.channel.steps[told:] if step.outcomes or step.releases] == []
+    for admit in after:
+        bench.table(admit.stamp, (0, 34))
+    assert bench.propose(bench.row("a", 34), bench.row("b", 34)) == [[0, 1, 2], [0, 1, 2]]
+
+
+def test_a_life_that_ended_and_was_followed_between_two_looks_is_noticed_as_well(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """What the new life may have heard of the old one's requests it is told to forget."""
+    caplog.set_level("INFO")
+    bench = arrived()
+    before = admitted(bench)[0].stamp
+    bench.table(before, (0, 31))
+    bench.channel.life = 2
+    assert bench.propose(bench.row("a", 31)) == [[]], "a table of before"
+    assert bench.count() == {"absent": 1}
+    assert released(bench) == [before]
+    assert admitted(bench)[1].token_ids == (*PROMPT, 31)
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+
+
+def test_each_end_and_each_return_has_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    bench = arrived()
+    for life in (2, 3):
+        bench.channel.alive = False
+        for token in (31, 32):
+            bench.propose(bench.row("a", token))
+            bench.speculator.begin_step([], [])
+        bench.channel.alive, bench.channel.life = True, life
+        for token in (33, 34):
+            bench.speculator.begin_step([], [])
+            bench.propose(bench.row("a", token))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 4
+    assert lines[:2] == lines[2:]
+    assert "decoding goes on without drafts until it is back" in lines[0]
+    assert "is back" in lines[1]
+
+
+def test_a_draft_side_that_comes_back_is_not_told_of_what_only_the_one_before_knew() -> None:
+    bench = arrived(a=PROMPT, b=PROMPT)
+    bench.channel.taking = False
+    bench.speculator.begin_step([], ["a"])  # the release is refused, and is to be said again
+    bench.channel.alive = False
+    bench.propose(bench.row("b", 31))
+    bench.channel.alive, bench.channel.taking, bench.channel.life = True, True, 2
+    bench.speculator.begin_step([], [])
+    assert released(bench) == []
+    bench.propose(bench.row("b", 32))
+    assert admitted(bench)[-1].token_ids == (*PROMPT, 31, 32), "and its refusals are not held against the new one"
+
+
+def test_the_policy_judges_a_new_draft_side_by_itself() -> None:
+    """A draft side that hung was late with everything; that must not keep the next one from being used."""
+    bench = arrived(Policy(K, "none"))
+    bench.channel.max_length = 10_000
+    for token in range(400):
+        bench.propose(bench.row("a", token % 40), tokens_in=1)
+    assert bench.policy.quiet
+    assert bench.policy.hit_rate < 0.3
+    bench.channel.life = 2
+    bench.speculator.begin_step([], [])
+    assert not bench.policy.quiet
+    assert bench.policy.hit_rate > 0.5
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([10, 10, 10, 10], ["abc", "d"]),
+        ([200, 10, 25, 100], ["bc", "d", "a"]),  # a single text may be longer than that
+        ([30, 31], ["a", "b"]),
+    ],
+)
+def test_running_requests_are_told_anew_a_few_tokens_a_step(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], expected: list[str]
+) -> None:
+    monkeypatch.setattr(speculator_module, "_TOLD_ANEW", 40)
+    bench = Bench(slots=16)
+    bench.channel.max_length = 1000
+    bench.texts = {name: [1] * length for name, length in zip("abcd", lengths, strict=False)}
+    told = []
+    for _ in range(len(lengths) + 1):
+        before = len(bench.asked)
+        bench.propose(*(bench.row(name, 1) for name in bench.texts))
+        told.append("".join(bench.asked[before:]))
+    assert [names for names in told if names] == expected
+    assert len(admitted(bench)) == len(bench.asked), "no text is copied before its turn"
+
+
+def test_requests_that_arrive_are_told_at_once_however_much_is_to_be_told_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(speculator_module, "_TOLD_ANEW", 10)
+    bench = Bench(slots=16)
+    bench.texts = {f"r{i}": [1] * 8 for i in range(4)}
+    bench.propose(*(bench.row(name, 31) for name in list(bench.texts)))
+    assert len(admitted(bench)) == 1
+    bench.arrive("new", [5] * 30)
+    assert admitted(bench)[-1].token_ids == (5,) * 30
+
+
+def test_a_request_that_was_given_up_is_told_anew_after_a_while_each_time_twice_as_long() -> None:
+    """Something of it may have been lost on the way; or it has a token that the draft does not know, and never will."""
+    bench = arrived()
+    at = []
+    for step in range(70):
+        stamp = admitted(bench)[-1].stamp
+        bench.channel.tables[stamp.slot] = Table(stamp.gone(), [], [], [])
+        bench.texts["a"] = list(PROMPT)
+        before = len(admitted(bench))
+        bench.propose(bench.row("a", 31))
+        bench.speculator._requests["a"].length = len(PROMPT)
+        at += [step] * (len(admitted(bench)) - before)
+    gaps = [after - before for before, after in pairwise([0, *at])]
+    assert gaps == [8, 16, 32]
+    bench.speculator.begin_step([], ["a"])
+    bench.arrive("a")
+    assert bench.speculator._given_up == {}
 
 
 # ---- times ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 `echo`     nothing heavy: a table of one branch for each request that is admitted
 `drafts`   the real `DraftLoop` over the fake model
 `dies`, `fails`    trouble while it starts
+`sleeps`   never comes up
 `deaf`     as `echo`, but it does not end with its parent's pipe
 """
 
@@ -51,6 +52,9 @@ def main() -> None:
     role = end.options["role"]
     if role == "dies":
         os._exit(3)
+    if role == "sleeps":
+        end.end_with_parent()
+        time.sleep(3600)
     if role == "fails":
         end.mailbox.announce(DraftState.FAILED)
         raise SystemExit(1)

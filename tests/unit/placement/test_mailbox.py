@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -215,3 +217,57 @@ def test_a_closed_mailbox_lets_go_of_its_memory() -> None:
     box = Mailbox(memoryview(memory), SHAPE)
     box.close()
     memory.append(0)  # raises BufferError while anyone holds a view
+
+
+# ---- steps that wait ------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """A clock that the test winds."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now = 50.0
+        patch.setattr("vllm_saguaro.placement.mailbox.time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+def test_the_oldest_step_is_told_how_long_it_waits_from_when_it_was_posted(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, box = Watch(monkeypatch), mailbox()
+    assert box.stalled_seconds == 0.0
+    box.post(step(1))
+    watch.now += 3
+    box.post(step(1))
+    watch.now += 4
+    assert box.stalled_seconds == 7.0
+    assert box.receive() is not None
+    watch.now += 1
+    assert box.stalled_seconds == 0.0, "the second is the oldest since this look"
+    watch.now += 2
+    assert box.stalled_seconds == 2.0
+    assert box.receive() is not None
+    assert box.stalled_seconds == 0.0, "nothing waits"
+    watch.now += 100
+    box.post(step(1))
+    watch.now += 1
+    assert box.stalled_seconds == 1.0
+
+
+def test_a_step_that_becomes_the_oldest_unseen_counts_from_the_next_post(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, box = Watch(monkeypatch), mailbox()
+    box.post(step(1))
+    box.post(step(1))
+    watch.now += 5
+    box.receive()
+    box.post(step(1))
+    watch.now += 2
+    assert box.stalled_seconds == 2.0
+
+
+def test_steps_that_find_no_room_do_not_make_the_oldest_younger(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, box = Watch(monkeypatch), mailbox()
+    while box.post(step(1)):
+        watch.now += 1
+    waited = box.stalled_seconds
+    assert waited > 1
+    watch.now += 5
+    assert not box.post(step(1))
+    assert box.stalled_seconds == waited + 5

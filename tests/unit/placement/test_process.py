@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.placement.echo_child import DRAFTS, MAX_LENGTH
 from tests.unit.placement.parent import ROOT, open_channel
-from vllm_saguaro.messages import Admit, Outcome, Sampling, Stamp, Step, Table
+from vllm_saguaro.messages import Admit, Outcome, Release, Sampling, Stamp, Step, Table
 from vllm_saguaro.placement import process as process_module
 from vllm_saguaro.placement.channel import Channel, DraftFailed
 from vllm_saguaro.placement.process import ProcessChannel
@@ -198,11 +199,54 @@ def test_a_child_that_never_gets_ready_is_given_up(monkeypatch: pytest.MonkeyPat
     assert gone(opened.pid)
 
 
-def test_a_child_that_does_not_listen_is_ended_by_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_module, "_END_TIMEOUT_SECONDS", 0.2)
-    opened = open_channel("deaf")
+@pytest.mark.parametrize("how", ["does not listen", "is stopped"])
+def test_a_child_that_could_not_end_in_order_is_gone_at_once(how: str) -> None:
+    opened = open_channel("deaf" if how == "does not listen" else "echo")
     opened.wait_until_ready()
+    if how == "is stopped":
+        os.kill(opened.pid, signal.SIGSTOP)
+    begun = time.monotonic()
     opened.close()
+    assert time.monotonic() - begun < process_module._END_TIMEOUT_SECONDS
+    assert gone(opened.pid)
+
+
+def test_the_end_of_a_child_is_the_end_of_its_epoch(channel: ProcessChannel) -> None:
+    assert list(channel.shards) == [range(4)]
+    assert channel.epoch(0) == channel.epoch(3) > 0
+    os.kill(channel.pid, signal.SIGKILL)
+    assert until(lambda: channel.epoch(0) == 0)
+    assert channel.stalled_seconds == 0.0
+
+
+def test_a_stopped_child_lets_its_oldest_step_wait(channel: ProcessChannel) -> None:
+    channel.post(ADMIT)
+    finished(channel, Stamp(2, 1, 0))
+    assert until(lambda: channel.stalled_seconds == 0.0)
+    os.kill(channel.pid, signal.SIGSTOP)
+    for _ in range(2):
+        channel.post(Step(releases=[Release(Stamp(2, 1, 0))]))
+    assert until(lambda: channel.stalled_seconds > 0.1)
+    os.kill(channel.pid, signal.SIGCONT)
+    assert until(lambda: channel.stalled_seconds == 0.0)
+
+
+def test_one_that_is_closed_while_it_starts_tells_who_waits_for_it() -> None:
+    opened = open_channel("sleeps")
+    said: list[str] = []
+
+    def wait() -> None:
+        with pytest.raises(DraftFailed) as failed:
+            opened.wait_until_ready()
+        said.append(str(failed.value))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.05)
+    opened.close()
+    waiting.join(5)
+    assert len(said) == 1
+    assert "while it started" in said[0]
     assert gone(opened.pid)
 
 

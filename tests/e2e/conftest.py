@@ -145,8 +145,8 @@ def process() -> Process:
     before = shared_memory()
     with engines(
         [
-            {"options": options, "scenarios": scenarios},
-            {"options": options, "scenarios": killed},
+            {"options": options, "scenarios": scenarios, "care": {"hang": 600.0}},
+            {"options": BASE | saguaro(placement="process", draft_restarts=0), "scenarios": killed},
             {"options": options | plans.RAGGED, "scenarios": [plans.ragged_arrivals()], "end": "wait"},
         ]
     ) as group:

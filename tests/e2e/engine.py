@@ -10,6 +10,7 @@ A scenario has a `kind`:
     stops     greedy texts, then the same prompts again with stops that lie inside those texts
     arrivals  `requests` that come step by step through `llm.llm_engine`, with aborts, and `events` at given steps
 
+`care`: how the draft side is looked after, where that is not as usual: fields of `Care`.
 `end`: "shutdown" in order, "raise" an exception, or "wait" for a signal.
 """
 
@@ -17,14 +18,17 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import gc
 import json
 import os
+import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import IO, Any
+from unittest import mock
 
 Json = dict[str, Any]
 
@@ -50,7 +54,8 @@ def run_engine(spec: Json, answers: IO[str]) -> None:
 
     from tests.e2e.sabotage import sabotaged
 
-    llm = LLM(**spec["options"])
+    with looked_after(spec.get("care")):
+        llm = LLM(**spec["options"])
     engine = Engine(llm)
     answer: Json = {"scenarios": {}, "draft_pid": engine.draft_pid, "pid": os.getpid()}
     for scenario in spec["scenarios"]:
@@ -67,6 +72,7 @@ def run_engine(spec: Json, answers: IO[str]) -> None:
             "seconds": time.perf_counter() - started,
         }
     answer["left"] = engine.left_over()
+    answer["draft_pids"] = engine.draft_pids
     end = spec.get("end", "shutdown")
     if end == "shutdown":
         started = time.perf_counter()
@@ -83,6 +89,17 @@ def run_engine(spec: Json, answers: IO[str]) -> None:
     cleanup_dist_env_and_memory()
 
 
+@contextlib.contextmanager
+def looked_after(care: Json | None) -> Iterator[None]:
+    """An engine that starts while this lasts looks after its draft side so."""
+    from vllm_saguaro.placement.restarting import Care, RestartingChannel
+    from vllm_saguaro.vllm_hooks import worker
+
+    so = RestartingChannel if care is None else functools.partial(RestartingChannel, care=Care(**care))
+    with mock.patch.object(worker, "RestartingChannel", so):
+        yield
+
+
 class Engine:
     """An `LLM` whose inside can be reached, since it runs in this process."""
 
@@ -91,12 +108,15 @@ class Engine:
         self.worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         self.records: list[tuple[str, int, list[int]]] = []
         """What was drafted: request id, tokens of the request at that moment, the drafts."""
+        self.draft_pids: list[int] = []
+        """Draft processes that something was done to."""
         if llm.llm_engine.vllm_config.speculative_config is not None:
             self._record_drafts()
 
     @property
     def draft_pid(self) -> int | None:
-        return getattr(getattr(self.worker, "_channel", None), "pid", None)
+        channel = getattr(self.worker, "_channel", None)
+        return getattr(getattr(channel, "_present", None), "pid", None)
 
     def metrics(self) -> dict[str, float]:
         """Counters, vectors and histograms by name, with the labels that tell one engine's apart."""
@@ -241,15 +261,54 @@ KINDS: dict[str, Callable[[Engine, Json], list[Json]]] = {
 def signal_draft(number: signal.Signals) -> Callable[[Engine], None]:
     def send(engine: Engine) -> None:
         assert engine.draft_pid is not None
+        engine.draft_pids.append(engine.draft_pid)
         os.kill(engine.draft_pid, number)
 
     return send
+
+
+def starve_draft(engine: Engine) -> None:
+    """No more memory for the draft than it has."""
+    assert engine.draft_pid is not None
+    engine.draft_pids.append(engine.draft_pid)
+    resource.prlimit(engine.draft_pid, resource.RLIMIT_AS, (1 << 20, 1 << 20))
+
+
+def break_draft(engine: Engine) -> None:
+    """From now on a draft process ends as soon as it is started."""
+    from vllm_saguaro.placement.mailbox import MailboxShape
+    from vllm_saguaro.placement.process import ProcessChannel
+
+    shape = MailboxShape(slots=64, branches=1, num_speculative_tokens=1, ring_bytes=4096, support=1)
+    engine.worker._channel._start = lambda: ProcessChannel("tests.e2e.no_draft", {}, shape, dict(os.environ))
+
+
+def await_draft(engine: Engine) -> None:
+    """Until another draft process is there than those to which something was done."""
+    wait_for(lambda: engine.worker._channel.alive and engine.draft_pid not in (None, *engine.draft_pids))
+
+
+def await_left_off(engine: Engine) -> None:
+    """Until no more draft process is started."""
+    wait_for(lambda: engine.metrics()["vllm:saguaro_draft_left_off"] == 1)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("the draft side does not do what is waited for")
+        time.sleep(0.02)
 
 
 EVENTS: dict[str, Callable[[Engine], None]] = {
     "kill_draft": signal_draft(signal.SIGKILL),
     "stop_draft": signal_draft(signal.SIGSTOP),
     "continue_draft": signal_draft(signal.SIGCONT),
+    "starve_draft": starve_draft,
+    "break_draft": break_draft,
+    "await_draft": await_draft,
+    "await_left_off": await_left_off,
 }
 
 

@@ -201,7 +201,7 @@ class World:
         for name in list(self.running):
             self._end(name)
         self.speculator.begin_step([], [])
-        assert len(free_slots(self.speculator)) == SHAPE.slots
+        assert len(free_slots(self.speculator)) == SHAPE.slots, "a slot is lost"
         if not self.link.seen:
             self.life.work(1000)
             assert len(self.life.loop) == 0

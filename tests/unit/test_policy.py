@@ -233,6 +233,22 @@ def test_it_comes_back_when_the_batch_has_shrunk_to_half(rows: int, wakes: bool)
         assert (policy.drafts(rows) > 0) == (rows < LIMIT)
 
 
+def test_another_draft_side_is_tried_at_once_and_judged_by_itself() -> None:
+    """One that hung was late with everything, and the rests had grown long."""
+    policy = informed(Policy(K, "none"))
+    list(serve(policy, 64, 2000))
+    policy.observe_rows((), 0, 2000)
+    assert policy.quiet
+    assert policy.hit_rate < 0.1
+    policy.begin_anew()
+    assert not policy.quiet
+    assert policy.hit_rate == Policy(K, "none").hit_rate
+    steps = list(serve(policy, 64, 400))
+    assert steps[:24] == [K] * 24
+    assert 256 <= rests(steps)[0] < 400 - 24, "the first rest is a short one"
+    assert None not in list(serve(informed(Policy(K, "none")), 4, 400)), "and none where drafts pay"
+
+
 def test_what_it_says_of_the_next_step_is_what_comes() -> None:
     policy = informed(Policy(K, "none"))
     for _ in range(3000):

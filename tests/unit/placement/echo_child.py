@@ -4,6 +4,7 @@
 `drafts`   the real `DraftLoop` over the fake model
 `dies`, `fails`    trouble while it starts
 `sleeps`   never comes up
+`hungry`   as `echo`, but it wants a lot of memory for each admission
 `deaf`     as `echo`, but it does not end with its parent's pipe
 """
 
@@ -35,6 +36,17 @@ def echo(mailbox: Mailbox) -> tuple[Callable[[Step], None], Callable[[], bool]]:
     return submit, lambda: False
 
 
+def hungry(mailbox: Mailbox) -> tuple[Callable[[Step], None], Callable[[], bool]]:
+    """Answers each admission as soon as it has the memory."""
+    answer, advance = echo(mailbox)
+
+    def submit(step: Step) -> None:
+        bytearray(64 << 20)
+        answer(step)
+
+    return submit, advance
+
+
 def drafts(mailbox: Mailbox) -> tuple[Callable[[Step], None], Callable[[], bool]]:
     """The draft side as it is, but for the model."""
     from tests.unit.drafting.checks import make_engine
@@ -60,7 +72,7 @@ def main() -> None:
         raise SystemExit(1)
     if role != "deaf":
         end.end_with_parent()
-    submit, advance = (drafts if role == "drafts" else echo)(end.mailbox)
+    submit, advance = {"drafts": drafts, "hungry": hungry}.get(role, echo)(end.mailbox)
     end.mailbox.announce(DraftState.READY, MAX_LENGTH)
     busy_at = time.perf_counter()
     while True:

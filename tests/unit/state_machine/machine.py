@@ -260,7 +260,7 @@ class SpeculationMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.fate == "restarts" and self.moves > 8)
     @rule()
     def restart(self) -> None:
-        """The draft side forgets everything. Requests of before go on without drafts, later ones are served."""
+        """Another life of the draft side, which knows nothing: all requests are told to it anew."""
         self.two.restart_draft()
         self.reached["restart"] += 1
 

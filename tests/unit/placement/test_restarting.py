@@ -414,39 +414,34 @@ def test_one_that_is_dropped_unclosed_takes_its_thread_and_its_life_with_it() ->
     assert until(lambda: not threads())
 
 
-def test_no_call_is_in_a_life_that_is_being_closed() -> None:
-    """One thread calls without end while life after life ends: `Life` complains where its memory is gone."""
-    lives = [Life() for _ in range(50)]
-    channel = RestartingChannel(lives.copy().pop, 100, CounterPage(), logging.getLogger("saguaro-test"), QUICK)
-    channel.wait_until_ready()
-    seen: set[int] = set()
-    errors: list[BaseException] = []
-    done = threading.Event()
+CALLS: dict[str, Callable[[RestartingChannel], object]] = {
+    "post": lambda channel: channel.post(STEP),
+    "read": lambda channel: channel.read(0),
+    "proposals": lambda channel: channel.proposals(Stamp(0, 1, 0), 1, 0, 1),
+    "epoch": lambda channel: channel.epoch(0),
+}
 
-    def call() -> None:
-        try:
-            while not done.is_set():
-                channel.post(STEP)
-                channel.read(0)
-                channel.proposals(Stamp(0, 1, 0), 1, 0, 1)
-                seen.add(channel.epoch(0))
-        except BaseException as error:
-            errors.append(error)
 
-    caller = threading.Thread(target=call)
-    caller.start()
-    for _ in range(20):
-        assert until(lambda: channel.alive)
-        life = channel._present
-        assert isinstance(life, Life)
-        life.stalled_seconds = 1e9 if len(seen) % 2 else 0.0  # hangs, with calls that still reach it
-        life.alive = bool(life.stalled_seconds)
-        assert until(lambda life=life: life.closed > 0)  # type: ignore[misc]
-    done.set()
-    caller.join()
-    channel.close()
-    assert errors == []
-    assert len(seen) > 10
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("ended_by", ["look", "close"])
+def test_no_life_is_closed_under_a_call_in_progress(watched: Watched, name: str, ended_by: str) -> None:
+    """It would have given back the memory that the call is about to touch."""
+    ward = watched()
+    life = ward.newest
+    call = getattr(life, name)
+    ending = threading.Thread(target=getattr(ward.channel, ended_by))
+
+    def call_while_it_ends(*given: Any) -> object:
+        life.alive = False
+        ending.start()
+        ending.join(0.1)
+        assert not life.closed
+        return call(*given)
+
+    setattr(life, name, call_while_it_ends)
+    CALLS[name](ward.channel)
+    ending.join(5)
+    assert life.closed == 1
 
 
 def test_the_thread_outlives_a_restart_that_raises_anything(monkeypatch: pytest.MonkeyPatch) -> None:

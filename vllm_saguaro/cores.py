@@ -28,18 +28,32 @@ class CorePlan:
     draft: tuple[int, ...]
     bind_target: bool = True
     """Whether the target is ours to bind: not where the user has bound it with VLLM_CPU_OMP_THREADS_BIND."""
+    ranks: tuple[tuple[int, ...], ...] = ()
+    """The part of each rank of a tensor-parallel target, equally many cores each. Empty: one rank, or not ours."""
+    ranks_a_node: int = 1
+    """The most ranks of ours that share one memory node."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for JSON."""
-        return {"target": list(self.target), "draft": list(self.draft), "bind_target": self.bind_target}
+        return {
+            "target": list(self.target),
+            "draft": list(self.draft),
+            "bind_target": self.bind_target,
+            "ranks": [list(part) for part in self.ranks],
+            "ranks_a_node": self.ranks_a_node,
+        }
 
     def describe(self) -> str:
         """One line for the log."""
-        if set(self.target) & set(self.draft):
-            return (
-                f"target and draft share core {format_cpus(self.draft)}: with one core there is nothing to overlap on"
-            )
-        return f"target on cores {format_cpus(self.target)}, draft on cores {format_cpus(self.draft)}"
+        target, draft = "|".join(map(format_cpus, self.ranks)) or format_cpus(self.target), format_cpus(self.draft)
+        if not set(self.target) & set(self.draft):
+            return f"target on cores {target}, draft on cores {draft}"
+        if not self.ranks:
+            return f"target and draft share core {draft}: with one core there is nothing to overlap on"
+        return (
+            f"target on cores {target}, and the draft shares {draft} with it: there is no core beyond one a rank, so "
+            "drafting costs about what it saves"
+        )
 
 
 def plan_cores(
@@ -79,12 +93,53 @@ def plan_cores(
     return CorePlan(target or cpus, draft)
 
 
-def apply_in_frontend(draft_cpus: str | None, environment: MutableMapping[str, str] = os.environ) -> CorePlan:
+def plan_ranks(nodes: Sequence[Sequence[int]], ranks: int, draft_cpus: str | None, reserved: int = 0) -> CorePlan:
+    """Divide the CPUs of memory nodes among the ranks of a tensor-parallel target and the draft.
+
+    Rank r is on node r modulo their number, and all have equally many cores: they wait for each other in every layer.
+    The draft is beside rank 0, with which it talks: on the last one in eight of that node, or on `draft_cpus`. Without
+    a core beyond one a rank it shares. `reserved` cores stay free where that leaves the ranks one each.
+    Raises `ValueError` when the choice is not within the nodes or leaves a rank nothing.
+    """
+    used = [tuple(sorted(node)) for node in nodes[:ranks]]
+    seats = [len(range(first, ranks, len(used))) for first in range(len(used))]
+    everything = tuple(sorted(cpu for node in used for cpu in node))
+    if draft_cpus is not None:
+        draft = parse_cpus(draft_cpus)
+        if not set(draft) <= set(everything):
+            raise ValueError(
+                f"draft_cpus {draft_cpus!r} names cores that are not the target's to give: "
+                f"write some of {format_cpus(everything)}"
+            )
+    else:
+        draft = used[0][-max(1, min(len(used[0]) // DRAFT_SHARE, len(used[0]) - seats[0])) :]
+    free = [tuple(cpu for cpu in node if cpu not in draft) for node in used]
+    if any(len(cpus) < seat for cpus, seat in zip(free, seats, strict=True)):
+        if draft_cpus is not None and len(everything) > ranks:
+            raise ValueError(
+                f"draft_cpus {draft_cpus!r} leaves no core each to the target's {ranks} ranks: "
+                f"write fewer of {format_cpus(everything)}"
+            )
+        free = used
+    each = max(1, min(len(cpus) // seat for cpus, seat in zip(free, seats, strict=True)))
+    if each > 1 and len({*everything}.difference(draft)) - each * ranks < reserved:
+        each -= 1
+    parts = []
+    for rank in range(ranks):
+        cpus, first = free[rank % len(used)], rank // len(used) * each
+        parts.append(tuple(cpus[at % len(cpus)] for at in range(first, first + each)))
+    target = tuple(sorted({cpu for part in parts for cpu in part}))
+    return CorePlan(target, draft, ranks=tuple(parts), ranks_a_node=max(seats))
+
+
+def apply_in_frontend(
+    draft_cpus: str | None, environment: MutableMapping[str, str] = os.environ, ranks: int = 1
+) -> CorePlan:
     """Decide before any worker process starts, and bind the workers that this process will start.
 
     A worker process sizes and binds its OpenMP threads from the environment before our code runs in it, so the target's
     cores must stand there; an engine inside this process is bound by the worker itself. What the user has written into
-    VLLM_CPU_OMP_THREADS_BIND stays. Raises `ValueError` as `plan_cores` does.
+    VLLM_CPU_OMP_THREADS_BIND stays. `ranks`: of a tensor-parallel target. Raises `ValueError` as the planners do.
     """
     undo_in_frontend(environment)  # an earlier engine's plan is not the user's word
     binding = environment.get(_BINDING) or "auto"
@@ -94,16 +149,25 @@ def apply_in_frontend(draft_cpus: str | None, environment: MutableMapping[str, s
     if binding != "auto":
         return plan_cores(allowed_cpus(), draft_cpus, parse_cpus(binding.replace("|", ",")))
     allowed = allowed_cpus()
+    if ranks > 1:
+        nodes = [one_cpu_a_core(node) for node in by_node(allowed)]
+        few = sum(map(len, nodes[:ranks])) < _ENOUGH_CORES
+        plan = plan_ranks(nodes, ranks, draft_cpus, _reserved(environment, not few))
+        environment[_BINDING] = environment[_OURS] = "|".join(map(format_cpus, plan.ranks))
+        return plan
     if draft_cpus is None:
         cpus = one_cpu_a_core(one_node(allowed))
     else:
         chosen = plan_cores(allowed, draft_cpus)
         cpus = tuple(sorted({*one_cpu_a_core(one_node(chosen.target)), *chosen.draft}))
-    # vLLM's own binding keeps a core free for the process of its scheduler, where there are enough.
-    reserved = int(environment.get("VLLM_CPU_NUM_OF_RESERVED_CPU") or (len(cpus) >= _ENOUGH_CORES))
-    plan = plan_cores(cpus, draft_cpus, reserved=reserved)
+    plan = plan_cores(cpus, draft_cpus, reserved=_reserved(environment, len(cpus) >= _ENOUGH_CORES))
     environment[_BINDING] = environment[_OURS] = format_cpus(plan.target)
     return plan
+
+
+def _reserved(environment: MutableMapping[str, str], enough: bool) -> int:
+    """vLLM's own binding keeps a core free for the process of its scheduler, where there are enough."""
+    return int(environment.get("VLLM_CPU_NUM_OF_RESERVED_CPU") or enough)
 
 
 def undo_in_frontend(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -115,11 +179,19 @@ def undo_in_frontend(environment: MutableMapping[str, str] = os.environ) -> None
 
 def one_node(cpus: Sequence[int]) -> tuple[int, ...]:
     """Those of the CPUs that share a memory node with the first: the target's weights lie there."""
+    return next(node for node in by_node(cpus) if min(cpus) in node)
+
+
+def by_node(cpus: Sequence[int]) -> list[tuple[int, ...]]:
+    """The CPUs by memory node; all in one where the system does not tell of each."""
+    nodes = []
     for node in sorted(Path("/sys/devices/system/node").glob("node[0-9]*/cpulist")):
         listed = node.read_text().strip()
-        if listed and min(cpus) in (members := parse_cpus(listed)):
-            return tuple(cpu for cpu in sorted(cpus) if cpu in members)
-    return tuple(sorted(cpus))
+        members = parse_cpus(listed) if listed else ()
+        nodes.append(tuple(cpu for cpu in sorted(cpus) if cpu in members))
+    nodes = [node for node in nodes if node]
+    known = {cpu for node in nodes for cpu in node}
+    return nodes if known == set(cpus) else [tuple(sorted(cpus))]
 
 
 def one_cpu_a_core(cpus: Sequence[int]) -> tuple[int, ...]:

@@ -135,14 +135,19 @@ def check_platform() -> None:
         )
 
 
-def check_combination(engine_args: Any, parallel: Any, worker_class: str) -> None:
+def check_combination(engine_args: Any, parallel: Any, worker_class: str, placement: str) -> None:
     """Refuse what this version cannot be combined with."""
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+    for name in ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "nnodes"):
         if (size := getattr(parallel, name, 1)) > 1:
             raise SaguaroConfigError(
-                f'method "saguaro" serves a target on one rank for now, {name} is {size}: '
-                f"write {name} 1, or another method"
+                f'method "saguaro" serves a target on one machine, divided by tensor parallelism alone, {name} is '
+                f"{size}: write {name} 1, or another method"
             )
+    if placement == "inline" and (size := parallel.tensor_parallel_size) > 1:
+        raise SaguaroConfigError(
+            f'placement "inline" drafts inside the one rank of a target, tensor_parallel_size is {size}: '
+            'write placement "process"'
+        )
     if parallel.worker_cls not in ("auto", worker_class):
         raise SaguaroConfigError(
             f'method "saguaro" brings its own worker class, worker_cls is {parallel.worker_cls!r} already: '

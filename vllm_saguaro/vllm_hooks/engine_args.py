@@ -167,7 +167,7 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     arguments = inspect.signature(original).bind(engine_args, *args, **kwargs).arguments
     target, parallel = arguments["target_model_config"], arguments["target_parallel_config"]
     config, passed = split_options(_gather(engine_args))
-    compatibility.check_combination(engine_args, parallel, WORKER_CLASS)
+    compatibility.check_combination(engine_args, parallel, WORKER_CLASS, config.placement)
 
     if "model" in passed:
         passed["model"] = resolve_folder(passed["model"])
@@ -189,7 +189,7 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     # the requests beyond it, so vLLM is told that there is none.
     draft.max_model_len = target.max_model_len
 
-    plan = _plan_cores(config)
+    plan = _plan_cores(config, parallel.tensor_parallel_size)
     if plan is not None:
         logger.info("saguaro: %s", plan.describe())
 
@@ -213,7 +213,7 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     return speculative
 
 
-def _plan_cores(config: SaguaroConfig) -> cores.CorePlan | None:
+def _plan_cores(config: SaguaroConfig, ranks: int) -> cores.CorePlan | None:
     """The one call site of the core planner: all else is checked, and no worker process has started yet.
 
     None where the draft has no process: it then works in the target's thread, on the target's cores.
@@ -222,7 +222,7 @@ def _plan_cores(config: SaguaroConfig) -> cores.CorePlan | None:
     if config.placement != "process":
         return None
     try:
-        return cores.apply_in_frontend(config.draft_cpus)
+        return cores.apply_in_frontend(config.draft_cpus, ranks=ranks)
     except ValueError as error:
         raise SaguaroConfigError(str(error)) from error
 
@@ -276,7 +276,8 @@ def _translate(
     overrides = target.hf_overrides
     try:
         engine_args.spec_method = engine_args.spec_model = engine_args.spec_tokens = None
-        engine_args.speculative_config = {**passed, "method": "draft_model"}
+        # Whatever the target is divided into, the draft is whole; so vLLM must not look for parts of its heads.
+        engine_args.speculative_config = {**passed, "method": "draft_model", "draft_tensor_parallel_size": 1}
         if align:
             # The only way in: vLLM builds the draft's ModelConfig and takes over callables, not dicts, from the target.
             target.hf_overrides = AlignVocabulary(target.get_vocab_size(), overrides if callable(overrides) else None)
@@ -292,6 +293,8 @@ def _translate(
             f'{passed["model"]} is no ordinary language model (vLLM takes it for "{speculative.method}"): '
             'write a small model of the target\'s family as "model"'
         )
+    # The runner makes vLLM's own drafter before ours takes its place, and that one insists on equal numbers of ranks.
+    speculative.target_parallel_config = speculative.draft_parallel_config
     return speculative
 
 

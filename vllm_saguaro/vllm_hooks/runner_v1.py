@@ -28,26 +28,35 @@ if TYPE_CHECKING:
 _MOST_TOP_K = 2**31 - 1
 
 
-class SaguaroDrafter(DraftModelProposer):
-    """Stands where the runner expects its own drafter, and asks the speculator.
+class SilentDrafter(DraftModelProposer):
+    """Stands where the runner expects its own drafter, and drafts nothing: that of all ranks but the first.
 
-    It is a `DraftModelProposer` only because the runner asserts so in several places; it has no model, no KV cache
-    and no graphs in this process, so what the runner does to those is nothing here.
+    Which drafts are verified comes to every rank with the scheduler's output. It is a `DraftModelProposer` only because
+    the runner asserts so in several places; it has no model, no KV cache and no graphs in this process, so what the
+    runner does to those is nothing here.
     """
 
     supports_mm_inputs = False
     model = None
 
-    def __init__(self, speculator: Speculator, runner: GPUModelRunner, keys: RequestKeys, guesses: bool) -> None:
-        self.speculator = speculator
-        self.runner = runner
-        self.keys = keys
+    def __init__(self) -> None:
         self.draft_attn_groups: list[Any] = []
-        self._guesses = guesses
 
     def load_model(self, target_model: Any) -> None:
-        """The draft has been loading elsewhere while the target loaded here: wait for it."""
-        self.speculator.channel.wait_until_ready()
+        """No draft in this process."""
+
+    def begin_step(self, scheduler_output: SchedulerOutput) -> None:
+        """Nobody to tell."""
+
+    def propose_draft_token_ids(
+        self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]], *unused: Any
+    ) -> list[list[int]]:
+        """Takes the place of the runner's method of this name. vLLM asks the first rank alone for the drafts."""
+        return [[] for _ in sampled_token_ids]
+
+    def proposals(self, request_id: str, count: int) -> Proposals | None:
+        """No q is known here."""
+        return None
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> None:
         """Profiling and warm-up runs of the target do not concern the draft."""
@@ -57,6 +66,22 @@ class SaguaroDrafter(DraftModelProposer):
 
     def initialize_cudagraph_keys(self, *args: Any, **kwargs: Any) -> None:
         """No graphs in this process."""
+
+
+class SaguaroDrafter(SilentDrafter):
+    """The drafter of a target's only or first rank: asks the speculator."""
+
+    def __init__(self, speculator: Speculator, runner: GPUModelRunner, keys: RequestKeys, guesses: bool) -> None:
+        """`guesses`: whether a request's own text may stand in after a miss."""
+        super().__init__()
+        self.speculator = speculator
+        self.runner = runner
+        self.keys = keys
+        self._guesses = guesses
+
+    def load_model(self, target_model: Any) -> None:
+        """The draft has been loading elsewhere while the target loaded here: wait for it."""
+        self.speculator.channel.wait_until_ready()
 
     def begin_step(self, scheduler_output: SchedulerOutput) -> None:
         """Before the target's forward: tell the draft side who came and who left."""
@@ -142,17 +167,12 @@ class SaguaroDrafter(DraftModelProposer):
         )
 
 
-def install(runner: GPUModelRunner, speculator: Speculator, keys: RequestKeys, guesses: bool) -> SaguaroDrafter:
-    """Put our drafter into a runner that has been made and has loaded nothing yet.
-
-    `guesses`: whether a request's own text may stand in after a miss.
-    """
-    if not isinstance(runner.drafter, DraftModelProposer) or isinstance(runner.drafter, SaguaroDrafter):
+def install(runner: GPUModelRunner, drafter: SilentDrafter) -> None:
+    """Put our drafter into a runner that has been made and has loaded nothing yet."""
+    if not isinstance(runner.drafter, DraftModelProposer) or isinstance(runner.drafter, SilentDrafter):
         raise RuntimeError(f"vllm_saguaro: expected vLLM's own draft_model drafter, found {type(runner.drafter)}")
-    drafter = SaguaroDrafter(speculator, runner, keys, guesses)
     runner.drafter = drafter
     runner.propose_draft_token_ids = drafter.propose_draft_token_ids
     runner.speculative_config.disable_padded_drafter_batch = True
     # Past this length the runner drafts token 0 for the whole batch. The speculator knows each request's own limit.
     runner.effective_drafter_max_model_len = sys.maxsize
-    return drafter

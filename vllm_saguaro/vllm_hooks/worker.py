@@ -1,7 +1,8 @@
 """The worker door: `parallel_config.worker_cls` names this class (vLLM 0.32 and 0.33, `v1/worker/cpu_worker.py`).
 
 The worker is the one object that sees everything in the right order: it makes the runner (`init_device`), loads the
-target (`load_model`), is told of each step before the forward (`execute_model`), and is shut down.
+target (`load_model`), is told of each step before the forward (`execute_model`), and is shut down. Of the ranks of a
+tensor-parallel target the first has a draft side; the others emit what it samples (`ranks.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -26,11 +28,12 @@ from vllm_saguaro.placement.process import ProcessChannel
 from vllm_saguaro.placement.restarting import RestartingChannel
 from vllm_saguaro.policy import Policy
 from vllm_saguaro.speculator import Speculator
-from vllm_saguaro.vllm_hooks import compatibility, cpu_sampler, rejection_sampler, runner_v1
+from vllm_saguaro.vllm_hooks import compatibility, cpu_sampler, ranks, rejection_sampler, runner_v1
 from vllm_saguaro.vllm_hooks.draft_process import load_engine
 from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
 from vllm_saguaro.vllm_hooks.known_noise import KnownNoise, RequestKeys
 from vllm_saguaro.vllm_hooks.metrics import attach_page
+from vllm_saguaro.vllm_hooks.runner_v1 import SaguaroDrafter, SilentDrafter
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -49,40 +52,51 @@ class SaguaroWorker(CPUWorker):
         self._options: dict[str, Any] = getattr(vllm_config.speculative_config, OPTIONS_ATTRIBUTE)
         self._former: tuple[tuple[int, ...], int] | None = None
         self._channel: Channel | None = None
+        self._drafter = SilentDrafter()
         plan = self._options["cores"]
         with self._all_or_nothing():
             if plan and plan["bind_target"]:
                 self._former = cores.allowed_cpus(), torch.get_num_threads()
-                _bind(plan["target"], len(plan["target"]))
+                local_rank = kwargs["local_rank"] if "local_rank" in kwargs else args[1]
+                own = plan["ranks"][local_rank] if plan["ranks"] else plan["target"]
+                _bind(own, len(own))
             super().__init__(*args, **kwargs)
 
     def init_device(self) -> None:
         """Make the runner, start the draft side, and put it where the runner's own drafter was."""
         with self._all_or_nothing():
             super().init_device()
-            config = SaguaroConfig.from_dict(self._options)
-            slots = SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs
-            shape = MailboxShape(
-                slots=slots,
-                branches=config.most_branches,
-                num_speculative_tokens=config.num_speculative_tokens,
-                ring_bytes=(4 << 20) + 8 * self.model_config.max_model_len,
-                support=SUPPORT,
-            )
-            self._page = attach_page(self._options.get("counters"))
-            self._channel = self._open_channel(config, shape)
-            steps = config.num_speculative_tokens
-            policy = Policy(steps, config.backup, config.chooses_itself)
-            speculator = Speculator(self._channel, steps, self._page, logger, policy)
-            keys = RequestKeys(
-                self.model_config.seed or 0,
-                known=KnownNoise.possible(self.model_runner.sampler.topk_topp_sampler),
-                keyed=config.draft_sample_method == "coupled",
-            )
-            guesses = config.backup in ("auto", "ngram")
-            self._drafter = runner_v1.install(self.model_runner, speculator, keys, guesses)
-            cpu_sampler.mend(self.model_runner)
-            rejection_sampler.install(self.model_runner, self._drafter.proposals, keys)
+            runner, group = self.model_runner, get_tp_group()
+            keys = None
+            if group.is_first_rank:
+                keys = RequestKeys(
+                    self.model_config.seed or 0,
+                    known=KnownNoise.possible(runner.sampler.topk_topp_sampler),
+                    keyed=self._options["draft_sample_method"] == "coupled",
+                )
+                self._drafter = self._make_drafter(keys)
+            runner_v1.install(runner, self._drafter)
+            cpu_sampler.mend(runner)
+            rejection_sampler.install(runner, self._drafter.proposals, keys)
+            ranks.install(runner, group)
+
+    def _make_drafter(self, keys: RequestKeys) -> SaguaroDrafter:
+        """Start the draft side."""
+        config = SaguaroConfig.from_dict(self._options)
+        slots = SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs
+        shape = MailboxShape(
+            slots=slots,
+            branches=config.most_branches,
+            num_speculative_tokens=config.num_speculative_tokens,
+            ring_bytes=(4 << 20) + 8 * self.model_config.max_model_len,
+            support=SUPPORT,
+        )
+        self._page = attach_page(self._options.get("counters"))
+        self._channel = self._open_channel(config, shape)
+        steps = config.num_speculative_tokens
+        policy = Policy(steps, config.backup, config.chooses_itself)
+        speculator = Speculator(self._channel, steps, self._page, logger, policy)
+        return SaguaroDrafter(speculator, self.model_runner, keys, guesses=config.backup in ("auto", "ngram"))
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the target while the draft loads elsewhere."""
@@ -90,11 +104,16 @@ class SaguaroWorker(CPUWorker):
             super().load_model(load_dummy_weights=load_dummy_weights)
 
     def determine_available_memory(self) -> int:
-        """Leave what the draft process has, and its KV budget, out of what the target's KV cache may take."""
+        """Leave what the draft process has, and its KV budget, out of what the target's KV cache may take.
+
+        vLLM gives each rank the share of a whole memory node, and then takes the fewest blocks of all ranks.
+        """
         with self._all_or_nothing():
             if self.cache_config.kv_cache_memory_bytes is None:
-                assert self._channel is not None
-                self.requested_cpu_memory -= DRAFT_KV_BYTES + self._channel.resident_bytes
+                plan = self._options["cores"]
+                self.requested_cpu_memory //= plan["ranks_a_node"] if plan else 1
+                if self._channel is not None:
+                    self.requested_cpu_memory -= DRAFT_KV_BYTES + self._channel.resident_bytes
             return super().determine_available_memory()
 
     def execute_model(self, scheduler_output: Any) -> Any:

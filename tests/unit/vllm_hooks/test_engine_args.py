@@ -37,7 +37,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     calls: list[str | None] = []
 
-    def plan(draft_cpus: str | None) -> cores.CorePlan:
+    def plan(draft_cpus: str | None, ranks: int) -> cores.CorePlan:
         calls.append(draft_cpus)
         return PLAN
 
@@ -294,7 +294,7 @@ def test_what_it_cannot_be_combined_with(pair: Path, arguments: dict[str, Any], 
 
 
 def test_cores_that_are_not_there(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(draft_cpus: str | None) -> None:
+    def refuse(draft_cpus: str | None, ranks: int) -> None:
         raise ValueError(f"draft_cpus {draft_cpus} names cores outside")
 
     monkeypatch.setattr(cores, "apply_in_frontend", refuse)

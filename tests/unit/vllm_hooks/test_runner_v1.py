@@ -71,7 +71,8 @@ class Stage:
         self.listener = Listener()
         self.keys = RequestKeys(0, known=True, keyed=keyed)
         speculator: Any = self.listener
-        self.drafter = install(self.runner, speculator, self.keys, guesses)
+        self.drafter = SaguaroDrafter(speculator, self.runner, self.keys, guesses)
+        install(self.runner, self.drafter)
 
     def propose(self, sampled: list[list[int]], tokens_in: int, most: int | None = None, **in_pass: int) -> Any:
         output: Any = SimpleNamespace(
@@ -108,7 +109,7 @@ def test_another_drafter_in_its_place_is_an_error(drafter: Any) -> None:
     listener: Any = Listener()
     runner: Any = SimpleNamespace(drafter=drafter, speculative_config=SimpleNamespace())
     with pytest.raises(RuntimeError, match="expected vLLM's own draft_model drafter"):
-        install(runner, listener, RequestKeys(0, True, True), False)
+        install(runner, SaguaroDrafter(listener, runner, RequestKeys(0, True, True), False))
     assert runner.drafter is drafter
 
 

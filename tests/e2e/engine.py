@@ -2,7 +2,8 @@
 
 Standard input, one JSON object: `cpus` (the cores to stay on, or none), and `engines`, each with `options` (for `LLM`),
 `scenarios` and `end`. Standard output, one JSON line an engine, as soon as its scenarios are through. What vLLM writes
-to standard output goes to standard error.
+to standard output goes to standard error. An engine of several ranks has its workers in processes of their own (see
+`ranks.py`); a scenario there may say `sample_apart`, from which on its ranks are at odds.
 
 A scenario has a `kind`:
 
@@ -30,6 +31,8 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 from unittest import mock
 
+from tests.e2e import ranks
+
 Json = dict[str, Any]
 
 TIMEOUT_SECONDS = 900
@@ -56,20 +59,22 @@ def run_engine(spec: Json, answers: IO[str]) -> None:
 
     with looked_after(spec.get("care")):
         llm = LLM(**spec["options"])
-    engine = Engine(llm)
-    answer: Json = {"scenarios": {}, "draft_pid": engine.draft_pid, "pid": os.getpid()}
+    divided = spec["options"].get("tensor_parallel_size", 1) > 1
+    engine = RankedEngine(llm) if divided else Engine(llm)
+    answer: Json = {"scenarios": {}, "draft_pid": engine.draft_pid, "pid": os.getpid()} | engine.facts()
     for scenario in spec["scenarios"]:
         before = engine.metrics()
-        engine.records.clear()
+        engine.begin(scenario)
         started = time.perf_counter()
         with sabotaged(scenario.get("sabotage")):
             results = KINDS[scenario["kind"]](engine, scenario)
-        after = engine.metrics()
+        after, texts = engine.metrics(), engine.texts_of_ranks()
         answer["scenarios"][scenario["name"]] = {
             "results": results,
             "records": list(engine.records),
             "metrics": {name: value - before.get(name, 0.0) for name, value in after.items()},
             "seconds": time.perf_counter() - started,
+            "ranks": texts,
         }
     answer["left"] = engine.left_over()
     answer["draft_pids"] = engine.draft_pids
@@ -112,6 +117,18 @@ class Engine:
         """Draft processes that something was done to."""
         if llm.llm_engine.vllm_config.speculative_config is not None:
             self._record_drafts()
+
+    def begin(self, scenario: Json) -> None:
+        """Before a scenario."""
+        self.records.clear()
+
+    def facts(self) -> Json:
+        """What is true of this engine from its start on."""
+        return {}
+
+    def texts_of_ranks(self) -> list[Json]:
+        """Of each rank, where there are several: request id -> the tokens that it had last."""
+        return []
 
     @property
     def draft_pid(self) -> int | None:
@@ -160,6 +177,41 @@ class Engine:
             return drafts
 
         runner.propose_draft_token_ids = propose
+
+
+class RankedEngine(Engine):
+    """An `LLM` of several ranks, whose workers are asked from here."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.records = []
+        self._ours = llm.llm_engine.vllm_config.speculative_config is not None
+        if self._ours:
+            llm.collective_rpc(ranks.record)
+
+    def begin(self, scenario: Json) -> None:
+        super().begin(scenario)
+        if scenario.get("sample_apart"):
+            self.llm.collective_rpc(ranks.sample_apart)
+
+    def facts(self) -> Json:
+        if not self._ours:
+            return {}
+        return {"draft_pids": self.llm.collective_rpc(ranks.draft_pid), "blocks": self.llm.collective_rpc(ranks.blocks)}
+
+    def texts_of_ranks(self) -> list[Json]:
+        if not self._ours:
+            return []
+        found = self.llm.collective_rpc(ranks.take_records)
+        self.records += found[0][1]
+        return [texts for texts, _ in found]
+
+    @property
+    def draft_pid(self) -> int | None:
+        return self.llm.collective_rpc(ranks.draft_pid)[0] if self._ours else None
+
+    def left_over(self) -> Json:
+        return {}
 
 
 def speculator_slots(speculator: Any) -> int:

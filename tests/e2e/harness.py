@@ -52,6 +52,7 @@ class Scenario:
     records: list[tuple[str, int, list[int]]]
     metrics: dict[str, float]
     seconds: float
+    ranks: list[dict[str, list[int]]]
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -142,7 +143,7 @@ def environment_at_start() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def engines(specs: Sequence[Json], cpus: Sequence[int] = ()) -> Iterator[Group]:
+def engines(specs: Sequence[Json], cpus: Sequence[int] = (), **environment: str) -> Iterator[Group]:
     """Start a process for these engines, on these cores (all, if none are named); it is gone when this ends."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
@@ -154,7 +155,7 @@ def engines(specs: Sequence[Json], cpus: Sequence[int] = ()) -> Iterator[Group]:
                 stderr=file,
                 text=True,
                 cwd=ROOT,
-                env={**environment_at_start(), **ENVIRONMENT},
+                env={**environment_at_start(), **ENVIRONMENT, **environment},
             )
         assert process.stdin is not None
         process.stdin.write(json.dumps({"engines": list(specs), "cpus": list(cpus)}))
@@ -167,9 +168,9 @@ def engines(specs: Sequence[Json], cpus: Sequence[int] = ()) -> Iterator[Group]:
             process.wait()
 
 
-def run_engines(specs: Sequence[Json], cpus: Sequence[int] = ()) -> list[EngineRun]:
+def run_engines(specs: Sequence[Json], cpus: Sequence[int] = (), **environment: str) -> list[EngineRun]:
     """Run all engines to their end, and insist that the process ended well."""
-    with engines(specs, cpus) as group:
+    with engines(specs, cpus, **environment) as group:
         runs = [group.read_engine() for _ in specs]
         assert group.process.wait(60) == 0, group.whole_log()[-6000:]
         return runs

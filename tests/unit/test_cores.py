@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_saguaro import cores
-from vllm_saguaro.cores import CorePlan, format_cpus, parse_cpus, plan_cores
+from vllm_saguaro.cores import CorePlan, format_cpus, parse_cpus, plan_cores, plan_ranks
 
 cpu_sets = st.sets(st.integers(0, 300), min_size=1, max_size=40)
 
@@ -81,7 +81,14 @@ def test_a_target_bound_to_everything_shares() -> None:
 
 
 def test_a_plan_is_plain_values() -> None:
-    assert plan_cores(range(2), None).to_dict() == {"target": [0], "draft": [1], "bind_target": True}
+    one = {"target": [0], "draft": [1], "bind_target": True, "ranks": [], "ranks_a_node": 1}
+    assert plan_cores(range(2), None).to_dict() == one
+    assert plan_ranks([range(3)], 2, None).to_dict() == one | {
+        "target": [0, 1],
+        "draft": [2],
+        "ranks": [[0], [1]],
+        "ranks_a_node": 2,
+    }
 
 
 def test_one_cpu_a_core_keeps_some_of_the_allowed() -> None:
@@ -129,3 +136,87 @@ def test_pinning_holds_for_the_calling_thread() -> None:
 )
 def test_bfloat16_is_slow_where_an_x86_processor_emulates_it(flags: str, slow: bool) -> None:
     assert cores.bf16_is_slow(frozenset(flags.split())) is slow
+
+
+# ---- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_rank_gets_as_many_cores_and_the_draft_the_rest_of_the_first_node() -> None:
+    plan = plan_ranks([range(8)], 2, None)
+    assert (plan.ranks, plan.draft, plan.ranks_a_node) == (((0, 1, 2), (3, 4, 5)), (7,), 2)
+    assert plan.target == (0, 1, 2, 3, 4, 5)
+    assert plan.describe() == "target on cores 0-2|3-5, draft on cores 7"
+
+
+def test_ranks_are_on_nodes_of_their_own_where_there_are_enough() -> None:
+    plan = plan_ranks([range(16), range(16, 32), range(32, 48)], 2, None)
+    assert (plan.ranks, plan.draft, plan.ranks_a_node) == ((tuple(range(14)), tuple(range(16, 30))), (14, 15), 1)
+
+
+def test_several_ranks_a_node_do_not_straddle() -> None:
+    plan = plan_ranks([(0, 1, 2, 3, 4), (5, 6, 7, 8)], 3, None)
+    assert (plan.ranks, plan.draft, plan.ranks_a_node) == (((0, 1), (5, 6), (2, 3)), (4,), 2)
+
+
+@pytest.mark.parametrize(
+    ("count", "reserved", "ranks"),
+    [(5, 1, ((0,), (1,))), (6, 1, ((0, 1), (2, 3))), (3, 1, ((0,), (1,))), (7, 2, ((0, 1), (2, 3)))],
+)
+def test_cores_are_kept_free_as_long_as_each_rank_has_one(
+    count: int, reserved: int, ranks: tuple[tuple[int, ...], ...]
+) -> None:
+    assert plan_ranks([range(count)], 2, None, reserved).ranks == ranks
+
+
+def test_without_a_core_beyond_one_a_rank_the_draft_shares_and_says_so() -> None:
+    plan = plan_ranks([(3, 5)], 2, None)
+    assert (plan.ranks, plan.draft) == (((3,), (5,)), (5,))
+    assert "the draft shares 5" in plan.describe()
+
+
+def test_ranks_share_cores_where_there_are_fewer() -> None:
+    assert plan_ranks([(4,)], 2, None).ranks == ((4,), (4,))
+    assert plan_ranks([(4, 6)], 3, "6").ranks == ((4,), (6,), (4,))
+
+
+def test_the_users_choice_for_the_draft_is_kept_from_the_ranks() -> None:
+    plan = plan_ranks([range(6)], 2, "0,2")
+    assert (plan.ranks, plan.draft) == (((1, 3), (4, 5)), (0, 2))
+
+
+@pytest.mark.parametrize(("choice", "message"), [("8", "names cores"), ("1-2", "no core each to the target's 2 ranks")])
+def test_a_choice_that_leaves_a_rank_nothing_is_refused(choice: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_ranks([range(3)], 2, choice)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(2, 8), st.integers(0, 2))
+def test_ranks_are_alike_and_disjoint_wherever_there_are_cores(sizes: list[int], ranks: int, reserved: int) -> None:
+    starts = [sum(sizes[:at]) for at in range(len(sizes))]
+    nodes = [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+    plan = plan_ranks(nodes, ranks, None, reserved)
+    assert len({len(part) for part in plan.ranks}) == 1
+    assert len(plan.ranks) == ranks
+    used = nodes[:ranks]
+    seats = [len(range(at, ranks, len(used))) for at in range(len(used))]
+    for rank, part in enumerate(plan.ranks):
+        assert set(part) <= set(used[rank % len(used)])
+    if all(len(node) >= seat for node, seat in zip(used, seats, strict=True)):
+        assert sum(map(len, plan.ranks)) == len(plan.target)
+    if len(used[0]) > seats[0] and all(len(node) >= seat for node, seat in zip(used, seats, strict=True)):
+        assert not set(plan.target) & set(plan.draft)
+
+
+def test_the_front_end_binds_each_rank_and_takes_it_back() -> None:
+    environment: dict[str, str] = {}
+    plan = cores.apply_in_frontend(None, environment, ranks=2)
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "|".join(map(format_cpus, plan.ranks))
+    assert len(plan.ranks) == 2
+    cores.undo_in_frontend(environment)
+    assert environment == {}
+
+
+def test_cpus_by_node_are_all_that_were_given() -> None:
+    allowed = cores.allowed_cpus()
+    assert sorted(cpu for node in cores.by_node(allowed) for cpu in node) == list(allowed)
+    assert cores.by_node([60000, 60001]) == [(60000, 60001)]

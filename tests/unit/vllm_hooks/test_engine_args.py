@@ -25,20 +25,22 @@ from vllm_saguaro.vllm_hooks.engine_args import (
 )
 
 ModelMaker = Callable[..., Path]
+Planned = tuple[str | None, int]
+"""draft_cpus and ranks, as the core planner was asked."""
 PLAN = cores.CorePlan((0, 1), (2,))
 DRAFT_MODEL = {"method": "draft_model", "num_speculative_tokens": 2}
 DOORS = ("create_speculative_config", "add_cli_args")
 
 
 @pytest.fixture(autouse=True)
-def planned(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[Planned]:
     """Doors open, no hub to wait for, and no environment changed by the core planner; what it was asked for."""
     vllm_saguaro.register()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    calls: list[str | None] = []
+    calls: list[Planned] = []
 
     def plan(draft_cpus: str | None, ranks: int) -> cores.CorePlan:
-        calls.append(draft_cpus)
+        calls.append((draft_cpus, ranks))
         return PLAN
 
     monkeypatch.setattr(cores, "apply_in_frontend", plan)
@@ -73,7 +75,7 @@ def options_of(config: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("word", ["saguaro", {"method": "saguaro"}, CommandLineOptions(method="saguaro")])
-def test_the_word_alone_takes_the_targets_own_draft(pair: Path, word: Any, planned: list[str | None]) -> None:
+def test_the_word_alone_takes_the_targets_own_draft(pair: Path, word: Any, planned: list[Planned]) -> None:
     arguments = engine(pair, speculative_config=word)
     config = arguments.create_engine_config()
 
@@ -89,7 +91,7 @@ def test_the_word_alone_takes_the_targets_own_draft(pair: Path, word: Any, plann
     options = options_of(config)
     ours = SaguaroConfig.from_dict(options)
     assert ours == SaguaroConfig(draft_max_length=256), "the true limit is kept"
-    assert planned == [None]
+    assert planned == [(None, 1)]
     assert options["cores"] == PLAN.to_dict()
     assert json.loads(json.dumps(options)) == options
     assert config.additional_config == {}
@@ -114,7 +116,7 @@ def test_the_word_alone_takes_the_targets_own_draft(pair: Path, word: Any, plann
     assert arguments.speculative_config is word, "the arguments stay as the user wrote them"
 
 
-def test_keys_go_where_they_belong(pair: Path, make_model: ModelMaker, planned: list[str | None]) -> None:
+def test_keys_go_where_they_belong(pair: Path, make_model: ModelMaker, planned: list[Planned]) -> None:
     draft = make_model("other", vocab_size=320)
     written = {
         "method": "saguaro",
@@ -281,9 +283,9 @@ def test_a_wrong_word_gets_one_line(pair: Path, options: dict[str, Any], expecte
     ("arguments", "expected"),
     [
         ({"worker_cls": "my.Worker"}, "worker_cls is 'my.Worker' already: leave worker_cls out"),
-        ({"tensor_parallel_size": 2}, "serves a target on one rank for now, tensor_parallel_size is 2"),
-        ({"pipeline_parallel_size": 2}, "serves a target on one rank for now, pipeline_parallel_size is 2"),
-        ({"data_parallel_size": 2}, "serves a target on one rank for now, data_parallel_size is 2"),
+        ({"pipeline_parallel_size": 2}, "by tensor parallelism alone, pipeline_parallel_size is 2: write pipeline_"),
+        ({"data_parallel_size": 2}, "by tensor parallelism alone, data_parallel_size is 2: write data_parallel_size 1"),
+        ({"tensor_parallel_size": 2, "nnodes": 2}, "serves a target on one machine"),
         ({"async_scheduling": True}, "cannot go with async_scheduling: leave it out"),
         ({"spec_method": "ngram"}, '--spec-method and "method" in the speculative config say the same'),
         ({"spec_tokens": 3}, '--spec-tokens and "num_speculative_tokens" in the speculative config say the same'),
@@ -291,6 +293,24 @@ def test_a_wrong_word_gets_one_line(pair: Path, options: dict[str, Any], expecte
 )
 def test_what_it_cannot_be_combined_with(pair: Path, arguments: dict[str, Any], expected: str) -> None:
     assert expected in refusal(pair, {"method": "saguaro", "num_speculative_tokens": 4}, **arguments)
+
+
+def test_ranks_and_a_draft_inside_one_of_them(pair: Path) -> None:
+    message = refusal(pair, {"method": "saguaro", "placement": "inline"}, tensor_parallel_size=2)
+    assert message.endswith('tensor_parallel_size is 2: write placement "process"')
+
+
+def test_a_target_of_two_ranks_has_a_whole_draft(pair: Path, make_model: ModelMaker, planned: list[Planned]) -> None:
+    """Of three heads, which vLLM would refuse to divide by two."""
+    draft = make_model("odd", num_attention_heads=3, num_key_value_heads=3, hidden_size=96)
+    options = {"method": "saguaro", "model": str(draft)}
+    speculative = engine(pair, speculative_config=options, tensor_parallel_size=2).create_engine_config()
+    assert speculative.parallel_config.tensor_parallel_size == 2
+    found = speculative.speculative_config
+    assert found.draft_parallel_config.tensor_parallel_size == 1
+    # vLLM's own drafter, which the runner makes first, wants the two equal.
+    assert found.target_parallel_config.tensor_parallel_size == 1
+    assert planned == [(None, 2)]
 
 
 def test_cores_that_are_not_there(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,12 +103,12 @@ def plan_ranks(nodes: Sequence[Sequence[int]], ranks: int, draft_cpus: str | Non
     """
     used = [tuple(sorted(node)) for node in nodes[:ranks]]
     seats = [len(range(first, ranks, len(used))) for first in range(len(used))]
-    everything = tuple(sorted(cpu for node in used for cpu in node))
+    everything = tuple(sorted(cpu for node in nodes for cpu in node))
     if draft_cpus is not None:
         draft = parse_cpus(draft_cpus)
         if not set(draft) <= set(everything):
             raise ValueError(
-                f"draft_cpus {draft_cpus!r} names cores that are not the target's to give: "
+                f"draft_cpus {draft_cpus!r} names cores that are not allowed here: "
                 f"write some of {format_cpus(everything)}"
             )
     else:
@@ -122,7 +122,7 @@ def plan_ranks(nodes: Sequence[Sequence[int]], ranks: int, draft_cpus: str | Non
             )
         free = used
     each = max(1, min(len(cpus) // seat for cpus, seat in zip(free, seats, strict=True)))
-    if each > 1 and len({*everything}.difference(draft)) - each * ranks < reserved:
+    while each > 1 and len({*everything}.difference(draft)) - each * ranks < reserved:
         each -= 1
     parts = []
     for rank in range(ranks):
@@ -150,7 +150,11 @@ def apply_in_frontend(
         return plan_cores(allowed_cpus(), draft_cpus, parse_cpus(binding.replace("|", ",")))
     allowed = allowed_cpus()
     if ranks > 1:
-        nodes = [one_cpu_a_core(node) for node in by_node(allowed)]
+        wished = set(parse_cpus(draft_cpus)) if draft_cpus is not None else set()
+        nodes = [
+            (*one_cpu_a_core([cpu for cpu in node if cpu not in wished]), *wished.intersection(node))
+            for node in by_node(allowed)
+        ]
         few = sum(map(len, nodes[:ranks])) < _ENOUGH_CORES
         plan = plan_ranks(nodes, ranks, draft_cpus, _reserved(environment, not few))
         environment[_BINDING] = environment[_OURS] = "|".join(map(format_cpus, plan.ranks))

@@ -197,7 +197,8 @@ class RankedEngine(Engine):
     def facts(self) -> Json:
         if not self._ours:
             return {}
-        return {"draft_pids": self.llm.collective_rpc(ranks.draft_pid), "blocks": self.llm.collective_rpc(ranks.blocks)}
+        asked = {"rank_pids": ranks.pid, "draft_pids": ranks.draft_pid, "blocks": ranks.blocks}
+        return {name: self.llm.collective_rpc(function) for name, function in asked.items()}
 
     def texts_of_ranks(self) -> list[Json]:
         if not self._ours:

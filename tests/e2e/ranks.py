@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 
@@ -38,6 +39,11 @@ def sample_apart(worker: Any) -> None:
     """The planted fault: each rank samples for itself, as vLLM's ranks do, and only one of them knows q."""
     runner = worker.model_runner
     runner._sample = runner._sample.args[-1]
+
+
+def pid(worker: Any) -> int:
+    """The process of this rank."""
+    return os.getpid()
 
 
 def draft_pid(worker: Any) -> int | None:

@@ -160,7 +160,13 @@ def test_several_ranks_a_node_do_not_straddle() -> None:
 
 @pytest.mark.parametrize(
     ("count", "reserved", "ranks"),
-    [(5, 1, ((0,), (1,))), (6, 1, ((0, 1), (2, 3))), (3, 1, ((0,), (1,))), (7, 2, ((0, 1), (2, 3)))],
+    [
+        (5, 1, ((0,), (1,))),
+        (6, 1, ((0, 1), (2, 3))),
+        (3, 1, ((0,), (1,))),
+        (7, 2, ((0, 1), (2, 3))),
+        (8, 5, ((0,), (1,))),
+    ],
 )
 def test_cores_are_kept_free_as_long_as_each_rank_has_one(
     count: int, reserved: int, ranks: tuple[tuple[int, ...], ...]
@@ -182,6 +188,8 @@ def test_ranks_share_cores_where_there_are_fewer() -> None:
 def test_the_users_choice_for_the_draft_is_kept_from_the_ranks() -> None:
     plan = plan_ranks([range(6)], 2, "0,2")
     assert (plan.ranks, plan.draft) == (((1, 3), (4, 5)), (0, 2))
+    elsewhere = plan_ranks([(0, 1), (2, 3), (4, 5)], 2, "4")
+    assert (elsewhere.ranks, elsewhere.draft) == (((0, 1), (2, 3)), (4,))
 
 
 @pytest.mark.parametrize(("choice", "message"), [("8", "names cores"), ("1-2", "no core each to the target's 2 ranks")])

@@ -16,7 +16,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm_saguaro.messages import Noise, Sampling
 from vllm_saguaro.turn import Verified
 from vllm_saguaro.vllm_hooks.known_noise import RequestKeys
-from vllm_saguaro.vllm_hooks.runner_v1 import SaguaroDrafter, install
+from vllm_saguaro.vllm_hooks.runner_v1 import SaguaroDrafter, SilentDrafter, install
 
 
 class Listener:
@@ -177,6 +177,20 @@ def test_profiling_and_warm_up_reach_nobody() -> None:
     stage.drafter.initialize_attn_backend(None, None)
     stage.drafter.initialize_cudagraph_keys(None)
     assert (stage.listener.arrived, stage.listener.left, stage.listener.rows) == ([], [], [])
+
+
+def test_the_drafter_of_another_rank_drafts_nothing_and_waits_for_nobody() -> None:
+    stage = Stage()
+    stage.runner.drafter, stage.runner.speculative_config.disable_padded_drafter_batch = vllms_own(), False
+    silent = SilentDrafter()
+    install(stage.runner, silent)
+    assert stage.runner.drafter is silent
+    assert stage.runner.speculative_config.disable_padded_drafter_batch, "else the runner calls it before bookkeeping"
+    silent.load_model(None)
+    silent.begin_step(SimpleNamespace())
+    assert stage.propose([[2, 3], []], tokens_in=5, a=3) == [[], []]
+    assert silent.proposals("a", 3) is None
+    assert not stage.listener.ready
 
 
 def test_a_request_that_goes_on_with_new_input_has_a_new_key() -> None:

@@ -185,6 +185,7 @@ class RankedEngine(Engine):
     def __init__(self, llm: Any) -> None:
         self.llm = llm
         self.records = []
+        self.draft_pids = []
         self._ours = llm.llm_engine.vllm_config.speculative_config is not None
         if self._ours:
             llm.collective_rpc(ranks.record)
@@ -197,7 +198,7 @@ class RankedEngine(Engine):
     def facts(self) -> Json:
         if not self._ours:
             return {}
-        asked = {"rank_pids": ranks.pid, "draft_pids": ranks.draft_pid, "blocks": ranks.blocks}
+        asked = {"rank_pids": ranks.pid, "drafts_of_ranks": ranks.draft_pid, "blocks": ranks.blocks}
         return {name: self.llm.collective_rpc(function) for name, function in asked.items()}
 
     def texts_of_ranks(self) -> list[Json]:

@@ -48,7 +48,7 @@ def pid(worker: Any) -> int:
 
 def draft_pid(worker: Any) -> int | None:
     """The draft process that this rank has started."""
-    return getattr(worker._channel, "pid", None)
+    return getattr(getattr(worker._channel, "_present", None), "pid", None)
 
 
 def blocks(worker: Any) -> int:

@@ -161,7 +161,7 @@ def test_drafts_are_those_for_a_target_of_one_rank(runs: Engines) -> None:
 
 def test_one_rank_has_a_draft_and_all_have_as_many_blocks(runs: Engines) -> None:
     for run in (runs.coupled, runs.probabilistic):
-        started, none = run.answer["draft_pids"]
+        started, none = run.answer["drafts_of_ranks"]
         assert started == run.answer["draft_pid"] is not None
         assert none is None
         assert len(set(run.answer["blocks"])) == 1

@@ -26,6 +26,7 @@ AUTO_MAX_BRANCHES: Final = 48
 """N at most where it chooses itself: beyond, a branch adds a percent of hits at most."""
 INLINE_BRANCHES: Final = 12
 MAX_SPECULATIVE_TOKENS: Final = 16
+MAX_REPLICAS: Final = 16
 
 OWN_KEYS: Final = (
     "branches",
@@ -36,6 +37,7 @@ OWN_KEYS: Final = (
     "sampling_c",
     "adaptive",
     "draft_restarts",
+    "draft_replicas",
 )
 
 # vLLM's keys that mean for our draft what they mean for vLLM's own `draft_model`.
@@ -105,6 +107,7 @@ class SaguaroConfig:
     sampling_c: float | str = AUTO
     adaptive: bool | None = None
     draft_restarts: int = 5
+    draft_replicas: int = 1
     draft_sample_method: str = "coupled"
     num_speculative_tokens: int = 4
     draft_max_length: int = 0
@@ -117,6 +120,12 @@ class SaguaroConfig:
         if self.adaptive is not None and not isinstance(self.adaptive, bool):
             raise SaguaroConfigError(f"adaptive must be true or false, not {_show(self.adaptive)}")
         _require_int("draft_restarts", self.draft_restarts, 0, None)
+        _require_int("draft_replicas", self.draft_replicas, 1, MAX_REPLICAS)
+        if self.draft_replicas > 1 and self.placement == "inline":
+            raise SaguaroConfigError(
+                f'draft_replicas is {self.draft_replicas}, but with placement "inline" the draft is the target\'s own '
+                'thread: write draft_replicas 1, or placement "process"'
+            )
         _require_choice("draft_sample_method", self.draft_sample_method, DRAFT_SAMPLE_METHODS)
         _require_int("num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
         _require_int("draft_max_length", self.draft_max_length, 0, None)

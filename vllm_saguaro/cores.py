@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,17 @@ class CorePlan:
 
 
 def plan_cores(
-    allowed: Sequence[int], draft_cpus: str | None, target_cpus: Sequence[int] | None = None, reserved: int = 0
+    allowed: Sequence[int],
+    draft_cpus: str | None,
+    target_cpus: Sequence[int] | None = None,
+    reserved: int = 0,
+    drafts: int = 1,
 ) -> CorePlan:
     """Divide the CPUs that this process may use.
 
     `draft_cpus` is the user's choice for the draft, like "2-3,6"; the target gets the rest. Without one the draft gets
-    the last one in eight (at least one), and before those `reserved` cores stay free for vLLM's other processes.
+    the last one in eight (at least one, and one for each of so many `drafts` if that leaves the target half), and
+    before those `reserved` cores stay free for vLLM's other processes.
     `target_cpus`: what the user has bound the target to, if anything; it stays.
     Raises `ValueError` when the choice is not within `allowed` or leaves nothing.
     """
@@ -76,7 +82,7 @@ def plan_cores(
     elif target_cpus is not None:
         draft = tuple(cpu for cpu in cpus if cpu not in target_cpus) or cpus
     elif len(cpus) > 1:
-        draft = cpus[-max(1, len(cpus) // DRAFT_SHARE) :]
+        draft = cpus[-max(1, min(drafts, len(cpus) // 2), len(cpus) // DRAFT_SHARE) :]
     else:
         draft = cpus
     if target_cpus is not None:
@@ -133,13 +139,14 @@ def plan_ranks(nodes: Sequence[Sequence[int]], ranks: int, draft_cpus: str | Non
 
 
 def apply_in_frontend(
-    draft_cpus: str | None, environment: MutableMapping[str, str] = os.environ, ranks: int = 1
+    draft_cpus: str | None, environment: MutableMapping[str, str] = os.environ, ranks: int = 1, drafts: int = 1
 ) -> CorePlan:
     """Decide before any worker process starts, and bind the workers that this process will start.
 
     A worker process sizes and binds its OpenMP threads from the environment before our code runs in it, so the target's
     cores must stand there; an engine inside this process is bound by the worker itself. What the user has written into
-    VLLM_CPU_OMP_THREADS_BIND stays. `ranks`: of a tensor-parallel target. Raises `ValueError` as the planners do.
+    VLLM_CPU_OMP_THREADS_BIND stays. `ranks`: of a tensor-parallel target; `drafts`: draft processes.
+    Raises `ValueError` as the planners do.
     """
     undo_in_frontend(environment)  # an earlier engine's plan is not the user's word
     binding = environment.get(_BINDING) or "auto"
@@ -164,7 +171,8 @@ def apply_in_frontend(
     else:
         chosen = plan_cores(allowed, draft_cpus)
         cpus = tuple(sorted({*one_cpu_a_core(one_node(chosen.target)), *chosen.draft}))
-    plan = plan_cores(cpus, draft_cpus, reserved=_reserved(environment, len(cpus) >= _ENOUGH_CORES))
+    reserved = _reserved(environment, len(cpus) >= _ENOUGH_CORES)
+    plan = plan_cores(cpus, draft_cpus, reserved=reserved, drafts=drafts)
     environment[_BINDING] = environment[_OURS] = format_cpus(plan.target)
     return plan
 
@@ -196,6 +204,14 @@ def by_node(cpus: Sequence[int]) -> list[tuple[int, ...]]:
     nodes = [node for node in nodes if node]
     known = {cpu for node in nodes for cpu in node}
     return nodes if known == set(cpus) else [tuple(sorted(cpus))]
+
+
+def shared_out(cpus: Sequence[int], drafts: int) -> list[tuple[int, ...]]:
+    """The CPUs of each of several drafts: equal parts that follow one another; where they are few, one each in turn."""
+    if len(cpus) < drafts:
+        return [(cpus[draft % len(cpus)],) for draft in range(drafts)]
+    bounds = [len(cpus) * draft // drafts for draft in range(drafts + 1)]
+    return [tuple(cpus[first:end]) for first, end in pairwise(bounds)]
 
 
 def one_cpu_a_core(cpus: Sequence[int]) -> tuple[int, ...]:

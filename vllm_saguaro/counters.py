@@ -1,12 +1,13 @@
 """What this plugin counts beyond vLLM's own metrics, on one small shared page.
 
 The target side adds, whoever serves metrics reads: plain 64-bit floats in memory that both map, no message and no
-lock. Each word has one writer (the thread that looks after the draft side has three), so a reader can at worst see a
-count a moment old.
+lock. Each word has one writer (what the threads count that look after the draft sides is added under a lock), so a
+reader can at worst see a count a moment old.
 """
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_left
 from dataclasses import dataclass
 
@@ -66,8 +67,8 @@ QUIET_STEPS = Counter("saguaro_quiet_steps", "Steps without any drafts, because 
 DRAFTS = Gauge("saguaro_drafts", "Drafts of a request that are worth verifying now, at most K.", 8)
 BRANCHES = Gauge("saguaro_branches", "Outcomes that the newest table has drafts for.", 9)
 DRAFT_RESTARTS = Counter("saguaro_draft_restarts", "Times that the draft side was started again.", 10)
-DRAFT_UP = Gauge("saguaro_draft_up", "1 while a draft side answers, 0 while none does.", 11)
-DRAFT_LEFT_OFF = Gauge("saguaro_draft_left_off", "1 when the draft side ended too often and is not started again.", 12)
+DRAFT_UP = Gauge("saguaro_draft_up", "Draft sides that answer now.", 11)
+DRAFT_LEFT_OFF = Gauge("saguaro_draft_left_off", "Draft sides that ended too often and are not started again.", 12)
 DRAFT_ROUND = Histogram(
     "saguaro_draft_round_seconds",
     "From an outcome to the finished table of the next round, on the draft side.",
@@ -99,6 +100,7 @@ class CounterPage:
 
     def __init__(self, buffer: memoryview | None = None) -> None:
         self._words = (memoryview(bytearray(PAGE_BYTES)) if buffer is None else buffer).cast("d")
+        self._lock = threading.Lock()
 
     def add(self, counter: Counter, amount: int = 1) -> None:
         """Count `amount` more."""
@@ -112,6 +114,11 @@ class CounterPage:
     def set(self, gauge: Gauge, value: float) -> None:
         """Say what it is now."""
         self._words[gauge.word] = value
+
+    def count_in(self, what: Counter | Gauge, amount: int) -> None:
+        """Count so many more (or fewer), where several threads count the same."""
+        with self._lock:
+            self._words[what.word] += amount
 
     def value(self, counter: Counter | Gauge) -> float:
         """The count, or what it is now."""

@@ -77,7 +77,7 @@ def run_engine(spec: Json, answers: IO[str]) -> None:
             "ranks": texts,
         }
     answer["left"] = engine.left_over()
-    answer["draft_pids"] = engine.draft_pids
+    answer["draft_pids"] = [*engine.draft_pids, *engine.drafts]
     end = spec.get("end", "shutdown")
     if end == "shutdown":
         started = time.perf_counter()
@@ -132,8 +132,14 @@ class Engine:
 
     @property
     def draft_pid(self) -> int | None:
+        return next(iter(self.drafts), None)
+
+    @property
+    def drafts(self) -> list[int]:
+        """The draft processes that are there now, the first replica's first."""
         channel = getattr(self.worker, "_channel", None)
-        return getattr(getattr(channel, "_present", None), "pid", None)
+        present = [getattr(one, "_present", None) for one in getattr(channel, "_channels", [channel])]
+        return [life.pid for life in present if hasattr(life, "pid")]
 
     def metrics(self) -> dict[str, float]:
         """Counters, vectors and histograms by name, with the labels that tell one engine's apart."""
@@ -211,6 +217,10 @@ class RankedEngine(Engine):
     @property
     def draft_pid(self) -> int | None:
         return self.llm.collective_rpc(ranks.draft_pid)[0] if self._ours else None
+
+    @property
+    def drafts(self) -> list[int]:
+        return [] if self.draft_pid is None else [self.draft_pid]
 
     def left_over(self) -> Json:
         return {}
@@ -338,8 +348,10 @@ def break_draft(engine: Engine) -> None:
 
 
 def await_draft(engine: Engine) -> None:
-    """Until another draft process is there than those to which something was done."""
-    wait_for(lambda: engine.worker._channel.alive and engine.draft_pid not in (None, *engine.draft_pids))
+    """Until all draft processes are there that were asked for, and none to which something was done."""
+    asked_for = len(getattr(engine.worker._channel, "_channels", [None]))
+    wait_for(lambda: len(engine.drafts) == asked_for and not {*engine.drafts}.intersection(engine.draft_pids))
+    wait_for(lambda: engine.worker._channel.alive)
 
 
 def await_left_off(engine: Engine) -> None:

@@ -210,3 +210,16 @@ def test_the_words_that_are_known(backup: str, method: str, sampling_c: float | 
 
 def test_what_vllm_says_when_nothing_was_written_is_our_default() -> None:
     assert split_options({"draft_sample_method": None})[0] == SaguaroConfig()
+
+
+def test_several_drafts_need_processes_of_their_own() -> None:
+    assert SaguaroConfig(draft_replicas=3).draft_replicas == 3
+    with pytest.raises(SaguaroConfigError, match=r'draft_replicas is 2, but with placement "inline"'):
+        SaguaroConfig(draft_replicas=2, placement="inline")
+    assert SaguaroConfig(placement="inline").draft_replicas == 1
+
+
+@pytest.mark.parametrize("value", [0, 17, True, 1.5, "2"])
+def test_a_number_of_drafts_that_cannot_be_is_refused(value: object) -> None:
+    with pytest.raises(SaguaroConfigError, match="draft_replicas"):
+        SaguaroConfig(draft_replicas=value)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_saguaro import cores
-from vllm_saguaro.cores import CorePlan, format_cpus, parse_cpus, plan_cores, plan_ranks
+from vllm_saguaro.cores import CorePlan, format_cpus, parse_cpus, plan_cores, plan_ranks, shared_out
 
 cpu_sets = st.sets(st.integers(0, 300), min_size=1, max_size=40)
 
@@ -228,3 +228,27 @@ def test_cpus_by_node_are_all_that_were_given() -> None:
     allowed = cores.allowed_cpus()
     assert sorted(cpu for node in cores.by_node(allowed) for cpu in node) == list(allowed)
     assert cores.by_node([60000, 60001]) == [(60000, 60001)]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "drafts", "expected"),
+    [
+        ((4, 5, 6, 7), 1, [(4, 5, 6, 7)]),
+        ((4, 5, 6, 7), 2, [(4, 5), (6, 7)]),
+        ((4, 5, 6, 7, 8), 2, [(4, 5), (6, 7, 8)]),
+        ((4, 5), 2, [(4,), (5,)]),
+        ((4, 5), 3, [(4,), (5,), (4,)]),
+        ((1,), 2, [(1,), (1,)]),
+    ],
+)
+def test_several_drafts_share_the_drafts_cores(
+    cpus: tuple[int, ...], drafts: int, expected: list[tuple[int, ...]]
+) -> None:
+    assert shared_out(cpus, drafts) == expected
+
+
+@pytest.mark.parametrize(("cpus", "drafts", "expected"), [(16, 1, 2), (16, 3, 3), (4, 3, 2), (2, 2, 1), (1, 2, 1)])
+def test_each_of_several_drafts_gets_a_core_if_that_leaves_the_target_half(
+    cpus: int, drafts: int, expected: int
+) -> None:
+    assert len(plan_cores(range(cpus), None, drafts=drafts).draft) == expected

@@ -76,6 +76,7 @@ class RestartingChannel:
         self._again_at = 0.0
         self._failures = 0
         self._left_off = False
+        self._said_up = False
         self._hung_for = 0.0
         self._hang = self._care.hang
 
@@ -129,7 +130,7 @@ class RestartingChannel:
         self._present.wait_until_ready()
         self.max_length = self._present.max_length
         self._began_at = self._looked_at = self._clock()
-        self._page.set(counters.DRAFT_UP, 1)
+        self._say(up=True)
         # It knows this object weakly: one that is dropped without `close` goes, and its draft side with it.
         self._thread = threading.Thread(
             target=_look_after,
@@ -152,7 +153,12 @@ class RestartingChannel:
             self._thread = None
         if present is not None:
             present.close()
-        self._page.set(counters.DRAFT_UP, 0)
+        self._say(up=False)
+
+    def _say(self, up: bool) -> None:
+        if up != self._said_up:
+            self._said_up = up
+            self._page.count_in(counters.DRAFT_UP, 1 if up else -1)
 
     # ---- the thread that looks after it ------------------------------------------------------------------------
 
@@ -186,7 +192,7 @@ class RestartingChannel:
             if self._present is None:  # `close` has it
                 return
             self._present = None
-        self._page.set(counters.DRAFT_UP, 0)
+        self._say(up=False)
         self._close(present)
         if self._clock() - self._began_at >= self._care.good_life:
             self._failures = 0
@@ -196,7 +202,7 @@ class RestartingChannel:
         """After a life that ended, or never began: when the next one is started, if ever."""
         if self._failures >= self._restarts:
             self._left_off = True
-            self._page.set(counters.DRAFT_LEFT_OFF, 1)
+            self._page.count_in(counters.DRAFT_LEFT_OFF, 1)
             self._log.error(
                 "The draft side %s. After %d restarts in a row it is left off: decoding goes on without drafts as long "
                 "as this engine runs.",
@@ -216,7 +222,7 @@ class RestartingChannel:
         )
 
     def _start_again(self) -> None:
-        self._page.add(counters.DRAFT_RESTARTS)
+        self._page.count_in(counters.DRAFT_RESTARTS, 1)
         channel = None
         try:
             channel = self._start()
@@ -240,7 +246,7 @@ class RestartingChannel:
             self._life += 1
         self.max_length = channel.max_length
         self._hung_for, self._began_at, self._looked_at = 0.0, self._clock(), self._clock()
-        self._page.set(counters.DRAFT_UP, 1)
+        self._say(up=True)
 
     def _take_back(self, starting: Channel) -> None:
         """Close a life that has not begun, unless `close` does."""

@@ -222,7 +222,7 @@ def _plan_cores(config: SaguaroConfig, ranks: int) -> cores.CorePlan | None:
     if config.placement != "process":
         return None
     try:
-        return cores.apply_in_frontend(config.draft_cpus, ranks=ranks)
+        return cores.apply_in_frontend(config.draft_cpus, ranks=ranks, drafts=config.draft_replicas)
     except ValueError as error:
         raise SaguaroConfigError(str(error)) from error
 

@@ -26,6 +26,7 @@ from vllm_saguaro.placement.inline import InlineChannel
 from vllm_saguaro.placement.mailbox import MailboxShape
 from vllm_saguaro.placement.process import ProcessChannel
 from vllm_saguaro.placement.restarting import RestartingChannel
+from vllm_saguaro.placement.sharded import ShardedChannel
 from vllm_saguaro.policy import Policy
 from vllm_saguaro.speculator import Speculator
 from vllm_saguaro.vllm_hooks import compatibility, cpu_sampler, ranks, rejection_sampler, runner_v1
@@ -113,7 +114,8 @@ class SaguaroWorker(CPUWorker):
                 plan = self._options["cores"]
                 self.requested_cpu_memory //= plan["ranks_a_node"] if plan else 1
                 if self._channel is not None:
-                    self.requested_cpu_memory -= DRAFT_KV_BYTES + self._channel.resident_bytes
+                    budget = DRAFT_KV_BYTES * self._options["draft_replicas"]
+                    self.requested_cpu_memory -= budget + self._channel.resident_bytes
             return super().determine_available_memory()
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -155,12 +157,19 @@ class SaguaroWorker(CPUWorker):
             "fan_out": config.fan_out,
             "draft_sample_method": config.draft_sample_method,
             "sampling_c": config.sampling_c,
-            "cpus": plan["draft"] if plan else [],
         }
         if config.placement == "inline":
             logger.warning("Drafting inline, in the target's own thread: for debugging and ablation, not for speed.")
             self._page.set(counters.DRAFT_UP, 1)
             return InlineChannel(lambda: load_engine(options), shape)
+        drafts = min(config.draft_replicas, shape.slots)
+        parts = cores.shared_out(plan["draft"], drafts) if plan else [()] * drafts
+        if drafts > 1 and plan and len(plan["draft"]) < drafts:
+            logger.warning("Saguaro: %d drafts share %d cores.", drafts, len(plan["draft"]))
+        channels = [self._open_process(config, {**options, "cpus": list(cpus)}, shape) for cpus in parts]
+        return channels[0] if drafts == 1 else ShardedChannel(channels, shape.slots, logger)
+
+    def _open_process(self, config: SaguaroConfig, options: dict[str, Any], shape: MailboxShape) -> Channel:
         environment = cores.draft_environment(dict(os.environ), options["cpus"] or [0])
         return RestartingChannel(
             lambda: ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment),

@@ -1,0 +1,150 @@
+"""Several drafts behind one channel: each is told of its own slots alone, and one may fail without the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from vllm_saguaro.messages import Admit, Outcome, Proposals, Release, Sampling, Stamp, Step, Table, Want
+from vllm_saguaro.placement.channel import DraftFailed
+from vllm_saguaro.placement.sharded import ShardedChannel
+
+SLOTS = 6
+LOG = logging.getLogger("saguaro-test-sharded")
+FIRST_Q = Proposals(np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32))
+
+
+class OneDraft:
+    """A draft side that remembers what it was told."""
+
+    def __init__(self, number: int, max_length: int = 40, failure: str = "") -> None:
+        self.number, self.max_length, self._failure = number, 0 if failure else max_length, failure
+        self.alive, self.taking, self.closed = True, True, False
+        self.resident_bytes, self.stalled_seconds = 100 + number, 0.1 * number
+        self.shards: Sequence[range] = (range(SLOTS),)
+        self.steps: list[Step] = []
+
+    def epoch(self, slot: int) -> int:
+        return 10 * self.number + 1 if self.alive else 0
+
+    def post(self, step: Step) -> bool:
+        if self.alive and self.taking:
+            self.steps.append(step)
+        return self.alive and self.taking
+
+    def read(self, slot: int) -> Table | None:
+        return Table(Stamp(slot, self.number, 0), [], [], [])
+
+    def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
+        return None if self.number else FIRST_Q
+
+    def wait_until_ready(self) -> None:
+        if self._failure:
+            self.alive = False
+            raise DraftFailed(self._failure)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def sharing(*drafts: OneDraft, slots: int = SLOTS) -> ShardedChannel:
+    return ShardedChannel(drafts, slots, LOG)
+
+
+def step_of(*slots: int) -> Step:
+    """One message of each kind for every slot."""
+    stamps = [Stamp(slot, 1, 0) for slot in slots]
+    return Step(
+        [Admit(stamp, Sampling(), (1, 2)) for stamp in stamps],
+        [Want(stamp, 0, 5, 2) for stamp in stamps],
+        [Outcome(stamp, 0, 5, 3, (), 0) for stamp in stamps],
+        [Release(stamp) for stamp in stamps],
+    )
+
+
+@pytest.mark.parametrize(
+    ("drafts", "slots", "expected"),
+    [(1, 6, [range(6)]), (2, 6, [range(3), range(3, 6)]), (4, 6, [range(1), range(1, 3), range(3, 4), range(4, 6)])],
+)
+def test_the_slots_are_shared_out(drafts: int, slots: int, expected: list[range]) -> None:
+    assert list(sharing(*map(OneDraft, range(drafts)), slots=slots).shards) == expected
+
+
+@pytest.mark.parametrize("drafts", [0, 7])
+def test_no_draft_goes_without_a_slot(drafts: int) -> None:
+    with pytest.raises(ValueError, match=f"{drafts} drafts cannot share 6 slots"):
+        sharing(*map(OneDraft, range(drafts)))
+
+
+def test_each_draft_is_told_of_its_own_slots() -> None:
+    first, second = OneDraft(0), OneDraft(1)
+    assert sharing(first, second).post(step_of(0, 5, 2))
+    assert first.steps == [step_of(0, 2)]
+    assert second.steps == [step_of(5)]
+
+
+def test_a_draft_with_nothing_to_learn_is_told_nothing() -> None:
+    first, second = OneDraft(0), OneDraft(1)
+    assert sharing(first, second).post(step_of(1))
+    assert second.steps == []
+
+
+def test_a_step_that_one_draft_refuses_is_refused_but_told_to_the_others() -> None:
+    """(The speculator forgets and releases all of it, so what the others took does no harm.)"""
+    first, second = OneDraft(0), OneDraft(1)
+    first.taking = False
+    assert not sharing(first, second).post(step_of(0, 5))
+    assert second.steps == [step_of(5)]
+
+
+def test_a_draft_that_has_ended_has_nothing_to_release() -> None:
+    first, second = OneDraft(0), OneDraft(1)
+    first.alive = False
+    channel = sharing(first, second)
+    assert channel.post(Step(releases=[Release(Stamp(0, 1, 0)), Release(Stamp(5, 1, 0))]))
+    assert second.steps == [Step(releases=[Release(Stamp(5, 1, 0))])]
+    assert not channel.post(Step(outcomes=[Outcome(Stamp(0, 1, 0), 0, 5, 3, (), 0)]))
+
+
+def test_a_slots_own_draft_answers() -> None:
+    first, second = OneDraft(0), OneDraft(1)
+    channel = sharing(first, second)
+    assert [channel.epoch(slot) for slot in range(SLOTS)] == [1, 1, 1, 11, 11, 11]
+    tables = [channel.read(slot) for slot in (2, 3)]
+    assert [table.stamp.generation for table in tables if table is not None] == [0, 1]
+    assert channel.proposals(Stamp(0, 1, 0), 1, 0, 1) is FIRST_Q
+    assert channel.proposals(Stamp(5, 1, 0), 1, 0, 1) is None
+    assert channel.resident_bytes == 201
+    assert channel.stalled_seconds == pytest.approx(0.1)
+
+
+def test_it_lives_as_long_as_any_draft_does() -> None:
+    first, second = OneDraft(0), OneDraft(1)
+    channel = sharing(first, second)
+    first.alive = False
+    assert channel.alive
+    assert channel.epoch(0) == 0
+    assert channel.epoch(5) == 11
+    second.alive = False
+    assert not channel.alive
+
+
+def test_it_goes_on_with_the_drafts_that_came_up(caplog: pytest.LogCaptureFixture) -> None:
+    channel = sharing(OneDraft(0, 40), OneDraft(1, failure="no room"), OneDraft(2, 30))
+    channel.wait_until_ready()
+    assert channel.max_length == 30
+    assert caplog.messages == ["Draft 2 of 3 did not come up: no room.", "Going on with 2 of 3 drafts."]
+
+
+def test_without_any_draft_it_does_not_start() -> None:
+    with pytest.raises(DraftFailed, match="no room"):
+        sharing(OneDraft(0, failure="no room"), OneDraft(1, failure="no luck")).wait_until_ready()
+
+
+def test_closing_ends_every_draft() -> None:
+    drafts = OneDraft(0), OneDraft(1)
+    sharing(*drafts).close()
+    assert all(draft.closed for draft in drafts)

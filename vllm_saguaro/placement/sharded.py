@@ -1,0 +1,95 @@
+"""Several drafts behind one channel, each with requests of its own.
+
+A request stays with the draft whose slot it got (`slots.py` picks the one with the fewest requests), since its KV is
+there. Every mailbox has room for all slots, so no stamp has to be translated; pages of slots that are another's are
+never touched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from vllm_saguaro.messages import Proposals, Stamp, Step, Table
+from vllm_saguaro.placement.channel import Channel, DraftFailed
+
+
+class ShardedChannel:
+    """The slots 0 .. S - 1 shared out among the drafts, in equal parts that follow one another."""
+
+    def __init__(self, channels: Sequence[Channel], slots: int, log: logging.Logger) -> None:
+        """`channels`: of which each can hold all `slots` slots. Raises ValueError for more drafts than slots."""
+        if not 0 < len(channels) <= slots:
+            raise ValueError(f"{len(channels)} drafts cannot share {slots} slots")
+        self._channels = tuple(channels)
+        self._log = log
+        bounds = [slots * shard // len(channels) for shard in range(len(channels) + 1)]
+        self.shards: Sequence[range] = tuple(map(range, bounds, bounds[1:]))
+        self._of_slot = tuple(channel for channel, own in zip(channels, self.shards, strict=True) for _ in own)
+
+    @property
+    def max_length(self) -> int:
+        """Longest text, in tokens, that every draft can hold that came up."""
+        return min((length for channel in self._channels if (length := channel.max_length)), default=0)
+
+    @property
+    def alive(self) -> bool:
+        """Whether any draft can answer."""
+        return any(channel.alive for channel in self._channels)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of all drafts."""
+        return sum(channel.resident_bytes for channel in self._channels)
+
+    @property
+    def stalled_seconds(self) -> float:
+        """Of the draft that has left a step unread for longest."""
+        return max(channel.stalled_seconds for channel in self._channels)
+
+    def epoch(self, slot: int) -> int:
+        """Which life of the slot's draft answers."""
+        return self._of_slot[slot].epoch(slot)
+
+    def post(self, step: Step) -> bool:
+        """Tell each draft its part. False when any of them could not take it: nothing of the step counts then."""
+        taken = True
+        for channel, own in zip(self._channels, self.shards, strict=True):
+            part = Step(
+                [admit for admit in step.admits if admit.stamp.slot in own],
+                [want for want in step.wants if want.stamp.slot in own],
+                [outcome for outcome in step.outcomes if outcome.stamp.slot in own],
+                [release for release in step.releases if release.stamp.slot in own],
+            )
+            if part and not channel.post(part):
+                # A draft that has ended holds nothing: where it was only told to release, nothing is missed.
+                taken = taken and not (channel.alive or part.admits or part.wants or part.outcomes)
+        return taken
+
+    def read(self, slot: int) -> Table | None:
+        """The table of a slot."""
+        return self._of_slot[slot].read(slot)
+
+    def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
+        """The q of a branch's drafts."""
+        return self._of_slot[stamp.slot].proposals(stamp, version, branch, depth)
+
+    def wait_until_ready(self) -> None:
+        """Wait for all drafts. Goes on with those that came up; raises `DraftFailed` when none did."""
+        failures: list[DraftFailed] = []
+        for number, channel in enumerate(self._channels, start=1):
+            try:
+                channel.wait_until_ready()
+            except DraftFailed as failure:
+                failures.append(failure)
+                self._log.warning("Draft %d of %d did not come up: %s.", number, len(self._channels), failure)
+        up = len(self._channels) - len(failures)
+        if not up:
+            raise failures[0]
+        if failures:
+            self._log.warning("Going on with %d of %d drafts.", up, len(self._channels))
+
+    def close(self) -> None:
+        """End every draft."""
+        for channel in self._channels:
+            channel.close()

@@ -26,6 +26,21 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """What each room may import beside itself; `vllm_hooks` and `cli` may import everything."""
 LIGHT = ("__init__.py", "config.py", "cores.py", "messages.py", "counters.py")
+UNPICKLING = (
+    "pickle",
+    "_pickle",
+    "cloudpickle",
+    "dill",
+    "marshal",
+    "shelve",
+    "joblib",
+    "jsonpickle",
+    "multiprocessing",
+)
+"""`multiprocessing` sends pickles through its pipes, queues and managers."""
+EVALUATING = ("eval", "exec", "compile", "__import__")
+LOADING = ("torch", "np", "numpy", "yaml", "joblib")
+"""Whose `load` may unpickle."""
 HEAVY = ("torch", "vllm", "transformers", "ray")
 
 
@@ -85,6 +100,34 @@ def test_what_every_vllm_process_imports_is_light() -> None:
 def test_no_file_is_named_for_nothing(path: Path) -> None:
     vague = {"utils", "util", "helpers", "helper", "misc", "common"}
     assert not vague & {part.removesuffix(".py") for part in path.relative_to(PACKAGE).parts}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name)
+def test_no_bytes_become_code_or_objects(path: Path) -> None:
+    """Nothing is unpickled, and nothing evaluated: see docs/security.md."""
+    assert [module for module in imported(path) if any(of_package(module, unsafe) for unsafe in UNPICKLING)] == []
+    calls = [n.func for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
+    assert [f.lineno for f in calls if isinstance(f, ast.Name) and f.id in EVALUATING] == []
+    loads = [f for f in calls if isinstance(f, ast.Attribute) and f.attr == "load" and isinstance(f.value, ast.Name)]
+    assert [f.lineno for f in loads if isinstance(f.value, ast.Name) and f.value.id in LOADING] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from cloudpickle import loads",
+        "import multiprocessing.connection",
+        "def f():\n    import marshal",
+        "eval('1')",
+        "torch.load('x')",
+    ],
+)
+def test_what_makes_objects_of_bytes_would_be_noticed(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "planted.py"
+    path.write_text(line)
+    with pytest.raises(AssertionError):
+        test_no_bytes_become_code_or_objects(path)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)

@@ -1,13 +1,7 @@
 """The shared-memory mailbox: steps go one way through a ring, tables come back through one cell a request.
 
-One writer and one reader on each way, neither ever waits for the other. The memory is anonymous (a memfd, passed on by
-inheritance), so no name is left in /dev/shm however the two processes end. Layout, in 64-bit words:
-
-    control  [16]               head and tail of the ring, state of the draft side, its maximum length
-    tables   [slots][cell]      sequence, generation, round, branches, depth, nanoseconds, keys [N], drafts [K][N]
-    q        [slots][2][cell]   generation, round, sequence; then of each draft [K][N] its M candidates (32 bits each),
-                                and their probabilities (float32). Rounds take turns between the two
-    ring     [ring_bytes]       frames: length (8 bytes), then the step as `wire` encodes it, padded to 8
+One writer and one reader on each way, neither ever waits for the other. What lies where is in `layout.py`. Nothing of
+it is believed: whatever words are there, each side finds steps and tables within the shape, or none.
 
 A cell is a sequence lock: odd while its keys are being replaced. Within a round a cell only grows: a depth is written
 before the depth count says so, and its q before the depth.
@@ -20,22 +14,28 @@ branches and other draws: the sequence says whose q it is.
 from __future__ import annotations
 
 import array
+import struct
 import threading
 import time
-from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 
-from vllm_saguaro.messages import Proposals, Stamp, Step, Table
-from vllm_saguaro.placement.wire import WireError, decode, encode
+from vllm_saguaro.messages import GONE, Proposals, Stamp, Step, Table
+from vllm_saguaro.placement import layout
+from vllm_saguaro.placement.distribution import is_distribution
+from vllm_saguaro.placement.layout import CELL_HEADER, CONTROL_WORDS, Q_HEADER, LayoutError, MailboxShape
+from vllm_saguaro.placement.wire import Limits, WireError, decode, encode
 
-_CONTROL_WORDS = 16
 _HEAD, _TAIL, _STATE, _MAX_LENGTH, _ASLEEP, _DROPPED = range(6)
-_SEQUENCE, _GENERATION, _ROUND, _BRANCHES, _DEPTH, _NANOSECONDS, _KEYS = range(7)
+_SEQUENCE, _GENERATION, _ROUND, _BRANCHES, _DEPTH, _NANOSECONDS, _KEYS = range(CELL_HEADER + 1)
 _LENGTH_BYTES = 8
-_Q_HEADER = 3
 _NOBODY = (-1, -1, -1)
+_LARGEST = 2**31 - 1
+_LONGEST_ROUND = 3600 * 10**9
+"""Nanoseconds: a table that says that it took longer is none."""
+_MOST_WORD = 2**62 - 1
+"""Counts that go up for ever begin again after it."""
 
 
 class DraftState(IntEnum):
@@ -46,56 +46,36 @@ class DraftState(IntEnum):
     FAILED = 2
 
 
-@dataclass(frozen=True, slots=True)
-class MailboxShape:
-    """What both sides must agree on. `ring_bytes` is a multiple of 8; `support` is M, the candidates of a draft's q.
-
-    Pages of the q area are touched only when used: at temperature 0 they cost no memory.
-    """
-
-    slots: int
-    branches: int
-    num_speculative_tokens: int
-    ring_bytes: int
-    support: int
-
-    @property
-    def cell_words(self) -> int:
-        """64-bit words of one table."""
-        return _KEYS + self.branches * (1 + self.num_speculative_tokens)
-
-    @property
-    def q_words(self) -> int:
-        """64-bit words of one table's q."""
-        return _Q_HEADER + self.branches * self.num_speculative_tokens * self.support
-
-    @property
-    def tables_bytes(self) -> int:
-        """Size of the control words and the tables."""
-        return 8 * (_CONTROL_WORDS + self.slots * self.cell_words)
-
-    @property
-    def total_bytes(self) -> int:
-        """Size of the whole mailbox."""
-        return self.tables_bytes + 8 * self.slots * 2 * self.q_words + self.ring_bytes
-
-
 class Mailbox:
     """Both ends of the mailbox over one buffer; each process uses its half."""
 
-    def __init__(self, buffer: memoryview, shape: MailboxShape) -> None:
-        """`buffer`: at least `shape.total_bytes` writable bytes, all zero when first used."""
+    def __init__(self, buffer: memoryview, shape: MailboxShape, existing: bool = False) -> None:
+        """`buffer`: at least `shape.total_bytes` writable bytes, a mailbox already or all zero; `existing`: the former.
+
+        Raises `LayoutError` when it is too small, or a mailbox of another version or shape, or something else.
+        """
+        if len(buffer) < shape.total_bytes:
+            raise LayoutError(f"{len(buffer)} bytes for a mailbox of {shape.total_bytes}")
+        with buffer[: 8 * CONTROL_WORDS].cast("q") as control:
+            if not existing and not layout.is_signed(control):
+                layout.sign(control, shape)
+            layout.check(control, shape)
         self.shape = shape
         ring_at = shape.total_bytes - shape.ring_bytes
         self._buffer = buffer
         self._cells = buffer[: shape.tables_bytes]
         self._words = self._cells.cast("q")
         self._ring = buffer[ring_at : shape.total_bytes]
+        cells = np.frombuffer(self._cells, np.uint32).reshape(-1, 2)[CONTROL_WORDS:]
+        tables = cells.reshape(shape.slots, shape.cell_words, 2)[:, CELL_HEADER:]
+        # Of each key the token and the accepted drafts, of each draft the token and nothing.
+        self._halves = tables.reshape(shape.slots, 1 + shape.num_speculative_tokens, shape.branches, 2)
         q = np.frombuffer(buffer[shape.tables_bytes : ring_at], np.int64).reshape(shape.slots, 2, shape.q_words)
         drafts = shape.slots, 2, shape.num_speculative_tokens, shape.branches, 2, shape.support
-        self._q_stamps = q[..., :_Q_HEADER]
-        halves = q[..., _Q_HEADER:].view(np.int32).reshape(drafts)
+        self._q_stamps = q[..., :Q_HEADER]
+        halves = q[..., Q_HEADER:].view(np.int32).reshape(drafts)
         self._q_tokens, self._q_probabilities = halves[..., 0, :], halves[..., 1, :].view(np.float32)
+        self._limits = Limits(shape.slots, shape.num_speculative_tokens, shape.ring_bytes)
         # x86 keeps stores in order and loads in order by itself. Elsewhere leaving a lock and then taking it again
         # keeps what was before from what comes after.
         self._fence = threading.Lock()
@@ -103,7 +83,7 @@ class Mailbox:
 
     def close(self) -> None:
         """Let go of the buffer."""
-        del self._q_stamps, self._q_tokens, self._q_probabilities
+        del self._halves, self._q_stamps, self._q_tokens, self._q_probabilities
         for view in (self._words, self._cells, self._ring, self._buffer):
             view.release()
 
@@ -111,8 +91,9 @@ class Mailbox:
 
     @property
     def state(self) -> DraftState:
-        """Where the draft side is in its life."""
-        return DraftState(self._words[_STATE])
+        """Where the draft side is in its life; one that says what cannot be has failed."""
+        state = self._words[_STATE]
+        return DraftState(state) if 0 <= state <= DraftState.FAILED else DraftState.FAILED
 
     def announce(self, state: DraftState, max_length: int = 0) -> None:
         """Draft side: tell the state, and the longest text that the draft can hold."""
@@ -122,7 +103,7 @@ class Mailbox:
     @property
     def max_length(self) -> int:
         """Longest text, in tokens, that the draft can hold."""
-        return self._words[_MAX_LENGTH]
+        return min(max(self._words[_MAX_LENGTH], 0), _LARGEST)
 
     @property
     def asleep(self) -> bool:
@@ -136,13 +117,19 @@ class Mailbox:
     # ---- steps: target -> draft --------------------------------------------------------------------------------
 
     def post(self, step: Step) -> bool:
-        """Target side: put a step into the ring. False when there is no room: nothing was written."""
-        data = encode(step)
+        """Target side: put a step into the ring. False when there is no room: nothing was written.
+
+        The same where the two ends of the ring cannot be, and for numbers that no frame can hold.
+        """
+        try:
+            data = encode(step)
+        except (struct.error, OverflowError):
+            return False
         need = _LENGTH_BYTES + len(data) + -len(data) % 8
         tail, head = self._words[_TAIL], self._words[_HEAD]
         if head == tail or head != self._oldest[0]:
             self._oldest = head, time.monotonic()
-        if need > self.shape.ring_bytes - (tail - head):
+        if not (0 <= head <= tail <= _MOST_WORD and tail - head + need <= self.shape.ring_bytes):
             return False
         self._write_ring(tail, len(data).to_bytes(_LENGTH_BYTES, "little") + data)
         self._publish(_TAIL, tail + need)
@@ -168,21 +155,25 @@ class Mailbox:
         return self._words[_HEAD] != self._words[_TAIL]
 
     def receive(self) -> Step | None:
-        """Draft side: the oldest step not yet seen, or None. A frame that is no step is dropped and counted."""
+        """Draft side: the oldest step not yet seen, or None. A frame that is no step is dropped and counted.
+
+        All that waits is dropped when a length or the two ends of the ring cannot be: who knows where a frame begins?
+        """
         head, tail = self._words[_HEAD], self._words[_TAIL]
         if head == tail:
             return None
+        waiting = tail - head if 0 <= head <= tail <= head + self.shape.ring_bytes else 0
         with self._fence:
             size = int.from_bytes(self._read_ring(head, _LENGTH_BYTES), "little")
-            if not 0 < size <= tail - head - _LENGTH_BYTES:
-                self._words[_HEAD], self._words[_DROPPED] = tail, self._words[_DROPPED] + 1
-                return None
+            end = head + _LENGTH_BYTES + size + -size % 8
+            if not 0 < size <= waiting or end > tail:
+                size, end = 0, tail
             data = self._read_ring(head + _LENGTH_BYTES, size)
-        self._publish(_HEAD, head + _LENGTH_BYTES + size + -size % 8)
+        self._publish(_HEAD, end)
         try:
-            return decode(data)
+            return decode(data, self._limits)
         except WireError:
-            self._words[_DROPPED] += 1
+            self._drop()
             return None
 
     @property
@@ -190,16 +181,19 @@ class Mailbox:
         """Frames that were no step."""
         return self._words[_DROPPED]
 
+    def _drop(self) -> None:
+        self._words[_DROPPED] = (self._words[_DROPPED] + 1) & _MOST_WORD
+
     # ---- tables: draft -> target -------------------------------------------------------------------------------
 
     def publish(self, table: Table) -> None:
         """Draft side: put a table into its request's cell: its keys when it is new, its newest depth otherwise."""
         words, shape = self._words, self.shape
-        cell = _CONTROL_WORDS + table.stamp.slot * shape.cell_words
+        cell = CONTROL_WORDS + table.stamp.slot * shape.cell_words
         count, depth = len(table.bonus), len(table.drafts)
         if depth == 0:
-            sequence = words[cell + _SEQUENCE]
-            self._publish(cell + _SEQUENCE, sequence + 1)
+            sequence = (words[cell + _SEQUENCE] + 1 | 1) & _MOST_WORD  # odd, also after a writer that did not finish
+            self._publish(cell + _SEQUENCE, sequence)
             words[cell + _GENERATION] = table.stamp.generation
             words[cell + _ROUND] = table.stamp.round
             words[cell + _BRANCHES] = count
@@ -207,7 +201,7 @@ class Mailbox:
             self._q_stamps[table.stamp.slot, table.stamp.round & 1] = _NOBODY
             for branch in range(count):
                 words[cell + _KEYS + branch] = table.accepted[branch] << 32 | table.bonus[branch]
-            self._publish(cell + _SEQUENCE, sequence + 2)
+            self._publish(cell + _SEQUENCE, sequence + 1)
             return
         at = cell + _KEYS + shape.branches * depth
         newest = table.drafts[-1]
@@ -218,24 +212,37 @@ class Mailbox:
         self._publish(cell + _DEPTH, depth)
 
     def read(self, slot: int) -> Table | None:
-        """Target side: the table in a cell as it is now, or None while its keys are being replaced."""
+        """Target side: the table in a cell as it is now, or None while its keys are being replaced.
+
+        None also where numbers of it cannot be: counts beyond the shape, tokens outside the vocabulary. What is
+        looked at is a copy, so that nothing can change after it was found right.
+        """
         words, shape = self._words, self.shape
-        cell = _CONTROL_WORDS + slot * shape.cell_words
+        cell = CONTROL_WORDS + slot * shape.cell_words
         sequence = words[cell + _SEQUENCE]
         if sequence & 1:
             return None
         with self._fence:
             _, generation, round_, count, depth, nanoseconds = words[cell : cell + _KEYS].tolist()
+        if not (0 <= count <= shape.branches and 0 <= depth <= shape.num_speculative_tokens):
+            return None
         with self._fence:
-            at, stride = cell + _KEYS, shape.branches
-            keys = words[at : at + count].tolist()
-            rows = [words[row : row + count].tolist() for row in range(at + stride, at + stride * (depth + 1), stride)]
+            halves = self._halves[slot, : depth + 1, :count].copy()
         with self._fence:
             if words[cell + _SEQUENCE] != sequence:
                 return None
-        stamp = Stamp(slot, generation, round_)
-        accepted, bonus = [key >> 32 for key in keys], [key & 0xFFFFFFFF for key in keys]
-        return Table(stamp, accepted, bonus, rows, nanoseconds / 1e9, version=sequence)
+        tokens, accepted = halves[..., 0], halves[..., 1]
+        largest = np.maximum.reduce
+        if (
+            largest(tokens, axis=None, initial=0) >= shape.vocab_size
+            or largest(accepted, axis=None, initial=0) > shape.num_speculative_tokens
+            or not (generation >= 0 and round_ >= GONE and 0 <= nanoseconds <= _LONGEST_ROUND)
+        ):
+            return None
+        bonus, *drafts = tokens.tolist()
+        return Table(
+            Stamp(slot, generation, round_), accepted[0].tolist(), bonus, drafts, nanoseconds / 1e9, version=sequence
+        )
 
     def _publish_q(self, stamp: Stamp, version: int, depth: int, q: Proposals) -> None:
         count, width = q.tokens.shape
@@ -249,9 +256,11 @@ class Mailbox:
     def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
         """Target side: the q [depth, M] that the first drafts of a branch of this very table were drawn from.
 
-        None where they are certain, and where the q is no longer there: then they are to be taken as certain, which is
-        exact for any draft.
+        None where they are certain, and where the q is no longer there or no distribution: then they are to be taken as
+        certain, which is exact for any draft.
         """
+        if not (0 <= branch < self.shape.branches and 0 <= depth <= self.shape.num_speculative_tokens):
+            return None
         place = stamp.slot, stamp.round & 1
         wanted = [stamp.generation, stamp.round, version]
         with self._fence:
@@ -263,7 +272,8 @@ class Mailbox:
         with self._fence:
             if self._q_stamps[place].tolist() != wanted:
                 return None
-        return Proposals(tokens, probabilities)
+        found = Proposals(tokens, probabilities)
+        return found if is_distribution(found, self.shape.vocab_size) else None
 
     # ---- memory ------------------------------------------------------------------------------------------------
 

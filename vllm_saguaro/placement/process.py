@@ -24,7 +24,9 @@ from typing import IO, Any
 
 from vllm_saguaro.messages import Proposals, Stamp, Step, Table
 from vllm_saguaro.placement.channel import DraftFailed
-from vllm_saguaro.placement.mailbox import DraftState, Mailbox, MailboxShape
+from vllm_saguaro.placement.layout import MailboxShape
+from vllm_saguaro.placement.mailbox import DraftState, Mailbox
+from vllm_saguaro.placement.memfd import sealed_memfd
 
 START_TIMEOUT_SECONDS = 600.0
 """Loading and compiling a large draft takes minutes on a cold cache."""
@@ -46,8 +48,7 @@ class ProcessChannel:
 
         `environment` is the child's whole environment.
         """
-        self._memory_fd = os.memfd_create("saguaro-mailbox")
-        os.ftruncate(self._memory_fd, shape.total_bytes)
+        self._memory_fd = sealed_memfd("saguaro-mailbox", shape.total_bytes)
         self._memory = mmap.mmap(self._memory_fd, shape.total_bytes)
         self._mailbox = Mailbox(memoryview(self._memory), shape)
         self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -179,7 +180,7 @@ class DraftEnd:
     def __init__(self, start: Mapping[str, Any]) -> None:
         shape = MailboxShape(**{field.name: start[field.name] for field in dataclasses.fields(MailboxShape)})
         self._memory = mmap.mmap(start["memory_fd"], shape.total_bytes)
-        self.mailbox = Mailbox(memoryview(self._memory), shape)
+        self.mailbox = Mailbox(memoryview(self._memory), shape, existing=True)
         self.options: Mapping[str, Any] = start["options"]
         self._bell_fd: int = start["bell_fd"]
         self._parent: int = start["parent"]

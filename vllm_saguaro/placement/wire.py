@@ -1,6 +1,13 @@
 """`Step` as bytes: a fixed little-endian layout with magic, version and lengths, and a decoder that trusts nothing.
 
-No pickle crosses between the two sides: any bytes decode to a `Step` or raise `WireError`.
+No pickle crosses between the two sides: any bytes decode to a `Step` within the `Limits` or raise `WireError`. The
+layout is canonical: what decodes is what `encode` makes of the step, byte for byte.
+
+    header    magic, version (16 bits), numbers of admits, wants, outcomes, releases (16 bits each)
+    admits    stamp, sampling, number of tokens; the tokens (32 bits each)
+    wants     stamp, accepted, bonus, depth
+    outcomes  stamp, accepted, bonus, length, verified, number of drafts; the drafts (32 bits each)
+    releases  stamp
 """
 
 from __future__ import annotations
@@ -9,6 +16,7 @@ import array
 import math
 import struct
 import sys
+from dataclasses import dataclass
 
 from vllm_saguaro.messages import Admit, Noise, Outcome, Release, Sampling, Stamp, Step, Want
 
@@ -25,8 +33,26 @@ if sys.byteorder != "little" or array.array("i").itemsize != 4:  # pragma: no co
     raise ImportError("vllm_saguaro needs a little-endian machine with 32-bit C integers")
 
 
+_LARGEST = 2**31 - 1
+
+
 class WireError(ValueError):
     """Bytes that are not a `Step`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a step may say to a draft side: slots below `slots`, at most K drafts, and so many bytes for all of it.
+
+    Token ids are only known not to be negative: the draft side knows which of them it knows (`DraftLoop`).
+    """
+
+    slots: int = _LARGEST + 1
+    num_speculative_tokens: int = _LARGEST
+    frame_bytes: int = 1 << 28
+
+
+_NO_LIMITS = Limits()
 
 
 def encode(step: Step) -> bytes:
@@ -60,34 +86,40 @@ def encode(step: Step) -> bytes:
     return b"".join(parts)
 
 
-def decode(data: bytes) -> Step:
-    """The step in `data`. Raises `WireError` for anything that `encode` did not make."""
+def decode(data: bytes, limits: Limits = _NO_LIMITS) -> Step:
+    """The step in `data`. Raises `WireError` for anything that `encode` did not make, or that is beyond the limits."""
+    if len(data) > limits.frame_bytes:
+        raise WireError(f"{len(data)} bytes, {limits.frame_bytes} at most")
     try:
         magic, version, admits, wants, outcomes, releases = _HEADER.unpack_from(data)
         if (magic, version) != (_MAGIC, _VERSION):
             raise WireError(f"magic {magic:#x}, version {version}: not a step of version {_VERSION}")
         at = _HEADER.size
-        step = Step()
+        least = at + admits * _ADMIT.size + wants * _WANT.size + outcomes * _OUTCOME.size + releases * _STAMP.size
+        if least > len(data):
+            raise WireError(f"{least} bytes announced at least, {len(data)} there")
+        step, most, slots = Step(), limits.num_speculative_tokens, limits.slots
         for _ in range(admits):
             slot, generation, round_, *asked, count = _ADMIT.unpack_from(data, at)
             tokens, at = _integers(data, at + _ADMIT.size, count)
-            step.admits.append(Admit(_stamp(slot, generation, round_), _sampling(*asked), tokens))
+            step.admits.append(Admit(_stamp(slot, generation, round_, slots), _sampling(*asked), tokens))
         for _ in range(wants):
             slot, generation, round_, accepted, bonus, depth = _WANT.unpack_from(data, at)
             at += _WANT.size
-            if min(accepted, bonus, depth) < 0:
-                raise WireError("a want with a negative count")
-            step.wants.append(Want(_stamp(slot, generation, round_), accepted, bonus, depth))
+            if not (0 <= accepted <= most and bonus >= 0 and 0 <= depth <= most):
+                raise WireError("a want out of range")
+            step.wants.append(Want(_stamp(slot, generation, round_, slots), accepted, bonus, depth))
         for _ in range(outcomes):
             slot, generation, round_, accepted, bonus, length, verified, count = _OUTCOME.unpack_from(data, at)
+            if not (0 <= accepted <= verified <= most and bonus >= 0 and length >= 0 and count <= most):
+                raise WireError("an outcome out of range")
             drafts, at = _integers(data, at + _OUTCOME.size, count)
-            if min(accepted, bonus, length) < 0 or verified < accepted:
-                raise WireError("an outcome with a negative count")
-            step.outcomes.append(Outcome(_stamp(slot, generation, round_), accepted, bonus, length, drafts, verified))
+            stamp = _stamp(slot, generation, round_, slots)
+            step.outcomes.append(Outcome(stamp, accepted, bonus, length, drafts, verified))
         for _ in range(releases):
             slot, generation, round_ = _STAMP.unpack_from(data, at)
             at += _STAMP.size
-            step.releases.append(Release(_stamp(slot, generation, round_)))
+            step.releases.append(Release(_stamp(slot, generation, round_, slots)))
     except struct.error as error:
         raise WireError(str(error)) from None
     if at != len(data):
@@ -95,8 +127,10 @@ def decode(data: bytes) -> Step:
     return step
 
 
-def _stamp(slot: int, generation: int, round_: int) -> Stamp:
-    if slot < 0 or generation < 0 or round_ < 0:
+def _stamp(slot: int, generation: int, round_: int, slots: int) -> Stamp:
+    if not 0 <= slot < slots:
+        raise WireError(f"slot {slot} of {slots}")
+    if generation < 0 or round_ < 0:
         raise WireError("a stamp with a negative part")
     return Stamp(slot, generation, round_)
 
@@ -117,6 +151,6 @@ def _integers(data: bytes, at: int, count: int) -> tuple[tuple[int, ...], int]:
     if count < 0 or end > len(data):
         raise WireError(f"{count} integers announced, {(len(data) - at) // 4} there")
     values = array.array("i", data[at:end])
-    if any(value < 0 for value in values):
+    if values and min(values) < 0:
         raise WireError("a negative token id")
     return tuple(values), end

@@ -17,6 +17,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from vllm_saguaro.counters import BUCKETS, COUNTERS, GAUGES, HISTOGRAMS, PAGE_BYTES, CounterPage
+from vllm_saguaro.placement.memfd import sealed_memfd
 
 _PAGE_NAME = "saguaro-counters"
 _LABELS = ("model_name", "engine")
@@ -69,8 +70,7 @@ def open_page(model_name: str) -> str | None:
     """Front end: make a new engine's page and register its collector. Returns where a worker on this host finds it."""
     if not hasattr(os, "memfd_create"):
         return None
-    fd = os.memfd_create(_PAGE_NAME)
-    os.ftruncate(fd, PAGE_BYTES)
+    fd = sealed_memfd(_PAGE_NAME, PAGE_BYTES)
     page = CounterPage(memoryview(mmap.mmap(fd, PAGE_BYTES)))
     if _Registered.current is not None:
         REGISTRY.unregister(_Registered.current)

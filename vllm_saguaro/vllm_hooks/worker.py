@@ -91,6 +91,7 @@ class SaguaroWorker(CPUWorker):
             num_speculative_tokens=config.num_speculative_tokens,
             ring_bytes=(4 << 20) + 8 * self.model_config.max_model_len,
             support=SUPPORT,
+            vocab_size=self._options["target_vocab_size"],
         )
         self._page = attach_page(self._options.get("counters"))
         self._channel = self._open_channel(config, shape)

@@ -1,11 +1,13 @@
 """A second process at a mailbox: `python -m tests.unit.placement.hammer ROLE FD SECONDS`.
 
-`tables` publishes as fast as it can, each table's content derived from its stamp. `steps` receives as fast as it can
-and checks that nothing is lost, doubled or torn. It answers with one line on standard output.
+`tables` publishes as fast as it can, each table's content derived from its stamp. `garbage` does so too, and writes
+over each table what no table can be. `steps` receives as fast as it can and checks that nothing is lost, doubled or
+torn. It answers with one line on standard output.
 """
 
 from __future__ import annotations
 
+import array
 import mmap
 import sys
 import time
@@ -13,9 +15,10 @@ import time
 import numpy as np
 
 from vllm_saguaro.messages import Admit, Outcome, Proposals, Sampling, Stamp, Step, Table, Want
-from vllm_saguaro.placement.mailbox import Mailbox, MailboxShape
+from vllm_saguaro.placement.layout import CELL_HEADER, CONTROL_WORDS, MailboxShape
+from vllm_saguaro.placement.mailbox import Mailbox
 
-SHAPE = MailboxShape(slots=2, branches=8, num_speculative_tokens=3, ring_bytes=2048, support=4)
+SHAPE = MailboxShape(slots=2, branches=8, num_speculative_tokens=3, ring_bytes=2048, support=4, vocab_size=200_007)
 SLOT = 1
 
 
@@ -46,7 +49,9 @@ def q_of(round_: int, depth: int, anew: int) -> Proposals:
     """The q of the drafts at a depth (from 1), as wide as it is written: beyond its own width it is 0."""
     branches, width = 1 + round_ % SHAPE.branches, 1 + round_ % SHAPE.support
     numbers = np.arange(branches * width).reshape(branches, width) + 1000 * depth + 10 * round_ + 5 * anew
-    return Proposals((numbers % 100_003).astype(np.int32), (numbers % 8191).astype(np.float32))
+    weights = 1 + numbers % 8191
+    probabilities = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    return Proposals((numbers % 100_003).astype(np.int32), probabilities)
 
 
 def checked_q(box: Mailbox, table: Table) -> int:
@@ -92,6 +97,27 @@ def publish_tables(box: Mailbox, seconds: float) -> int:
     return round_
 
 
+def publish_garbage(box: Mailbox, seconds: float) -> int:
+    """A table, then over it: all words at random, the sequence too; tokens that are none, in a table that looks sound
+    and is locked while they are written; the same without the lock."""
+    cell, keys = CONTROL_WORDS + SLOT * SHAPE.cell_words, CELL_HEADER
+    size, chance = SHAPE.cell_words, np.random.default_rng(1)
+    end, round_ = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        for depth in range(SHAPE.num_speculative_tokens + 1):
+            box.publish(table_of(round_, depth))
+        words = chance.integers(-(2**63), 2**63, size)
+        if round_ % 3:
+            words[keys:] = np.where(words[keys:] > 0, words[keys:] | 1 << 31, SHAPE.vocab_size + words[keys:] % 1000)
+            box._words[cell] += round_ % 3 == 1
+            box._words[cell + keys : cell + size] = array.array("q", words[keys:].tolist())
+            box._words[cell] += round_ % 3 == 1
+        else:
+            box._words[cell : cell + size] = array.array("q", words.tolist())
+        round_ += 1
+    return round_
+
+
 def receive_steps(box: Mailbox, seconds: float) -> int:
     end, number = time.monotonic() + seconds, 0
     while time.monotonic() < end:
@@ -106,7 +132,7 @@ def receive_steps(box: Mailbox, seconds: float) -> int:
 
 
 if __name__ == "__main__":
-    work = {"tables": publish_tables, "steps": receive_steps}[sys.argv[1]]
+    work = {"tables": publish_tables, "garbage": publish_garbage, "steps": receive_steps}[sys.argv[1]]
     mailbox = attach(int(sys.argv[2]))
     mailbox.fall_asleep(True)  # says that it has begun
     print(work(mailbox, float(sys.argv[3])))

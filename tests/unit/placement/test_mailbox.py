@@ -7,12 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.placement.strategies import steps
+from tests.unit.placement.strategies import steps_within
 from vllm_saguaro.messages import Admit, Release, Sampling, Stamp, Step, Table
 from vllm_saguaro.placement.mailbox import DraftState, Mailbox, MailboxShape
-from vllm_saguaro.placement.wire import encode
+from vllm_saguaro.placement.wire import Limits, encode
 
 SHAPE = MailboxShape(slots=3, branches=4, num_speculative_tokens=2, ring_bytes=256, support=3)
+
+
+WRAPPING = MailboxShape(slots=2, branches=1, num_speculative_tokens=3, ring_bytes=512, support=1)
 
 
 def mailbox(shape: MailboxShape = SHAPE) -> Mailbox:
@@ -20,7 +23,7 @@ def mailbox(shape: MailboxShape = SHAPE) -> Mailbox:
 
 
 def step(number: int) -> Step:
-    return Step(releases=[Release(Stamp(number, 1, number))])
+    return Step(releases=[Release(Stamp(number % SHAPE.slots, 1, number))])
 
 
 def published(box: Mailbox, table: Table) -> None:
@@ -77,9 +80,9 @@ def test_a_step_that_just_fills_the_ring_is_taken() -> None:
 
 
 @settings(max_examples=60)
-@given(st.lists(st.tuples(steps, st.integers(0, 3)), min_size=1, max_size=40))
+@given(st.lists(st.tuples(steps_within(Limits(WRAPPING.slots, 3)), st.integers(0, 3)), min_size=1, max_size=40))
 def test_steps_come_out_in_order_however_often_the_ring_wraps(moves: list[tuple[Step, int]]) -> None:
-    box = mailbox(MailboxShape(1, 1, 1, ring_bytes=512, support=1))
+    box = mailbox(WRAPPING)
     waiting: list[Step] = []
     for posted, receipts in moves:
         if box.post(posted):
@@ -150,10 +153,10 @@ def test_a_table_is_as_deep_as_it_has_been_published() -> None:
 def test_a_new_round_replaces_the_whole_table() -> None:
     box = mailbox()
     published(box, TABLE)
-    box.publish(Table(Stamp(1, 5, 8), [3], [1], []))
+    box.publish(Table(Stamp(1, 5, 8), [2], [1], []))
     table = box.read(1)
     assert table is not None
-    assert (table.stamp, table.accepted, table.bonus, table.drafts) == (Stamp(1, 5, 8), [3], [1], [])
+    assert (table.stamp, table.accepted, table.bonus, table.drafts) == (Stamp(1, 5, 8), [2], [1], [])
 
 
 def test_the_reader_sees_nothing_while_keys_are_being_replaced() -> None:
@@ -164,9 +167,9 @@ def test_the_reader_sees_nothing_while_keys_are_being_replaced() -> None:
     class Spy(list[int]):
         def __getitem__(self, index: object) -> int:  # type: ignore[override]
             seen.append(box.read(1))
-            return 3
+            return 2
 
-    box.publish(Table(Stamp(1, 5, 8), Spy([3, 3]), [1, 2], []))
+    box.publish(Table(Stamp(1, 5, 8), Spy([2, 2]), [1, 2], []))
     assert seen == [None, None]
     assert box.read(1) is not None
 

@@ -61,6 +61,35 @@ def test_a_table_is_never_seen_torn(memory_fd: int) -> None:
     assert partial > 0, "the reader never came in between: nothing was tested"
 
 
+def test_a_table_is_never_seen_with_garbage_in_it(memory_fd: int) -> None:
+    """The writer writes over each of its tables what no table can be, with and without the lock."""
+    box = attach(memory_fd)
+    seen = nothing = 0
+    with start("garbage", memory_fd) as writer:
+        while writer.poll() is None:
+            table = box.read(SLOT)
+            if table is None:
+                nothing += 1
+                continue
+            if table.stamp.generation == 0:
+                continue
+            expected = table_of(table.stamp.round, len(table.drafts))
+            assert (table.stamp, table.accepted, table.bonus, table.drafts) == (
+                expected.stamp,
+                expected.accepted,
+                expected.bonus,
+                expected.drafts,
+            )
+            for branch in range(len(table.bonus)):
+                box.proposals(table.stamp, table.version, branch, len(table.drafts))
+            seen += 1
+        assert writer.stdout is not None
+        rounds = int(writer.stdout.read())
+    assert writer.returncode == 0
+    assert min(rounds, seen) > 100
+    assert nothing > 100, "the reader never met garbage: nothing was tested"
+
+
 def test_a_q_is_never_seen_torn(memory_fd: int) -> None:
     """It is read while the writer is rounds ahead: then it is not there, and never another table's."""
     box = attach(memory_fd)

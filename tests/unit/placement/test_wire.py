@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.placement.strategies import samplings, steps
+from tests.unit.placement.soundness import assert_canonical, assert_sound_step
+from tests.unit.placement.strategies import samplings, steps, steps_within
 from vllm_saguaro.messages import Admit, Noise, Outcome, Release, Sampling, Stamp, Step, Want
-from vllm_saguaro.placement.wire import WireError, decode, encode
+from vllm_saguaro.placement.wire import Limits, WireError, decode, encode
 
 STAMP = Stamp(3, 2, 1)
 GREEDY = Sampling()
+LIMITS = Limits(slots=8, num_speculative_tokens=4, frame_bytes=4096)
 HEADER_BYTES = 14
 NOISE_AT = HEADER_BYTES + 16 + 16
 """Where the noise of the first admitted request stands: behind its stamp, temperature, top-k, top-p and min-p."""
@@ -31,39 +33,103 @@ def test_a_long_prompt_comes_back_as_it_was() -> None:
     assert decode(encode(step)) == step
 
 
+def refused_or_sound(data: bytes, limits: Limits) -> None:
+    """What the decoder makes of any bytes: nothing, or a sound step that is said in just this way."""
+    with contextlib.suppress(WireError):
+        step = decode(data, limits)
+        assert_sound_step(step, limits)
+        assert_canonical(step, data)
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_step_or_refused(data: bytes) -> None:
-    with contextlib.suppress(WireError):
-        assert isinstance(decode(data), Step)
+    refused_or_sound(data, LIMITS)
+    refused_or_sound(encode(Step())[:6] + data, LIMITS)
+
+
+def damaged(frame: bytes, other: bytes, data: st.DataObject) -> bytes:
+    """A frame with bits flipped, a number changed, a piece cut out or doubled, or another frame's end."""
+    found = bytearray(frame)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, max(0, len(found) - 1)))
+        match data.draw(st.sampled_from(["flip", "number", "cut", "double", "splice", "end"])):
+            case "flip" if found:
+                found[at] ^= 1 << data.draw(st.integers(0, 7))
+            case "number":
+                width = data.draw(st.sampled_from([1, 2, 4, 8]))
+                number = data.draw(st.integers(0, 3) | st.integers(0, 256**width - 1)) % 256**width
+                found[at : at + width] = number.to_bytes(width, "little")
+            case "cut":
+                del found[at : at + data.draw(st.sampled_from([1, 4, 8, 16]))]
+            case "double":
+                found[at:at] = found[at : at + data.draw(st.sampled_from([1, 4, 16, 28, 48]))]
+            case "splice":
+                found[at:] = other[data.draw(st.integers(0, len(other))) :]
+            case _:
+                del found[at:]
+    return bytes(found)
 
 
 @settings(max_examples=400)
-@given(steps, st.data())
-def test_any_damaged_step_is_a_step_or_refused(step: Step, data: st.DataObject) -> None:
-    frame = bytearray(encode(step))
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(frame) - 1))
-        frame[at] = data.draw(st.integers(0, 255))
-    cut = data.draw(st.integers(0, len(frame)))
-    for damaged in (bytes(frame), bytes(frame[:cut]), bytes(frame) + bytes(frame[:cut])):
-        with contextlib.suppress(WireError):
-            found = decode(damaged)
-            assert all(token >= 0 for admit in found.admits for token in admit.token_ids)
-            assert all(0 <= o.accepted <= o.verified and o.bonus >= 0 and o.length >= 0 for o in found.outcomes)
-            assert all(min(want.accepted, want.bonus, want.depth) >= 0 for want in found.wants)
-            assert all(is_sound(admit.sampling) for admit in found.admits)
+@given(steps_within(LIMITS), steps_within(LIMITS), st.data())
+def test_any_damaged_step_is_a_step_or_refused(step: Step, other: Step, data: st.DataObject) -> None:
+    refused_or_sound(damaged(encode(step), encode(other), data), LIMITS)
 
 
-def is_sound(sampling: Sampling) -> bool:
-    """Whether nothing that is made of it can go wrong."""
-    numbers = sampling.temperature, sampling.top_p, sampling.min_p
-    return (
-        all(math.isfinite(number) and number >= 0 for number in numbers)
-        and max(sampling.top_p, sampling.min_p) <= 1
-        and sampling.top_k >= 0
-        and sampling.prompt_length >= 0
-        and sampling.noise in Noise
+@pytest.mark.parametrize("at", range(HEADER_BYTES))
+@pytest.mark.parametrize("value", [0, 1, 127, 255])
+def test_a_header_that_lies_is_a_step_or_refused(at: int, value: int) -> None:
+    for step in (Step(), Step(releases=[Release(STAMP)] * 3), Step(wants=[Want(STAMP, 0, 1, 2)])):
+        frame = bytearray(encode(step))
+        frame[at] = value
+        refused_or_sound(bytes(frame), LIMITS)
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_frame_that_is_too_long_is_refused_before_anything_of_it_is_read() -> None:
+    for frame in (encode(Step(releases=[Release(STAMP)] * 20)), bytes(1000)):
+        with pytest.raises(WireError, match=f"{len(frame)} bytes, {len(frame) - 1} at most"):
+            decode(frame, Limits(frame_bytes=len(frame) - 1))
+    assert decode(encode(Step()), Limits(frame_bytes=len(encode(Step())))) == Step()
+
+
+def test_counts_that_cannot_be_are_refused_before_anything_is_made_of_them() -> None:
+    frame = bytearray(encode(Step(releases=[Release(STAMP)] * 3)))
+    assert frame[12:14] == (3).to_bytes(2, "little")
+    frame[12:14] = b"\xff\xff"
+    with pytest.raises(WireError, match=f"{HEADER_BYTES + 16 * 65535} bytes announced at least, {len(frame)} there"):
+        decode(bytes(frame))
+
+
+@pytest.mark.parametrize(
+    ("step", "fault"),
+    [
+        (Step(admits=[Admit(Stamp(8, 1, 0), GREEDY, (1,))]), "slot 8 of 8"),
+        (Step(wants=[Want(Stamp(8, 1, 0), 0, 1, 2)]), "slot 8 of 8"),
+        (Step(outcomes=[Outcome(Stamp(8, 1, 0), 0, 1, 9, (), 0)]), "slot 8 of 8"),
+        (Step(releases=[Release(Stamp(8, 1, 0))]), "slot 8 of 8"),
+        (Step(wants=[Want(STAMP, 5, 1, 2)]), "a want out of range"),
+        (Step(wants=[Want(STAMP, 0, 1, 5)]), "a want out of range"),
+        (Step(outcomes=[Outcome(STAMP, 0, 1, 9, (), 5)]), "an outcome out of range"),
+        (Step(outcomes=[Outcome(STAMP, 0, 1, 9, (1, 2, 3, 4, 5), 0)]), "an outcome out of range"),
+    ],
+)
+def test_what_is_beyond_the_limits_is_refused_and_is_a_step_without_them(step: Step, fault: str) -> None:
+    assert decode(encode(step)) == step
+    with pytest.raises(WireError, match=fault):
+        decode(encode(step), LIMITS)
+
+
+def test_what_is_just_within_the_limits_is_a_step() -> None:
+    step = Step(
+        [Admit(Stamp(7, 1, 0), GREEDY, (1,))],
+        [Want(Stamp(7, 1, 0), 4, 1, 4)],
+        [Outcome(Stamp(7, 1, 0), 4, 1, 9, (1, 2, 3, 4), 4)],
+        [Release(Stamp(7, 1, 0))],
     )
+    assert decode(encode(step), LIMITS) == step
 
 
 def test_every_field_of_a_step_crosses() -> None:

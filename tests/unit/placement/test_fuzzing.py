@@ -1,0 +1,168 @@
+"""The decoder and the readers of a mailbox under a coverage-guided fuzzer, and errors planted for it to find."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from tests.unit.placement.coverage_fuzzer import CoverageFuzzer, Found
+from tests.unit.placement.planted import planted
+from tests.unit.placement.soundness import assert_canonical, assert_sound_q, assert_sound_step, assert_sound_table
+from vllm_saguaro.messages import Admit, Noise, Outcome, Proposals, Release, Sampling, Stamp, Step, Table, Want
+from vllm_saguaro.placement import distribution, mailbox, wire
+from vllm_saguaro.placement.layout import CONTROL_WORDS, MailboxShape
+from vllm_saguaro.placement.wire import Limits, encode
+
+LIMITS = Limits(slots=8, num_speculative_tokens=4, frame_bytes=1024)
+SHAPE = MailboxShape(slots=1, branches=3, num_speculative_tokens=2, ring_bytes=8, support=4, vocab_size=100)
+INPUTS = 15_000
+"""Seconds, not minutes. All planted errors are found in a tenth of them."""
+
+FULL = Step(
+    [Admit(Stamp(1, 2, 3), Sampling(0.75, 50, 0.5, 0.25, Noise.KEY, -7, 17), (4, 5))],
+    [Want(Stamp(2, 3, 4), 1, 13, 2)],
+    [Outcome(Stamp(3, 4, 5), 1, 6, 20, (21, 22), 2)],
+    [Release(Stamp(4, 5, 6))],
+)
+FRAMES = [encode(FULL), encode(Step()), encode(Step(wants=FULL.wants * 2)), encode(Step(outcomes=FULL.outcomes * 2))]
+
+
+def file_of(module: ModuleType) -> Path:
+    assert module.__file__ is not None
+    return Path(module.__file__)
+
+
+def decoder(module: ModuleType) -> Callable[[bytes], None]:
+    def decode(data: bytes) -> None:
+        step = module.decode(data, LIMITS)
+        assert_sound_step(step, LIMITS)
+        assert_canonical(step, data)
+
+    return decode
+
+
+def reader(module: ModuleType) -> Callable[[bytes], None]:
+    """The target side's reading of a cell and its q in which the bytes lie."""
+    box = module.Mailbox(memoryview(bytearray(SHAPE.total_bytes)), SHAPE)
+    at = 8 * CONTROL_WORDS
+    size = SHAPE.total_bytes - SHAPE.ring_bytes - at
+
+    def read(data: bytes) -> None:
+        box._buffer[at : at + size] = data[:size].ljust(size, b"\0")
+        table = box.read(0)
+        if table is None:
+            return
+        assert_sound_table(table, 0, SHAPE)
+        for branch in range(len(table.bonus)):
+            q = box.proposals(table.stamp, table.version, branch, len(table.drafts))
+            if q is not None:
+                assert_sound_q(q, len(table.drafts), SHAPE)
+
+    return read
+
+
+def cells() -> list[bytes]:
+    """Cells as they are with tables of several depths and with q."""
+    q = Proposals(np.array([[5, 6, 7, 8]] * 3, np.int32), np.array([[0.5, 0.25, 0.25, 0.0]] * 3, np.float32))
+    found = []
+    for depth in range(SHAPE.num_speculative_tokens + 1):
+        box = mailbox.Mailbox(memoryview(bytearray(SHAPE.total_bytes)), SHAPE)
+        for d in range(depth + 1):
+            rows = [[10, 11, 12], [20, 21, 22]][:d]
+            box.publish(Table(Stamp(0, 5, 6), [0, 1, 2], [90, 91, 92], rows, newest=q if d else None))
+        found.append(bytes(box._buffer[8 * CONTROL_WORDS : SHAPE.total_bytes - SHAPE.ring_bytes]))
+    return found
+
+
+def random_bytes(target: Callable[[bytes], None], refusals: tuple[type[Exception], ...], inputs: int) -> Found | None:
+    """The same number of inputs, of random bytes alone."""
+    chance = random.Random(0)
+    for number in range(inputs):
+        data = chance.randbytes(chance.randint(0, 400))
+        try:
+            target(data)
+        except refusals:
+            continue
+        except Exception as error:
+            return Found(data, number, error)
+    return None
+
+
+def test_no_bytes_get_past_the_decoder() -> None:
+    fuzzer = CoverageFuzzer(decoder(wire), [file_of(wire)], FRAMES, (wire.WireError,))
+    found = fuzzer.run(INPUTS)
+    assert found is None, f"{found}"
+    assert len(fuzzer.corpus) > 2 * len(FRAMES), "it was not guided by anything"
+
+
+def test_no_bytes_get_past_the_reader_of_a_cell() -> None:
+    fuzzer = CoverageFuzzer(reader(mailbox), [file_of(mailbox), file_of(distribution)], cells())
+    found = fuzzer.run(INPUTS)
+    assert found is None, f"{found}"
+    assert len(fuzzer.corpus) > 2 * len(cells()), "it was not guided by anything"
+
+
+DECODER_ERRORS = {
+    "noise": ("if noise >= len(_NOISES):", "if noise < 0:"),
+    "the last noise": ("if noise >= len(_NOISES):", "if noise > len(_NOISES):"),
+    "slot": ("if not 0 <= slot < slots:", "if slot < 0:"),
+    "round": ("if generation < 0 or round_ < 0:", "if generation < 0:"),
+    "announced": ("if count < 0 or end > len(data):", "if count < 0:"),
+    "negative tokens": ("if values and min(values) < 0:", "if values and values[0] < 0:"),
+    "depth": ("0 <= depth <= most", "depth >= 0"),
+    "accepted": ("0 <= accepted <= verified <= most", "0 <= accepted and verified <= most"),
+    "min_p": ("0 <= min_p <= 1", "not min_p > 1"),
+    "rest": ("if at != len(data):", "if at > len(data):"),
+}
+
+
+@pytest.mark.parametrize("name", DECODER_ERRORS)
+def test_an_error_in_the_decoder_is_found_that_random_bytes_do_not_find(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant, path = planted(wire, DECODER_ERRORS[name], tmp_path, monkeypatch)
+    target, refusals = decoder(variant), (variant.WireError,)
+    assert random_bytes(target, refusals, INPUTS) is None
+    found = CoverageFuzzer(target, [path], FRAMES, refusals).run(INPUTS)
+    assert found is not None
+    with pytest.raises(type(found.error)):
+        target(found.data)
+
+
+def test_it_is_the_guidance_that_finds_the_way_from_a_step_that_says_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the header alone to a request with a noise that is none: a dozen conditions, one after the other."""
+    variant, path = planted(wire, DECODER_ERRORS["noise"], tmp_path, monkeypatch)
+    target, refusals, seeds = decoder(variant), (variant.WireError,), [encode(Step())]
+    assert CoverageFuzzer(target, [path], seeds, refusals, guided=False).run(INPUTS) is None
+    assert CoverageFuzzer(target, [path], seeds, refusals).run(INPUTS) is not None
+
+
+READER_ERRORS = {
+    "depth": (" and 0 <= depth <= shape.num_speculative_tokens)", ")"),
+    "tokens": ("largest(tokens, axis=None, initial=0) >= shape.vocab_size", "False"),
+    "accepted": ("largest(accepted, axis=None, initial=0) > shape.num_speculative_tokens", "False"),
+    "nanoseconds": ("0 <= nanoseconds <= _LONGEST_ROUND", "True"),
+    "round": ("round_ >= GONE", "True"),
+    "q": ("return found if is_distribution(found, self.shape.vocab_size) else None", "return found"),
+}
+"""(Counts of branches are not among them: a slice of an array never goes beyond it.)"""
+
+
+@pytest.mark.parametrize("name", READER_ERRORS)
+def test_an_error_in_the_reader_is_found_that_random_bytes_do_not_find(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant, path = planted(mailbox, READER_ERRORS[name], tmp_path, monkeypatch)
+    target = reader(variant)
+    assert random_bytes(target, (), INPUTS) is None
+    found = CoverageFuzzer(target, [path], cells()).run(INPUTS)
+    assert found is not None
+    with pytest.raises(type(found.error)):
+        target(found.data)

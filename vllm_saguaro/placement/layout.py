@@ -1,0 +1,99 @@
+"""The layout of a mailbox: what lies where, and the words by which each side sees that the other has it alike.
+
+In 64-bit words:
+
+    control  [16]               head and tail of the ring, state of the draft side, its maximum length; from word 8 on
+                                magic and version, and the sizes of `MailboxShape`
+    tables   [slots][cell]      sequence, generation, round, branches, depth, nanoseconds, keys [N], drafts [K][N]
+    q        [slots][2][cell]   generation, round, sequence; then of each draft [K][N] its M candidates (32 bits each),
+                                and their probabilities (float32). Rounds take turns between the two
+    ring     [ring_bytes]       frames: length (8 bytes), then the step as `wire` encodes it, padded to 8
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+CONTROL_WORDS = 16
+CELL_HEADER = 6
+Q_HEADER = 3
+_SIGNATURE, _SIZES = 8, 9
+_MAGIC = 0x53474D42  # "SGMB"
+_VERSION = 2
+"""Version 1 had no magic."""
+
+
+class LayoutError(ValueError):
+    """The memory is no mailbox of this version and shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class MailboxShape:
+    """What both sides must agree on. `ring_bytes` is a multiple of 8; `support` is M, the candidates of a draft's q.
+
+    `vocab_size` is the target's: a table with a token id that is not below it does not exist for the reader. Pages of
+    the q area are touched only when used: at temperature 0 they cost no memory. Raises `ValueError` for other numbers.
+    """
+
+    slots: int
+    branches: int
+    num_speculative_tokens: int
+    ring_bytes: int
+    support: int
+    vocab_size: int = 2**31
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if type(value) is not int or not 0 < value <= 2**31:
+                raise ValueError(f"a mailbox with {name} {value!r}: give a whole number from 1 to 2**31")
+        if self.ring_bytes % 8:
+            raise ValueError(f"a mailbox with ring_bytes {self.ring_bytes}: give a multiple of 8")
+
+    @property
+    def cell_words(self) -> int:
+        """64-bit words of one table."""
+        return CELL_HEADER + self.branches * (1 + self.num_speculative_tokens)
+
+    @property
+    def q_words(self) -> int:
+        """64-bit words of one table's q."""
+        return Q_HEADER + self.branches * self.num_speculative_tokens * self.support
+
+    @property
+    def tables_bytes(self) -> int:
+        """Size of the control words and the tables."""
+        return 8 * (CONTROL_WORDS + self.slots * self.cell_words)
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of the whole mailbox."""
+        return self.tables_bytes + 8 * self.slots * 2 * self.q_words + self.ring_bytes
+
+
+def sign(words: memoryview, shape: MailboxShape) -> None:
+    """Say in the control words (64 bits each) of memory that is all zero what it is to be."""
+    for at, size in enumerate(dataclasses.astuple(shape), start=_SIZES):
+        words[at] = size
+    words[_SIGNATURE] = _MAGIC << 16 | _VERSION
+
+
+def is_signed(words: memoryview) -> bool:
+    """Whether the memory has been made into anything yet."""
+    return words[_SIGNATURE] != 0
+
+
+def check(words: memoryview, shape: MailboxShape) -> None:
+    """Raises `LayoutError` unless the control words say that this is a mailbox of this version and shape."""
+    magic, version = words[_SIGNATURE] >> 16, words[_SIGNATURE] & 0xFFFF
+    if magic != _MAGIC:
+        raise LayoutError(f"no mailbox there: magic {magic & (1 << 48) - 1:#x} instead of {_MAGIC:#x}")
+    if version != _VERSION:
+        raise LayoutError(
+            f"a mailbox of layout {version}, and here is layout {_VERSION}: give both sides the same vllm_saguaro"
+        )
+    ours = dataclasses.asdict(shape)
+    theirs = dict(zip(ours, words[_SIZES : _SIZES + len(ours)].tolist(), strict=True))
+    differing = [f"{name} {theirs[name]} instead of {ours[name]}" for name in ours if theirs[name] != ours[name]]
+    if differing:
+        raise LayoutError(f"a mailbox of another shape: {', '.join(differing)}")

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -55,6 +55,7 @@ def test_two_wrong_numbers_do_not_make_up_for_each_other() -> None:
     assert not is_distribution(q([[0, 1, 2, 3], [0, 1, 2, 3]], [[0.5, 0.0, 0.0, 0.0], [0.75, 0.75, 0.0, 0.0]]), VOCAB)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.integers(0, 2**32))
 def test_whatever_is_made_to_sum_to_one_in_float32_does(width: int, seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -64,6 +65,7 @@ def test_whatever_is_made_to_sum_to_one_in_float32_does(width: int, seed: int) -
     assert is_distribution(q(tokens, probabilities), 200)
 
 
+@settings(deadline=None)
 @given(
     arrays.arrays(np.int32, (2, 4), elements=st.integers(-1, 52) | st.integers(-(2**31), 2**31 - 1)),
     arrays.arrays(np.uint32, (2, 4)) | arrays.arrays(np.float32, (2, 4), elements=st.sampled_from([0, 0.25, 0.5, 1])),

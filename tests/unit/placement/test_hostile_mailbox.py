@@ -47,7 +47,7 @@ def publish(box: Mailbox, stamp: Stamp = STAMP, branches: int = 3, q: Proposals 
 # ---- cells ----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.lists(likely, min_size=SHAPE.cell_words, max_size=SHAPE.cell_words))
 def test_any_words_in_a_cell_are_a_sound_table_or_none(cell: list[int]) -> None:
     box = mailbox()
@@ -58,7 +58,7 @@ def test_any_words_in_a_cell_are_a_sound_table_or_none(cell: list[int]) -> None:
         assert_sound_table(table, 1, SHAPE)
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, SHAPE.cell_words - 1), likely), min_size=1, max_size=3))
 def test_any_words_in_place_of_some_of_a_table_are_a_sound_table_or_none(changes: list[tuple[int, int]]) -> None:
     box = mailbox()
@@ -123,6 +123,7 @@ def test_words_beyond_the_branches_and_the_depth_of_a_table_do_not_matter() -> N
     assert box.read(1) == table
 
 
+@settings(deadline=None)
 @given(st.lists(words, min_size=SHAPE.cell_words, max_size=SHAPE.cell_words))
 def test_the_next_table_that_is_published_is_there_whatever_was_in_the_cell(cell: list[int]) -> None:
     box = mailbox()
@@ -155,7 +156,7 @@ Q = Proposals(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.integers(-2, 102) | st.integers(-(2**31), 2**31 - 1), min_size=8, max_size=8),
     st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]) | st.floats(width=32), min_size=8, max_size=8),
@@ -215,7 +216,7 @@ def drain(box: Mailbox) -> list[Step]:
     raise AssertionError("the ring is never empty")
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.binary(min_size=SHAPE.ring_bytes, max_size=SHAPE.ring_bytes), words, words | st.integers(-2, 600), words)
 def test_any_bytes_in_a_ring_are_sound_steps_or_dropped(ring: bytes, head: int, ahead: int, dropped: int) -> None:
     box = mailbox()
@@ -229,7 +230,7 @@ def test_any_bytes_in_a_ring_are_sound_steps_or_dropped(ring: bytes, head: int, 
     assert box.receive() == Step(releases=[Release(STAMP)])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(steps_within(LIMITS), min_size=1, max_size=3), st.data())
 def test_damaged_frames_in_a_ring_are_sound_steps_or_dropped(told: list[Step], data: st.DataObject) -> None:
     box = mailbox()
@@ -287,6 +288,7 @@ def test_a_slot_that_is_not_there_does_not_reach_the_draft() -> None:
 # ---- state ----------------------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(words, words, words)
 def test_any_words_are_a_state(state: int, max_length: int, asleep: int) -> None:
     box = mailbox()

@@ -79,7 +79,7 @@ def test_a_step_that_just_fills_the_ring_is_taken() -> None:
     assert box.receive() == large
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(steps_within(Limits(WRAPPING.slots, 3)), st.integers(0, 3)), min_size=1, max_size=40))
 def test_steps_come_out_in_order_however_often_the_ring_wraps(moves: list[tuple[Step, int]]) -> None:
     box = mailbox(WRAPPING)
@@ -174,6 +174,7 @@ def test_the_reader_sees_nothing_while_keys_are_being_replaced() -> None:
     assert box.read(1) is not None
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 2**31 - 1),
     st.integers(0, 2**62),

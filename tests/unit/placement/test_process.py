@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -105,6 +106,13 @@ def test_nothing_is_left_in_shared_memory_and_no_descriptor_stays_open() -> None
     assert not opened.post(ADMIT)
     assert opened.read(2) is None
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_the_memory_is_open_to_its_user_alone_and_neither_side_can_make_it_smaller(channel: ProcessChannel) -> None:
+    assert stat.S_IMODE(os.fstat(channel._memory_fd).st_mode) == 0o600
+    for pid in ("self", channel.pid):
+        with open(f"/proc/{pid}/fd/{channel._memory_fd}", "r+b") as memory, pytest.raises(PermissionError):
+            memory.truncate(8)
 
 
 def test_a_killed_child_is_noticed_and_nothing_is_taken_from_it(channel: ProcessChannel) -> None:

@@ -23,6 +23,7 @@ NOISE_AT = HEADER_BYTES + 16 + 16
 """Where the noise of the first admitted request stands: behind its stamp, temperature, top-k, top-p and min-p."""
 
 
+@settings(deadline=None)
 @given(steps)
 def test_a_step_comes_back_as_it_was(step: Step) -> None:
     assert decode(encode(step)) == step
@@ -41,6 +42,7 @@ def refused_or_sound(data: bytes, limits: Limits) -> None:
         assert_canonical(step, data)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_step_or_refused(data: bytes) -> None:
     refused_or_sound(data, LIMITS)
@@ -70,7 +72,7 @@ def damaged(frame: bytes, other: bytes, data: st.DataObject) -> bytes:
     return bytes(found)
 
 
-@settings(max_examples=400)
+@settings(max_examples=150, deadline=None)
 @given(steps_within(LIMITS), steps_within(LIMITS), st.data())
 def test_any_damaged_step_is_a_step_or_refused(step: Step, other: Step, data: st.DataObject) -> None:
     refused_or_sound(damaged(encode(step), encode(other), data), LIMITS)
@@ -145,6 +147,7 @@ def test_every_field_of_a_step_crosses() -> None:
     assert decode(encode(step)) == step
 
 
+@settings(deadline=None)
 @given(samplings)
 def test_greedy_stays_greedy_and_a_cut_stays_a_cut(sampling: Sampling) -> None:
     (admit,) = decode(encode(Step(admits=[Admit(STAMP, sampling, (1,))]))).admits
@@ -155,6 +158,7 @@ def test_greedy_stays_greedy_and_a_cut_stays_a_cut(sampling: Sampling) -> None:
     )
 
 
+@settings(deadline=None)
 @given(steps, st.integers(1, 8))
 def test_a_step_that_is_cut_short_or_goes_on_is_refused(step: Step, count: int) -> None:
     frame = encode(step)

@@ -1,0 +1,318 @@
+"""A draft side that is no child of ours, over the network and over passed memory: the same tables as inline, and an end
+without a trace whichever side goes first."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.unit.drafting.checks import make_engine
+from tests.unit.drafting.simulated_target import SimulatedTarget
+from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE, VOCABULARY, draft, drafting, model
+from vllm_saguaro.counters import CounterPage
+from vllm_saguaro.messages import Admit, Noise, Outcome, Sampling, Stamp, Step, Table
+from vllm_saguaro.placement import meeting
+from vllm_saguaro.placement.channel import Channel, DraftFailed
+from vllm_saguaro.placement.inline import InlineChannel
+from vllm_saguaro.placement.meeting import knock
+from vllm_saguaro.placement.network import NetworkChannel
+from vllm_saguaro.placement.passed_memory import PassedMemoryChannel
+from vllm_saguaro.policy import Policy
+from vllm_saguaro.speculator import Speculator
+from vllm_saguaro.turn import Verified
+
+ROOT = Path(__file__).resolve().parents[3]
+K = SHAPE.num_speculative_tokens
+PROMPT = (3, 1, 4, 1, 5, 9, 2, 6)
+Far = NetworkChannel | PassedMemoryChannel
+
+
+def admit(generation: int = 1, sampling: Sampling = Sampling()) -> Step:  # noqa: B008
+    return Step(admits=[Admit(Stamp(1, generation, 0), sampling, PROMPT)])
+
+
+@pytest.fixture(params=["network", "passed memory"])
+def channel(request: pytest.FixtureRequest) -> Iterator[Far]:
+    network = request.param == "network"
+    opened: Far = NetworkChannel("127.0.0.1", SHAPE, VOCABULARY) if network else PassedMemoryChannel(SHAPE)
+    yield opened
+    opened.close()
+
+
+def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether the condition comes true in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.002)
+    return condition()
+
+
+def table_of(channel: Channel, stamp: Stamp) -> Table:
+    """The finished table of a round."""
+    found: list[Table] = []
+
+    def is_there() -> bool:
+        table = channel.read(stamp.slot)
+        found[:] = [table] if table is not None else []
+        return table is not None and table.stamp == stamp and len(table.drafts) == K
+
+    assert until(is_there)
+    return found[0]
+
+
+@contextlib.contextmanager
+def process(channel: Far) -> Iterator[subprocess.Popen[str]]:
+    """A draft side in a process that is no thread of ours."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.unit.placement.far_draft"], cwd=ROOT, stdin=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdin is not None
+        running.stdin.write(json.dumps(channel.invitation.to_dict()) + "\n")
+        running.stdin.close()
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+@pytest.mark.parametrize("method", ["coupled", "probabilistic", "greedy"])
+def test_tables_and_their_q_are_those_of_the_inline_placement(channel: Far, method: str) -> None:
+    inline: Channel = InlineChannel(lambda: make_engine(model(), K, SHAPE.branches, method=method), SHAPE)
+    noise = Noise.KEY if method == "coupled" else Noise.UNKNOWN
+    sampling = Sampling(0.8, noise=noise, seed=3, prompt_length=len(PROMPT))
+    with drafting(channel.invitation, method):
+        channel.wait_until_ready()
+        assert channel.max_length == MAX_LENGTH
+        text = list(PROMPT)
+        drafts: tuple[int, ...] = ()
+        step = admit(sampling=sampling)
+        for round_ in range(5):
+            assert inline.post(step)
+            assert channel.post(step)
+            ours, theirs = table_of(channel, Stamp(1, 1, round_)), table_of(inline, Stamp(1, 1, round_))
+            assert (ours.accepted, ours.bonus, ours.drafts) == (theirs.accepted, theirs.bonus, theirs.drafts)
+            for branch in range(len(ours.bonus)):
+                q = channel.proposals(ours.stamp, ours.version, branch, K)
+                expected = inline.proposals(theirs.stamp, theirs.version, branch, K)
+                assert (q is None) == (expected is None) == (method != "probabilistic")
+                if q is not None and expected is not None:
+                    np.testing.assert_array_equal(q.tokens, expected.tokens)
+                    np.testing.assert_array_equal(q.probabilities, expected.probabilities)
+            branch = max(range(len(ours.bonus)), key=lambda i: ours.accepted[i])
+            text += [*drafts[: ours.accepted[branch]], ours.bonus[branch]]
+            verified, drafts = len(drafts), ours.speculation(branch)
+            found = Outcome(ours.stamp, ours.accepted[branch], ours.bonus[branch], len(text), drafts, verified)
+            step = Step(outcomes=[found])
+        channel.close()
+
+
+def test_the_emitted_text_is_the_targets_greedy_text(channel: Far) -> None:
+    """However late a table is, and whatever is lost of it."""
+    target = SimulatedTarget(model(), 0.75)
+    policy = Policy(K, "jit", adaptive=False)
+    speculator = Speculator(channel, SHAPE.slots, K, CounterPage(), logging.getLogger("test"), policy)
+    with drafting(channel.invitation):
+        channel.wait_until_ready()
+        prompts = {f"r{i}": [(5 * i + 7 * j) % VOCABULARY for j in range(3 + 4 * i)] for i in range(3)}
+        texts = {name: list(prompt) for name, prompt in prompts.items()}
+        drafts: dict[str, list[int]] = {name: [] for name in prompts}
+        speculator.begin_step([(name, prompt, Sampling()) for name, prompt in prompts.items()], [])
+        served = 0
+
+        def all_there() -> bool:
+            stamps = [request.stamp for request in speculator._requests.values()]
+            tables = [channel.read(stamp.slot) for stamp in stamps]
+            return all(t is not None and t.stamp == s and t.drafts for t, s in zip(tables, stamps, strict=True))
+
+        for round_ in range(25):
+            assert round_ % 3 or until(all_there)  # the other rounds take what there is
+            rows = []
+            for name, text in texts.items():
+                sampled = target.verify(text, drafts[name])
+                text += sampled
+                rows.append(Verified(name, sampled, len(drafts[name]), len(text), text.copy, Sampling, lambda _: []))
+            speculator.begin_step([], [])
+            drafts = dict(zip(texts, speculator.propose(rows), strict=True))
+            served += sum(bool(found) for found in drafts.values())
+        assert served > 0
+        for name, text in texts.items():
+            prompt = prompts[name]
+            assert text[len(prompt) :] == target.greedy_text(prompt, len(text) - len(prompt))
+        channel.close()
+
+
+def test_a_node_may_have_an_address_of_either_kind() -> None:
+    try:
+        channel = NetworkChannel("::1", SHAPE, VOCABULARY)
+    except OSError:
+        pytest.skip("no IPv6 here")
+    with drafting(channel.invitation):
+        channel.wait_until_ready()
+        assert channel.post(admit())
+        table_of(channel, Stamp(1, 1, 0))
+        channel.close()
+
+
+def test_before_the_draft_side_has_come_steps_are_refused_or_kept(channel: Far) -> None:
+    assert channel.alive
+    assert channel.read(1) is None or channel.read(1) == Table(Stamp(1, 0, 0), [], [], [])
+    taken = channel.post(admit())
+    with drafting(channel.invitation):
+        channel.wait_until_ready()
+        if taken:
+            table_of(channel, Stamp(1, 1, 0))
+        channel.close()
+
+
+def test_the_draft_side_ends_when_the_channel_is_closed(channel: Far) -> None:
+    with process(channel) as running:
+        channel.wait_until_ready()
+        assert channel.epoch(0) > 0
+        channel.close()
+        channel.close()
+        assert running.wait(10) == 0
+    assert not channel.alive
+    assert channel.epoch(0) == 0
+    assert not channel.post(admit())
+    assert channel.read(1) is None
+    assert channel.proposals(Stamp(1, 1, 0), 2, 0, 1) is None
+
+
+def test_the_end_of_the_draft_side_is_noticed(channel: Far) -> None:
+    with process(channel) as running:
+        channel.wait_until_ready()
+        assert channel.post(admit())
+        table_of(channel, Stamp(1, 1, 0))
+        running.kill()
+        assert until(lambda: not channel.alive)
+    assert not channel.post(admit(2))
+    assert channel.read(1) is None
+    assert channel.stalled_seconds == 0.0
+    channel.close()
+
+
+def test_a_step_that_the_draft_side_does_not_take_is_seen_to_wait(channel: Far) -> None:
+    with process(channel) as running:
+        channel.wait_until_ready()
+        assert channel.post(admit())
+        assert until(lambda: channel.stalled_seconds == 0.0)
+        running.send_signal(signal.SIGSTOP)
+        assert channel.post(admit(2))
+        assert until(lambda: channel.stalled_seconds > 0.1)
+        running.send_signal(signal.SIGCONT)
+        table_of(channel, Stamp(1, 2, 0))
+        assert until(lambda: channel.stalled_seconds == 0.0)
+
+
+def test_steps_for_a_hanging_draft_side_find_no_room_after_a_while(channel: Far) -> None:
+    with process(channel) as running:
+        channel.wait_until_ready()
+        running.send_signal(signal.SIGSTOP)
+        posted = 0
+        while channel.post(admit(posted + 1)):
+            posted += 1
+            assert posted * len(PROMPT) * 4 < SHAPE.ring_bytes
+        assert posted > 100
+        running.send_signal(signal.SIGCONT)
+        assert until(lambda: channel.post(admit(posted + 1)))
+        table_of(channel, Stamp(1, posted + 1, 0))
+
+
+def test_a_sleeping_draft_side_wakes_for_a_step(channel: Far) -> None:
+    with drafting(channel.invitation):
+        channel.wait_until_ready()
+        waited = []
+        for generation in (1, 2, 3):
+            time.sleep(0.2)
+            posted = time.perf_counter()
+            assert channel.post(admit(generation))
+            table_of(channel, Stamp(1, generation, 0))
+            waited.append(time.perf_counter() - posted)
+        assert min(waited) < 0.5  # woken, and not found by the look once a second
+        channel.close()
+
+
+def test_an_idle_draft_side_uses_hardly_any_time(channel: Far) -> None:
+    def cpu_seconds(pid: int) -> float:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    with process(channel) as running:
+        channel.wait_until_ready()
+
+        def used_in_a_second() -> float:
+            before = cpu_seconds(running.pid)
+            time.sleep(1.0)
+            return cpu_seconds(running.pid) - before
+
+        assert until(lambda: used_in_a_second() < 0.05)
+
+
+def test_a_channel_that_nobody_comes_to_is_closed_in_a_moment(channel: Far) -> None:
+    begun = time.monotonic()
+    channel.close()
+    assert time.monotonic() - begun < 2.0
+    with pytest.raises(DraftFailed):
+        channel.wait_until_ready()
+
+
+def test_waiting_ends_when_another_thread_closes(channel: Far) -> None:
+    failures: list[str] = []
+
+    def wait() -> None:
+        try:
+            channel.wait_until_ready()
+        except DraftFailed as error:
+            failures.append(str(error))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.05)
+    channel.close()
+    waiting.join(5)
+    assert len(failures) == 1
+
+
+def test_a_draft_side_that_ends_while_it_starts_is_a_failed_draft(channel: Far) -> None:
+    knock(channel.invitation).close()
+    with pytest.raises(DraftFailed, match="ended while it started"):
+        channel.wait_until_ready()
+
+
+def test_only_the_first_draft_side_is_let_in(channel: Far) -> None:
+    with drafting(channel.invitation):
+        channel.wait_until_ready()
+        with pytest.raises((OSError, meeting.Refused)):
+            draft(channel.invitation)
+        assert channel.alive
+        channel.close()
+
+
+def test_nothing_is_left(channel: Far) -> None:
+    names = set(os.listdir("/dev/shm"))
+    with process(channel) as running:
+        channel.wait_until_ready()
+        assert set(os.listdir("/dev/shm")) <= names
+        channel.close()
+        running.wait(10)
+    open_files = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_open(fd)]
+    assert not [name for name in open_files if "saguaro" in name]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("saguaro")]
+
+
+def _is_open(fd: str) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{fd}")

@@ -1,0 +1,237 @@
+"""The draft side on this machine in a process that is no child of ours: shared memory, passed through a socket.
+
+The memory and the bell that wakes a sleeping draft side are the same as in the process placement, a memfd and an
+eventfd. A child would inherit them; here they are handed over (SCM_RIGHTS) once the draft side has shown its token, so
+nothing has a name in /dev/shm that could be guessed or left behind, and a small /dev/shm is no limit. Neither side can
+change the size of the memory under the other. After that the socket carries nothing: when it closes, the other side has
+ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_saguaro.messages import Proposals, Stamp, Step, Table
+from vllm_saguaro.placement.channel import DraftFailed
+from vllm_saguaro.placement.draft_end import TargetGone
+from vllm_saguaro.placement.mailbox import DraftState, Mailbox, MailboxShape
+from vllm_saguaro.placement.meeting import Invitation, Listener, Refused, knock, peer
+
+START_TIMEOUT_SECONDS = 600.0
+"""Loading and compiling a large draft takes minutes on a cold cache."""
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_YIELD_SECONDS = 2e-3
+_NAP_SECONDS = 50e-3
+_SLEEP_MILLISECONDS = 1000
+_JOIN_SECONDS = 2.0
+_HANDOVER_SECONDS = 5.0
+
+
+class PassedMemoryChannel:
+    """The target side. It listens on this machine only; the draft side comes with the `invitation`."""
+
+    def __init__(self, shape: MailboxShape) -> None:
+        """Raises `OSError` where the system has no memory or no descriptor left."""
+        self._listener = Listener(shape)
+        self._memory_fd = os.memfd_create("saguaro-mailbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.fchmod(self._memory_fd, 0o600)
+        os.ftruncate(self._memory_fd, shape.total_bytes)
+        fcntl.fcntl(self._memory_fd, fcntl.F_ADD_SEALS, _SEALS)
+        self._memory = mmap.mmap(self._memory_fd, shape.total_bytes)
+        self._mailbox = Mailbox(memoryview(self._memory), shape)
+        self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._connection: socket.socket | None = None
+        self._pid = 0
+        self._trouble = "the draft side never connected"
+        self._max_length = 0
+        self._closed = False
+        self._closing = threading.Lock()
+        self.alive = True
+        self.shards: Sequence[range] = (range(shape.slots),)
+        self._thread = threading.Thread(target=self._follow, name="saguaro-draft-watch", daemon=True)
+        self._thread.start()
+
+    @property
+    def invitation(self) -> Invitation:
+        """What the draft side needs to come in."""
+        return self._listener.invitation
+
+    @property
+    def pid(self) -> int:
+        """Process id of the draft side; 0 while it is not here, or where it cannot be seen."""
+        return self._pid
+
+    @property
+    def max_length(self) -> int:
+        """Longest text, in tokens, that the draft can hold."""
+        return self._max_length
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the draft's process has now; 0 where the system does not tell."""
+        try:
+            pages = Path(f"/proc/{self._pid}/statm").read_text(encoding="ascii").split()[1] if self._pid else "0"
+        except OSError:
+            return 0
+        return int(pages) * mmap.PAGESIZE
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long the oldest step in the mailbox has waited."""
+        return self._mailbox.stalled_seconds if self.alive else 0.0
+
+    def epoch(self, slot: int) -> int:
+        """One draft side, one life."""
+        return int(self.alive)
+
+    def post(self, step: Step) -> bool:
+        """Put the step into the mailbox, and ring if the draft side sleeps."""
+        if not self.alive or not self._mailbox.post(step):
+            return False
+        if self._mailbox.asleep:
+            # The draft side has a hand on the bell as well: where it has filled it up, it will wake anyway.
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_write(self._bell_fd, 1)
+        return True
+
+    def read(self, slot: int) -> Table | None:
+        """The table of a slot, as far as it is."""
+        return self._mailbox.read(slot) if self.alive else None
+
+    def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
+        """The q of a branch's drafts; it stays readable when the draft side has ended."""
+        return None if self._closed else self._mailbox.proposals(stamp, version, branch, depth)
+
+    def wait_until_ready(self) -> None:
+        """Wait for the draft side to come and to load its model. Raises `DraftFailed` when it does not."""
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        while (state := self._state()) == DraftState.STARTING:
+            if not self.alive:
+                raise DraftFailed(f"the draft ended while it started: {self._trouble}")
+            if time.monotonic() > deadline:
+                raise DraftFailed(f"the draft was not ready after {START_TIMEOUT_SECONDS:.0f} s")
+            time.sleep(0.01)
+        if state == DraftState.FAILED:
+            raise DraftFailed("the draft could not load its model: its own error is in its log")
+
+    def close(self) -> None:
+        """Hang up, which ends the draft side, and let go of the memory."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed, self.alive = True, False
+        self._listener.stop()
+        if self._connection is not None:
+            with contextlib.suppress(OSError):  # it has ended already
+                self._connection.shutdown(socket.SHUT_RDWR)
+        self._thread.join(_JOIN_SECONDS)
+        self._mailbox.close()
+        self._memory.close()
+        os.close(self._memory_fd)
+        os.close(self._bell_fd)
+
+    def _state(self) -> DraftState:
+        with self._closing:  # another thread may close what is read here
+            if self._closed:
+                raise DraftFailed("the draft side was closed while it started")
+            self._max_length = self._mailbox.max_length
+            return self._mailbox.state
+
+    def _follow(self) -> None:
+        """Let the draft side in, hand the memory over, and notice when it ends."""
+        trouble = "it hung up"
+        try:
+            connection = self._listener.accept()
+            if connection is None:
+                return
+            with connection:
+                self._pid, _ = peer(connection)
+                connection.settimeout(_HANDOVER_SECONDS)
+                with self._closing:
+                    if self._closed:
+                        return
+                    socket.send_fds(connection, [b"M"], [self._memory_fd, self._bell_fd])
+                    self._connection = connection
+                connection.settimeout(None)
+                while connection.recv(64):
+                    pass  # nothing is expected
+        except Refused as error:
+            trouble = str(error)
+        except OSError as error:
+            trouble = f"the connection broke: {error}"
+        finally:
+            if self.alive:
+                self._trouble = trouble
+            self.alive = False
+
+
+class PassedMemoryEnd:
+    """The draft side's end of a `PassedMemoryChannel`."""
+
+    def __init__(self, invitation: Invitation) -> None:
+        """Raises `Refused` or `OSError` where the target side does not let us in."""
+        self._connection = knock(invitation)
+        try:
+            _, descriptors, _, _ = socket.recv_fds(self._connection, 1, 2)
+            if len(descriptors) != 2:
+                raise Refused("the target side handed over no memory")
+        except BaseException:
+            self._connection.close()
+            raise
+        self._connection.settimeout(None)
+        memory_fd, self._bell_fd = descriptors
+        self._memory = mmap.mmap(memory_fd, invitation.shape.total_bytes)
+        os.close(memory_fd)  # the mapping stays
+        self.mailbox = Mailbox(memoryview(self._memory), invitation.shape)
+        self._ended = False
+        self._poll = select.poll()
+        self._poll.register(self._bell_fd, select.POLLIN)
+        self._thread = threading.Thread(target=self._follow, name="saguaro-target-watch", daemon=True)
+        self._thread.start()
+
+    def idle(self, since: float) -> None:
+        """Wait a little for the next step: at first by yielding, later asleep until the bell rings."""
+        if self._ended:
+            raise TargetGone("the target side hung up")
+        waited = time.perf_counter() - since
+        if waited < _YIELD_SECONDS:
+            os.sched_yield()
+        elif waited < _NAP_SECONDS:
+            time.sleep(50e-6)
+        else:
+            self._sleep()
+
+    def close(self) -> None:
+        """Hang up, and let go of the memory."""
+        with contextlib.suppress(OSError):  # it has ended already
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._thread.join(_JOIN_SECONDS)
+        self._connection.close()
+        os.close(self._bell_fd)
+        self.mailbox.close()
+        self._memory.close()
+
+    def _sleep(self) -> None:
+        self.mailbox.fall_asleep(True)
+        if not self.mailbox.has_step:  # posted before the other side could see that we sleep
+            self._poll.poll(_SLEEP_MILLISECONDS)
+        self.mailbox.fall_asleep(False)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell_fd)
+
+    def _follow(self) -> None:
+        with contextlib.suppress(OSError):
+            while self._connection.recv(64):
+                pass  # nothing is expected
+        self._ended = True
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._bell_fd, 1)

@@ -57,5 +57,5 @@ folder.mkdir(exist_ok=True)
 (folder / "INSTALLER").write_text("vllm_saguaro\n")
 (folder / "RECORD").write_text("".join(f"vllm-{version}.dist-info/{n},,\n" for n in ("METADATA", "INSTALLER", "RECORD")))
 PY
-python -m pip install --quiet --editable ".[dev]"
+python -m pip install --quiet --editable ".[dev,ray]"
 rm -f .venv/.installed-*; touch "$stamp"

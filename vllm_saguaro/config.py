@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,7 +19,7 @@ from vllm_saguaro.cores import parse_cpus
 METHOD: Final = "saguaro"
 
 FAN_OUTS: Final = ("ranked", "uncalibrated", "geometric", "uniform")
-PLACEMENTS: Final = ("process", "inline")
+PLACEMENTS: Final = ("process", "inline", "ray")
 BACKUPS: Final = ("auto", "none", "ngram", "jit")
 DRAFT_SAMPLE_METHODS: Final = ("coupled", "probabilistic", "greedy")
 AUTO: Final = "auto"
@@ -33,12 +35,14 @@ OWN_KEYS: Final = (
     "fan_out",
     "placement",
     "draft_cpus",
+    "ray_options",
     "backup",
     "sampling_c",
     "adaptive",
     "draft_restarts",
     "draft_replicas",
 )
+RAY_KEYS: Final = ("num_cpus", "num_gpus", "resources", "runtime_env", "namespace", "address")
 
 # vLLM's keys that mean for our draft what they mean for vLLM's own `draft_model`.
 VLLM_KEYS: Final = (
@@ -103,6 +107,7 @@ class SaguaroConfig:
     fan_out: str = "ranked"
     placement: str = "process"
     draft_cpus: str | None = None
+    ray_options: Mapping[str, Any] | None = None
     backup: str = AUTO
     sampling_c: float | str = AUTO
     adaptive: bool | None = None
@@ -134,6 +139,12 @@ class SaguaroConfig:
         _require_choice("backup", self.backup, BACKUPS)
         if self.draft_cpus is not None:
             _require_cpus(self.draft_cpus)
+        if self.ray_options is not None:
+            if self.placement != "ray":
+                raise SaguaroConfigError(
+                    'ray_options go with placement "ray" alone: write "placement": "ray" too, or leave them out'
+                )
+            _require_ray_options(self.ray_options)
 
     @property
     def most_branches(self) -> int:
@@ -272,6 +283,67 @@ def _require_cpus(value: object) -> None:
         parse_cpus(value)
     except ValueError as error:
         raise SaguaroConfigError(f"draft_cpus: {error}") from None
+
+
+def _require_ray_options(options: object) -> None:
+    """Ray's own options for an actor, as far as they pass through. What a cluster has of them is Ray's to say."""
+    if not isinstance(options, Mapping):
+        raise SaguaroConfigError(
+            f'ray_options must be an object, not {_show(options)}: write for example {{"num_cpus": 4}}'
+        )
+    for key, value in options.items():
+        name = f"ray_options.{key}"
+        if key == "num_cpus":
+            _require_int(name, value, 1, None)
+        elif key == "num_gpus":
+            _require_amount(name, value, least=0)
+        elif key == "resources":
+            if not isinstance(value, Mapping) or not all(isinstance(resource, str) for resource in value):
+                raise SaguaroConfigError(
+                    f"{name} must be an object of names and amounts, not {_show(value)}: write for example "
+                    '{"draft_node": 1}'
+                )
+            for resource, amount in value.items():
+                if resource in ("CPU", "GPU"):
+                    raise SaguaroConfigError(f"{name}: {resource} has a key of its own: write num_{resource.lower()}s")
+                _require_amount(f"{name}.{resource}", amount, least=None)
+        elif key == "runtime_env":
+            _require_runtime_env(name, value)
+        elif key in ("namespace", "address"):
+            if not (isinstance(value, str) and value.strip()):
+                raise SaguaroConfigError(f"{name} must be a string, not {_show(value)}: leave it out, or write one")
+            if key == "address" and value.startswith("ray://"):
+                raise SaguaroConfigError(
+                    f"{name} {_show(value)} is that of a Ray client server, which cannot place a draft beside this "
+                    'process: write "auto", or HOST:PORT of the cluster\'s head'
+                )
+        else:
+            near = difflib.get_close_matches(str(key), RAY_KEYS, n=1)
+            hint = f'did you mean "{near[0]}"?' if near else f"write one of {', '.join(RAY_KEYS)}"
+            raise SaguaroConfigError(f'unknown key "{key}" in ray_options: {hint}')
+
+
+def _require_amount(name: str, value: object, least: int | None) -> None:
+    """How much of a resource: of at least `least`, or (None) more than nothing."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SaguaroConfigError(f"{name} must be a number, not {_show(value)}: write how many, like 1 or 0.5")
+    fits = value > 0 if least is None else value >= least
+    if not (fits and value < math.inf):
+        span = "a number above 0" if least is None else f"a number of at least {least}"
+        raise SaguaroConfigError(f"{name} is out of range: {value}; write {span}")
+
+
+def _require_runtime_env(name: str, value: object) -> None:
+    """It crosses to other processes as JSON, and Ray checks what is in it."""
+    try:
+        if not isinstance(value, Mapping):
+            raise TypeError
+        json.dumps(dict(value))
+    except (TypeError, ValueError):
+        raise SaguaroConfigError(
+            f"{name} must be an object of plain values, not {_show(value)}: write for example "
+            '{"env_vars": {"NAME": "value"}}'
+        ) from None
 
 
 def _show(value: object) -> str:

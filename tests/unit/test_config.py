@@ -121,8 +121,8 @@ def test_keys_without_a_meaning_here_are_refused_by_name(key: str) -> None:
             'fan_out: "geometrc" is not a known value (did you mean "geometric"?): '
             'write "ranked" or "uncalibrated" or "geometric" or "uniform"',
         ),
-        ({"placement": "ray"}, 'placement: "ray" is not a known value: write "process" or "inline"'),
-        ({"placement": 3}, 'placement: 3 is not a known value: write "process" or "inline"'),
+        ({"placement": "rya"}, 'placement: "rya" is not a known value (did you mean "ray"?): write "process" or '),
+        ({"placement": 3}, 'placement: 3 is not a known value: write "process" or "inline" or "ray"'),
         ({"branches": "Auto"}, 'branches must be a whole number, not "Auto"'),
         (
             {"backup": "n-gram"},
@@ -223,3 +223,62 @@ def test_several_drafts_need_processes_of_their_own() -> None:
 def test_a_number_of_drafts_that_cannot_be_is_refused(value: object) -> None:
     with pytest.raises(SaguaroConfigError, match="draft_replicas"):
         SaguaroConfig(draft_replicas=value)  # type: ignore[arg-type]
+
+
+def test_ray_options_pass_through() -> None:
+    options = {
+        "num_cpus": 4,
+        "num_gpus": 0.5,
+        "resources": {"draft_node": 1, "nvme": 0.25},
+        "runtime_env": {"env_vars": {"NAME": "value"}},
+        "namespace": "ours",
+        "address": "10.0.0.1:6379",
+    }
+    config, passed = split_options({"placement": "ray", "ray_options": options})
+    assert config.ray_options == options
+    assert "ray_options" not in passed
+    assert SaguaroConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert split_options({"placement": "ray"})[0].ray_options is None
+    assert split_options({"placement": "ray", "ray_options": {"num_gpus": 0}})[0].ray_options == {"num_gpus": 0}
+
+
+@pytest.mark.parametrize(
+    ("ray_options", "says"),
+    [
+        ([], "ray_options must be an object, not []: write for example"),
+        ({"num_cpu": 1}, 'unknown key "num_cpu" in ray_options: did you mean "num_cpus"?'),
+        ({"max_restarts": 3}, 'unknown key "max_restarts" in ray_options: write one of num_cpus, num_gpus, '),
+        ({7: 3}, 'unknown key "7" in ray_options: write one of num_cpus, '),
+        ({"num_cpus": 0}, "ray_options.num_cpus is out of range: 0; write a number of at least 1"),
+        ({"num_cpus": 0.5}, "ray_options.num_cpus must be a whole number, not 0.5: write"),
+        ({"num_cpus": True}, "ray_options.num_cpus must be a whole number, not True: write"),
+        ({"num_gpus": -1}, "ray_options.num_gpus is out of range: -1; write a number of at least 0"),
+        ({"num_gpus": "1"}, 'ray_options.num_gpus must be a number, not "1": write'),
+        ({"num_gpus": float("inf")}, "ray_options.num_gpus is out of range: inf; write"),
+        ({"num_gpus": float("nan")}, "ray_options.num_gpus is out of range: nan; write"),
+        ({"resources": ["far"]}, "ray_options.resources must be an object of names and amounts, not ['far']: write"),
+        ({"resources": {1: 1}}, "ray_options.resources must be an object of names and amounts, not {1: 1}: write"),
+        ({"resources": {"far": 0}}, "ray_options.resources.far is out of range: 0; write a number above 0"),
+        ({"resources": {"far": None}}, "ray_options.resources.far must be a number, not None: write"),
+        ({"resources": {"GPU": 1}}, "ray_options.resources: GPU has a key of its own: write num_gpus"),
+        ({"resources": {"CPU": 1}}, "ray_options.resources: CPU has a key of its own: write num_cpus"),
+        ({"runtime_env": "env"}, 'ray_options.runtime_env must be an object of plain values, not "env": write'),
+        (
+            {"runtime_env": {"x": {1, 2}}},
+            "ray_options.runtime_env must be an object of plain values, not {'x': {1, 2}}",
+        ),
+        ({"namespace": 3}, "ray_options.namespace must be a string, not 3: leave it out, or write one"),
+        ({"address": " "}, 'ray_options.address must be a string, not " ": leave it out, or write one'),
+        (
+            {"address": "ray://h:1"},
+            'ray_options.address "ray://h:1" is that of a Ray client server, which cannot place',
+        ),
+    ],
+)
+def test_ray_options_that_are_refused(ray_options: Any, says: str) -> None:
+    assert refusal(placement="ray", ray_options=ray_options).startswith(says)
+
+
+@pytest.mark.parametrize("placement", ["process", "inline"])
+def test_ray_options_without_ray_are_refused(placement: str) -> None:
+    assert refusal(placement=placement, ray_options={}).startswith('ray_options go with placement "ray" alone: write')

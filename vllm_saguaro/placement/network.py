@@ -142,13 +142,24 @@ class NetworkChannel:
         if state == DraftState.FAILED:
             raise DraftFailed("the draft could not load its model: its own error is in its log")
 
+    def hang_up(self, trouble: str) -> None:
+        """End the stream, and with it the draft side and both threads. What has come stays readable."""
+        if self.alive:
+            self._trouble = trouble
+        self.alive = False
+        self._listener.stop()
+        self._outgoing.put(None)
+        if self._connection is not None:
+            with contextlib.suppress(OSError):  # it has ended already
+                self._connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Hang up, which ends the draft side."""
         with self._closing:
             if self._closed:
                 return
             self._closed = True
-        self._end("closed")
+        self.hang_up("closed")
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(_JOIN_SECONDS)
@@ -187,7 +198,7 @@ class NetworkChannel:
         except OSError as error:
             trouble = f"the connection broke: {error}"
         finally:
-            self._end(trouble)
+            self.hang_up(trouble)
             if self._connection is not None:
                 self._connection.close()
 
@@ -216,18 +227,7 @@ class NetworkChannel:
             while (frame := self._outgoing.get()) is not None:
                 self._connection.sendall(frame)
         except OSError as error:
-            self._end(f"the connection broke: {error}")
-
-    def _end(self, trouble: str) -> None:
-        """End the stream; both threads come to their end with it."""
-        if self.alive:
-            self._trouble = trouble
-        self.alive = False
-        self._listener.stop()
-        self._outgoing.put(None)
-        if self._connection is not None:
-            with contextlib.suppress(OSError):  # it has ended already
-                self._connection.shutdown(socket.SHUT_RDWR)
+            self.hang_up(f"the connection broke: {error}")
 
 
 def _fields(layout: struct.Struct, payload: bytes) -> tuple[int, ...]:

@@ -123,16 +123,23 @@ class PassedMemoryChannel:
         if state == DraftState.FAILED:
             raise DraftFailed("the draft could not load its model: its own error is in its log")
 
+    def hang_up(self, trouble: str) -> None:
+        """End the draft side. What has come stays readable."""
+        if self.alive:
+            self._trouble = trouble
+        self.alive = False
+        self._listener.stop()
+        if self._connection is not None:
+            with contextlib.suppress(OSError):  # it has ended already
+                self._connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Hang up, which ends the draft side, and let go of the memory."""
         with self._closing:
             if self._closed:
                 return
             self._closed, self.alive = True, False
-        self._listener.stop()
-        if self._connection is not None:
-            with contextlib.suppress(OSError):  # it has ended already
-                self._connection.shutdown(socket.SHUT_RDWR)
+        self.hang_up("closed")
         self._thread.join(_JOIN_SECONDS)
         self._mailbox.close()
         self._memory.close()

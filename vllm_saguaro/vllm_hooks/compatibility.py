@@ -8,6 +8,7 @@ later.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import re
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from vllm_saguaro.config import SaguaroConfigError
 
 SUPPORTED: Final = ((0, 32), (0, 33))
 SUPPORTED_RANGE: Final = "vLLM 0.32 and 0.33"
+OLDEST_RAY: Final = (2, 50)
 
 FRONTEND: Final = "frontend"
 WORKER: Final = "worker"
@@ -156,6 +158,25 @@ def check_combination(engine_args: Any, parallel: Any, worker_class: str, placem
     if getattr(engine_args, "async_scheduling", None):
         raise SaguaroConfigError(
             'method "saguaro" reads each outcome on the host and cannot go with async_scheduling: leave it out'
+        )
+
+
+def check_placement(placement: str) -> None:
+    """Refuse a placement that something is missing for. Nobody else is asked for Ray."""
+    if placement != "ray":
+        return
+    try:
+        found = importlib.metadata.version("ray")
+    except importlib.metadata.PackageNotFoundError:
+        raise SaguaroConfigError(
+            'placement "ray" needs Ray, which is not installed here: pip install "vllm-saguaro[ray]", or write '
+            '"placement": "process"'
+        ) from None
+    match = re.match(r"(\d+)\.(\d+)", found)
+    if match is None or (int(match[1]), int(match[2])) < OLDEST_RAY:
+        oldest = ".".join(map(str, OLDEST_RAY))
+        raise SaguaroConfigError(
+            f'placement "ray" works with Ray {oldest} or newer, this is {found}: pip install "vllm-saguaro[ray]"'
         )
 
 

@@ -1,23 +1,27 @@
-"""The draft side as a process: `python -m vllm_saguaro.vllm_hooks.draft_process`, started by `placement/process.py`.
+"""The draft side in a process of its own: `python -m vllm_saguaro.vllm_hooks.draft_process`, started by
+`placement/process.py`, or one that Ray started, whose actor calls `serve_invited`.
 
 Nothing heavy is imported before the process is on its own cores: torch sizes its thread pools from them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
+import os
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from vllm_saguaro import cores
 
 if TYPE_CHECKING:
     from vllm_saguaro.drafting.engine import DraftEngine
     from vllm_saguaro.drafting.loop import DraftLoop
-    from vllm_saguaro.placement.process import DraftEnd
+    from vllm_saguaro.placement.draft_end import DraftEnd
 
 
 _TELL_AFTER = 2048
@@ -32,12 +36,47 @@ def main() -> None:
     if options["cpus"]:
         cores.pin(options["cpus"])
 
-    from vllm_saguaro.drafting.loop import DraftLoop
-    from vllm_saguaro.placement.mailbox import DraftState
     from vllm_saguaro.placement.process import DraftEnd
 
     end = DraftEnd(start)
     end.end_with_parent()
+    load_and_serve(end, options)
+
+
+def serve_invited(start: Mapping[str, Any]) -> str:
+    """Draft for the target side that sent an invitation, until that has gone; how that came about.
+
+    `start`: `invitation`, `options`, `cpus` (cores of this machine to stay on, or none), `threads`. Raises what loading
+    raises, after having told the target side.
+    """
+    cpus: list[int] = start["cpus"]
+    if cpus:
+        cores.pin(cpus)
+    # Whoever started this process may have bound or counted its threads for something else.
+    environment = cores.draft_environment(dict(os.environ), range(start["threads"]))
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    os.environ.update(environment)
+
+    from vllm_saguaro.placement.draft_end import TargetGone
+    from vllm_saguaro.placement.meeting import Invitation
+    from vllm_saguaro.placement.network_end import NetworkEnd
+    from vllm_saguaro.placement.passed_memory import PassedMemoryEnd
+
+    invitation = Invitation.from_dict(start["invitation"])
+    end = NetworkEnd(invitation) if invitation.port else PassedMemoryEnd(invitation)
+    with contextlib.closing(end):
+        try:
+            load_and_serve(end, start["options"])
+        except TargetGone as gone:
+            return str(gone)
+
+
+def load_and_serve(end: DraftEnd, options: dict[str, Any]) -> NoReturn:
+    """Load the draft, say so, then keep tables ready. It ends with an exception, `TargetGone` in good order."""
+    from vllm_saguaro.drafting.loop import DraftLoop
+    from vllm_saguaro.placement.mailbox import DraftState
+
     try:
         engine = load_engine(options)
     except BaseException:
@@ -80,7 +119,7 @@ def tell(engine: DraftEngine) -> None:
     logger.info("Saguaro: C of Saguaro sampling would be %.1f now.", engine.deflations.best(engine.pace.round_time))
 
 
-def serve(end: DraftEnd, loop: DraftLoop) -> None:
+def serve(end: DraftEnd, loop: DraftLoop) -> NoReturn:
     """Look into the mailbox between any two forwards; what is newest comes first."""
     busy_at, outcomes = time.perf_counter(), 0
     while True:

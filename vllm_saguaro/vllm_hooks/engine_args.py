@@ -168,6 +168,7 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     target, parallel = arguments["target_model_config"], arguments["target_parallel_config"]
     config, passed = split_options(_gather(engine_args))
     compatibility.check_combination(engine_args, parallel, WORKER_CLASS, config.placement)
+    compatibility.check_placement(config.placement)
 
     if "model" in passed:
         passed["model"] = resolve_folder(passed["model"])
@@ -219,7 +220,7 @@ def _plan_cores(config: SaguaroConfig, ranks: int) -> cores.CorePlan | None:
     None where the draft has no process: it then works in the target's thread, on the target's cores.
     """
     cores.undo_in_frontend()
-    if config.placement != "process":
+    if config.placement == "inline":
         return None
     try:
         return cores.apply_in_frontend(config.draft_cpus, ranks=ranks, drafts=config.draft_replicas)

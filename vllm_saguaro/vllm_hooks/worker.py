@@ -25,6 +25,7 @@ from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.placement.inline import InlineChannel
 from vllm_saguaro.placement.mailbox import MailboxShape
 from vllm_saguaro.placement.process import ProcessChannel
+from vllm_saguaro.placement.ray_channel import RayChannel
 from vllm_saguaro.placement.restarting import RestartingChannel
 from vllm_saguaro.placement.sharded import ShardedChannel
 from vllm_saguaro.policy import Policy
@@ -34,6 +35,7 @@ from vllm_saguaro.vllm_hooks.draft_process import load_engine
 from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
 from vllm_saguaro.vllm_hooks.known_noise import KnownNoise, RequestKeys
 from vllm_saguaro.vllm_hooks.metrics import attach_page
+from vllm_saguaro.vllm_hooks.ray_draft import ray_draft
 from vllm_saguaro.vllm_hooks.runner_v1 import SaguaroDrafter, SilentDrafter
 
 logger = init_logger(f"vllm.{__name__}")
@@ -114,9 +116,11 @@ class SaguaroWorker(CPUWorker):
             if self.cache_config.kv_cache_memory_bytes is None:
                 plan = self._options["cores"]
                 self.requested_cpu_memory //= plan["ranks_a_node"] if plan else 1
-                if self._channel is not None:
+                resident = self._channel.resident_bytes if self._channel is not None else 0
+                # A draft in an actor that takes no memory here is on another node.
+                if self._channel is not None and (resident or self._options["placement"] != "ray"):
                     budget = DRAFT_KV_BYTES * self._options["draft_replicas"]
-                    self.requested_cpu_memory -= budget + self._channel.resident_bytes
+                    self.requested_cpu_memory -= budget + resident
             return super().determine_available_memory()
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -167,17 +171,20 @@ class SaguaroWorker(CPUWorker):
         parts = cores.shared_out(plan["draft"], drafts) if plan else [()] * drafts
         if drafts > 1 and plan and len(plan["draft"]) < drafts:
             logger.warning("Saguaro: %d drafts share %d cores.", drafts, len(plan["draft"]))
-        channels = [self._open_process(config, {**options, "cpus": list(cpus)}, shape) for cpus in parts]
+        channels = [self._open_draft(config, {**options, "cpus": list(cpus)}, shape) for cpus in parts]
         return channels[0] if drafts == 1 else ShardedChannel(channels, shape.slots, logger)
 
-    def _open_process(self, config: SaguaroConfig, options: dict[str, Any], shape: MailboxShape) -> Channel:
+    def _open_draft(self, config: SaguaroConfig, options: dict[str, Any], shape: MailboxShape) -> Channel:
+        plan = self._options["cores"]
         environment = cores.draft_environment(dict(os.environ), options["cpus"] or [0])
-        return RestartingChannel(
-            lambda: ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment),
-            config.draft_restarts,
-            self._page,
-            logger,
-        )
+
+        def start() -> Channel:
+            if config.placement == "ray":
+                draft = ray_draft(config, options, {**plan, "draft": options["cpus"]}, os.environ)
+                return RayChannel(draft, shape, self._options["target_vocab_size"], environment)
+            return ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment)
+
+        return RestartingChannel(start, config.draft_restarts, self._page, logger)
 
     def _draft_model_options(self) -> dict[str, Any]:
         """The fields of `DraftModelConfig`, as plain values."""

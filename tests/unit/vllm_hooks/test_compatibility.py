@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import metadata
+
 import pytest
 
 from vllm_saguaro.config import SaguaroConfigError
 from vllm_saguaro.vllm_hooks import compatibility
-from vllm_saguaro.vllm_hooks.compatibility import Seam, check_seams, check_version, one_line
+from vllm_saguaro.vllm_hooks.compatibility import Seam, check_placement, check_seams, check_version, one_line
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1.dev3+cpu", "v0.33.0", "0.33"])
@@ -44,3 +46,32 @@ def test_a_missing_seam_is_named(module: str, name: str) -> None:
 def test_errors_of_others_fit_on_one_line() -> None:
     assert one_line(ValueError("\n  first: \nsecond")) == "first"
     assert one_line(ValueError()) == "ValueError"
+
+
+def test_a_placement_in_ray_asks_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(SaguaroConfigError, match=r'pip install "vllm-saguaro\[ray\]", or write') as caught:
+        check_placement("ray")
+    assert "\n" not in str(caught.value)
+
+
+def test_other_placements_do_not_ask_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: pytest.fail(f"looked for {name}"))
+    check_placement("process")
+    check_placement("inline")
+
+
+@pytest.mark.parametrize("found", ["2.50.0", "2.60.1", "3.0.0.dev0"])
+def test_versions_of_ray_that_are_served(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    monkeypatch.setattr(metadata, "version", {"ray": found}.__getitem__)
+    check_placement("ray")
+
+
+@pytest.mark.parametrize("found", ["2.49.2", "1.60.0", "dev"])
+def test_versions_of_ray_that_are_not(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    monkeypatch.setattr(metadata, "version", {"ray": found}.__getitem__)
+    with pytest.raises(SaguaroConfigError, match=rf"Ray 2\.50 or newer, this is {found}: pip install"):
+        check_placement("ray")

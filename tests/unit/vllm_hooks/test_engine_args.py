@@ -268,7 +268,7 @@ def test_no_draft_known(make_model: ModelMaker) -> None:
         ({"num_speculative_tokens": 17}, "num_speculative_tokens is out of range: 17; write a number from 1 to 16"),
         ({"sampling_c": 2}, 'sampling_c is out of range: 2; write a number from 0 to 1, or "auto"'),
         ({"backup": "slow"}, 'backup: "slow" is not a known value: write "auto" or "none" or "ngram" or "jit"'),
-        ({"placement": "ray"}, 'placement: "ray" is not a known value: write "process" or "inline"'),
+        ({"placement": "rya"}, 'placement: "rya" is not a known value (did you mean "ray"?): write'),
         ({"max_model_len": 300}, "vLLM does not take this draft: "),
         ({"attention_backend": "NONE_SUCH"}, "vLLM does not take this draft: "),
         ({"quantization": "none_such"}, "vLLM does not take this draft: "),

@@ -1,0 +1,142 @@
+"""Real engines with the draft in a Ray actor: beside the target, on another node, and where vLLM itself is in Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e import plans
+from tests.e2e.harness import (
+    BASE,
+    ROOT,
+    EngineRun,
+    Json,
+    assert_same_texts,
+    engines,
+    environment_at_start,
+    is_gone_within,
+    prompts,
+    run_engines,
+    saguaro,
+    shared_memory,
+)
+
+pytest.importorskip("ray")
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+SCENARIO = plans.greedy(8, count=8)
+NAME = SCENARIO["name"]
+
+
+def folders() -> set[Path]:
+    """What Rays of our own leave in the folder for temporary files."""
+    return set(Path(tempfile.gettempdir()).glob("saguaro-ray-*"))
+
+
+@pytest.fixture(scope="module")
+def plain() -> EngineRun:
+    killed = plans.with_events("eight at once")
+    return run_engines([{"options": BASE, "scenarios": [SCENARIO, killed]}])[0]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes on this machine, which differ in what they have."""
+    from ray.cluster_utils import Cluster
+
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update({**environment_at_start(), "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)})
+    shared: Json = {"object_store_memory": 80 << 20}
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "include_dashboard": False, "resources": {"head": 1}, **shared},
+    )
+    made.add_node(num_cpus=1, resources={"far": 1}, **shared)
+    yield made
+    made.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[EngineRun]:
+    """An engine with a Ray of its own, whose draft is killed in the end."""
+    killed = plans.with_events("draft killed", (8, "kill_draft"))
+    with engines([{"options": BASE | saguaro(placement="ray"), "scenarios": [SCENARIO, killed]}]) as group:
+        yield group.read_engine()
+        assert group.process.wait(60) == 0
+
+
+def test_the_text_is_the_plain_one(local: EngineRun, plain: EngineRun) -> None:
+    assert_same_texts(local[NAME], plain[NAME])
+    assert local[NAME].hits > 0
+    assert local.log_lines("draft runs in Ray", "this node", "shared memory")
+
+
+def test_an_actor_that_dies_costs_no_request(local: EngineRun, plain: EngineRun) -> None:
+    assert_same_texts(local["draft killed"], plain["eight at once"])
+
+
+def test_a_ray_of_our_own_leaves_nothing() -> None:
+    memory, before = shared_memory(), folders()
+    with engines([{"options": BASE | saguaro(placement="ray"), "scenarios": [plans.several_outputs()]}]) as group:
+        run = group.read_engine()
+        assert is_gone_within(run.answer["draft_pid"], 5)
+        assert folders() == before
+        assert group.process.wait(60) == 0
+    assert shared_memory() <= memory
+
+
+def test_killing_the_engine_ends_the_actor_and_ray() -> None:
+    before = folders()
+    with engines([{"options": BASE | saguaro(placement="ray"), "scenarios": [], "end": "wait"}]) as group:
+        run = group.read_engine()
+        group.process.kill()
+        assert is_gone_within(run.answer["draft_pid"], 20)
+        deadline = time.monotonic() + 20
+        while folders() != before and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert folders() == before
+
+
+def test_a_draft_on_another_node_gives_the_plain_text_over_the_network(cluster: Any, plain: EngineRun) -> None:
+    options = {"address": cluster.address, "resources": {"far": 1}}
+    spec = {"options": BASE | saguaro(placement="ray", ray_options=options), "scenarios": [SCENARIO]}
+    (run,) = run_engines([spec])
+    assert_same_texts(run[NAME], plain[NAME])
+    assert run[NAME].hits > 0
+    assert run.log_lines("draft runs in Ray", "another node", "network")
+
+
+def test_where_vllm_itself_is_in_ray_its_cluster_is_used(cluster: Any, plain: EngineRun) -> None:
+    spec = {
+        "options": BASE | saguaro(placement="ray"),
+        "prompts": list(prompts()[:8]),
+        "params": {"max_tokens": plans.TOKENS, "ignore_eos": True},
+    }
+    before = folders()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.in_ray", cluster.address],
+        cwd=ROOT,
+        input=json.dumps(spec),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**environment_at_start(), "RAY_USAGE_STATS_ENABLED": "0"},
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    answer = json.loads(done.stdout)
+    assert answer["tokens"] == plain[NAME].tokens
+    assert answer["hits"] > 0
+    assert answer["groups"] == [], "what was asked for the draft is given back, and the cluster goes on"
+    assert folders() == before, "no Ray of our own was started"

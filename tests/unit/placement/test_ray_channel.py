@@ -1,0 +1,305 @@
+"""The draft side in a real Ray actor, with the fake model: where it goes, over what it talks, and what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE, VOCABULARY
+from tests.unit.placement.test_far_draft import admit, table_of, until
+from vllm_saguaro.messages import Stamp
+from vllm_saguaro.placement.channel import Channel, DraftFailed
+from vllm_saguaro.placement.network import NetworkChannel
+from vllm_saguaro.placement.passed_memory import PassedMemoryChannel
+from vllm_saguaro.placement.ray_channel import RayChannel, RayDraft, cluster_address
+
+ROOT = Path(__file__).resolve().parents[3]
+MODULE = "tests.unit.placement.far_draft"
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
+
+
+def environment() -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def opened(options: dict[str, Any] | None = None, **asked: Any) -> Iterator[RayChannel]:
+    cpus = sorted(os.sched_getaffinity(0))[-1:]
+    draft = RayDraft(MODULE, options or {}, cpus, **{"num_cpus": 1, **asked})
+    with contextlib.closing(RayChannel(draft, SHAPE, VOCABULARY, environment())) as channel:
+        yield channel
+
+
+def processes(folder: str) -> list[int]:
+    """Processes that were started with this path in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdecimal() and folder in (entry / "cmdline").read_bytes().decode(errors="replace"):
+                found.append(int(entry.name))
+    return found
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def check_that_it_drafts(channel: Channel, generation: int = 1) -> None:
+    channel.wait_until_ready()
+    assert channel.max_length == MAX_LENGTH
+    assert channel.epoch(0) > 0
+    assert channel.post(admit(generation))
+    table_of(channel, Stamp(1, generation, 0))
+
+
+# ---- a Ray of our own -----------------------------------------------------------------------------------------------
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_local_ray_is_started_and_leaves_nothing(tmp_path: Path) -> None:
+    names, told = set(os.listdir("/dev/shm")), tmp_path / "told"
+    folders = set(Path(tempfile.gettempdir()).glob("saguaro-ray-*"))
+    with opened({"told": str(told)}) as channel:
+        folder = channel._folder
+        assert folder is not None
+        check_that_it_drafts(channel)
+        assert isinstance(channel._link, PassedMemoryChannel), "on one node nothing goes over the network"
+        assert channel.resident_bytes > 1 << 20
+        assert processes(folder), "the daemons of a Ray of our own"
+        assert os.sched_getaffinity(channel.pid), "it is here"
+        actor = channel.pid
+    assert until(lambda: not processes(folder))
+    assert until(lambda: gone(actor))
+    assert set(Path(tempfile.gettempdir()).glob("saguaro-ray-*")) == folders
+    assert set(os.listdir("/dev/shm")) <= names
+    assert not channel.alive
+    assert channel.epoch(0) == 0
+    assert not channel.post(admit(2))
+    assert channel.read(1) is None
+    heard = json.loads(told.read_text())
+    assert (heard["cpus"], heard["threads"]) == (sorted(os.sched_getaffinity(0))[-1:], 1)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_the_actors_death_is_noticed_and_another_channel_starts_anew() -> None:
+    with opened() as channel:
+        check_that_it_drafts(channel)
+        os.kill(channel.pid, signal.SIGKILL)
+        assert until(lambda: not channel.alive)
+        assert channel.epoch(0) == 0
+        assert not channel.post(admit(2))
+    with opened() as channel:
+        check_that_it_drafts(channel)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_draft_that_cannot_load_is_a_failed_draft_with_its_reason() -> None:
+    with opened({"role": "fails"}) as channel, pytest.raises(DraftFailed, match="this draft cannot be loaded"):
+        channel.wait_until_ready()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_more_than_this_machine_has_is_refused_at_once() -> None:
+    with opened(num_gpus=64) as channel, pytest.raises(DraftFailed, match="64 GPU"):
+        channel.wait_until_ready()
+
+
+@needs_ray
+@pytest.mark.slow
+def test_everything_ends_with_a_target_that_is_killed() -> None:
+    """As a process of its own, which says the actor's pid and Ray's folder and is then killed."""
+    code = (
+        "import sys; from tests.unit.placement.test_ray_channel import opened, time\n"
+        "with opened() as channel:\n"
+        "    channel.wait_until_ready(); print(channel.pid, channel._folder, flush=True); time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as target:
+        assert target.stdout is not None
+        pid, folder = target.stdout.readline().split()
+        assert processes(folder)
+        target.kill()
+    assert until(lambda: not processes(folder), 20)
+    assert until(lambda: gone(int(pid)), 20)
+    assert until(lambda: not Path(folder).exists(), 20)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_closing_while_it_starts_leaves_nothing() -> None:
+    with opened() as channel:
+        time.sleep(1.0)
+        folder = channel._folder
+    assert folder is not None
+    assert until(lambda: not processes(folder))
+    with pytest.raises(DraftFailed):
+        channel.wait_until_ready()
+
+
+# ---- a cluster of others --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes on this machine. The second one has what the first has not: the resource `far`."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    before = dict(os.environ)
+    os.environ.update(environment())  # the nodes start with this one's
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    made.add_node(num_cpus=1, resources={"far": 1}, object_store_memory=80 << 20)
+    yield made
+    made.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def in_cluster(cluster: Any, ask: str) -> Any:
+    """What another driver sees of the cluster."""
+    code = (
+        "import json, ray, sys\nfrom ray.util import placement_group_table\n"
+        f"ray.init({cluster.address!r}, logging_level='ERROR', log_to_driver=False)\n"
+        f"print('answer', json.dumps({ask}))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    return json.loads(run.stdout.rpartition("answer")[2])
+
+
+def groups_left(cluster: Any) -> list[str]:
+    states = in_cluster(cluster, "[group['state'] for group in placement_group_table().values()]")
+    return [state for state in states if state != "REMOVED"]
+
+
+def free_cpus(cluster: Any) -> float:
+    return float(in_cluster(cluster, "ray.available_resources().get('CPU', 0)"))
+
+
+@needs_ray
+@pytest.mark.slow
+def test_the_draft_goes_beside_the_target_where_there_is_room(cluster: Any) -> None:
+    with opened(address=cluster.address) as channel:
+        check_that_it_drafts(channel)
+        assert isinstance(channel._link, PassedMemoryChannel)
+        actor = channel.pid
+    assert until(lambda: gone(actor))
+    assert groups_left(cluster) == []
+    assert until(lambda: free_cpus(cluster) == 2.0)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_the_draft_goes_to_another_node_where_there_is_no_room_and_talks_over_the_network(cluster: Any) -> None:
+    with opened(address=cluster.address) as near, opened(address=cluster.address) as far:
+        check_that_it_drafts(near)
+        check_that_it_drafts(far)
+        kinds = {type(near._link), type(far._link)}
+        assert kinds == {PassedMemoryChannel, NetworkChannel}
+        assert {near.resident_bytes > 0, far.resident_bytes > 0} == {True, False}
+    assert groups_left(cluster) == []
+
+
+@needs_ray
+@pytest.mark.slow
+def test_what_only_another_node_has_brings_the_draft_there(cluster: Any, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    asked = {"resources": {"far": 1}, "runtime_env": {"env_vars": {"OF_THE_USER": "yes"}}, "namespace": "ours"}
+    variables = {"VLLM_OF_THE_TARGET": "1", "OF_THE_USER": "no"}
+    with opened({"told": str(told)}, address=cluster.address, variables=variables, **asked) as channel:
+        check_that_it_drafts(channel)
+        assert isinstance(channel._link, NetworkChannel)
+        assert channel.resident_bytes == 0
+        os.kill(channel.pid, signal.SIGSTOP)  # a node that is lost says nothing, not even goodbye
+        assert channel.post(admit(2))
+        assert until(lambda: channel.stalled_seconds > 0.2)
+        os.kill(channel.pid, signal.SIGCONT)
+        table_of(channel, Stamp(1, 2, 0))
+    heard = json.loads(told.read_text())
+    assert heard["cpus"] == [], "core numbers of one node mean nothing on another"
+    assert heard["environment"]["OF_THE_USER"] == "yes"
+    assert heard["environment"]["VLLM_OF_THE_TARGET"] == "1"
+
+
+@needs_ray
+@pytest.mark.slow
+def test_nothing_is_left_in_a_cluster_by_a_target_that_is_killed(cluster: Any) -> None:
+    code = (
+        "import sys; from tests.unit.placement.test_ray_channel import opened, time\n"
+        "with opened(address=sys.argv[1]) as channel:\n"
+        "    channel.wait_until_ready(); print(channel.pid, flush=True); time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", code, cluster.address]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as target:
+        assert target.stdout is not None
+        pid = int(target.stdout.readline())
+        target.kill()
+    assert until(lambda: gone(pid), 20)
+    assert until(lambda: groups_left(cluster) == [], 20)
+    assert free_cpus(cluster) == 2.0, "the cluster itself goes on"
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_that_is_not_there_is_a_failed_draft() -> None:
+    with opened(address="127.0.0.1:1") as channel, pytest.raises(DraftFailed, match="no Ray cluster answers at"):
+        channel.wait_until_ready()
+
+
+# ---- without Ray ----------------------------------------------------------------------------------------------------
+
+
+def test_without_ray_the_draft_has_failed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "ray.py").write_text("raise ImportError('there is no Ray here')")
+    draft = RayDraft(MODULE, {}, [0], num_cpus=1)
+    hidden = {**environment(), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with contextlib.closing(RayChannel(draft, SHAPE, VOCABULARY, hidden)) as channel:
+        with pytest.raises(DraftFailed, match="Ray"):
+            channel.wait_until_ready()
+        assert not channel.alive
+
+
+@pytest.mark.parametrize(
+    ("asked", "variable", "expected"),
+    [("auto", "10.0.0.1:6379", "auto"), (None, "10.0.0.1:6379", "10.0.0.1:6379"), (None, "", None), (None, None, None)],
+)
+def test_which_cluster_is_used(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, variable: str | None, expected: str | None
+) -> None:
+    if variable is None:
+        monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    assert cluster_address(asked) == expected
+
+
+def test_the_cluster_of_this_process_comes_before_that_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Context:
+        gcs_address = "10.0.0.7:6379"
+
+    class FakeRay:
+        is_initialized: Callable[[], bool] = staticmethod(lambda: True)
+        get_runtime_context: Callable[[], Context] = staticmethod(Context)
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setitem(sys.modules, "ray", FakeRay())
+    assert cluster_address(None) == "10.0.0.7:6379"

@@ -1,0 +1,247 @@
+"""The draft side in a Ray actor, as the target side sees it.
+
+Ray is spoken to by a small process of our own (`ray_placer`), and never by this one: a Ray driver takes over signals,
+starts threads, and ends its process when the head of the cluster is gone, none of which a serving engine may be exposed
+to. The placer says where Ray has put the actor; then this side listens, over passed memory on the same node and over
+the network otherwise, and the placer hands the actor the invitation. From then on no Ray call is on the round path.
+
+The placer ends with this process, in whatever way that ends, and what it asked Ray for ends with the placer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import IO, Any
+
+from vllm_saguaro.messages import Proposals, Stamp, Step, Table
+from vllm_saguaro.placement.channel import DraftFailed
+from vllm_saguaro.placement.mailbox import MailboxShape
+from vllm_saguaro.placement.network import NetworkChannel
+from vllm_saguaro.placement.passed_memory import PassedMemoryChannel
+
+START_TIMEOUT_SECONDS = 900.0
+"""A cluster may have to make room first; loading and compiling a large draft takes minutes on a cold cache."""
+_END_SECONDS = 10.0
+"""Ray takes a few seconds to end an actor and, where it is ours, itself."""
+_REASON_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class RayDraft:
+    """What Ray is asked for: which draft, with which resources, in which cluster. Plain values only."""
+
+    module: str
+    """Has `serve_invited(start)`, which the actor calls with `options`, the invitation and its cores."""
+    options: Mapping[str, Any]
+    cpus: Sequence[int]
+    """Cores of this node that are the draft's, where it runs here."""
+    num_cpus: int
+    """Cores that Ray is asked for, and threads that the draft has on another node."""
+    num_gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict)
+    runtime_env: Mapping[str, Any] | None = None
+    namespace: str | None = None
+    address: str | None = None
+    """Of the cluster; None: a local one is started, and stopped at the end."""
+    daemon_cpus: Sequence[int] = ()
+    """Cores that a local Ray's own processes may use; empty: those of this thread."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables that the draft's process gets, wherever it runs."""
+
+
+def cluster_address(asked: str | None) -> str | None:
+    """The cluster to use: the one asked for, the one that this process belongs to, the one in RAY_ADDRESS, or none."""
+    if asked is not None:
+        return asked
+    ray = sys.modules.get("ray")  # never imported here
+    if ray is not None and ray.is_initialized():
+        return str(ray.get_runtime_context().gcs_address)
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+class RayChannel:
+    """Starts the placer at once; `wait_until_ready` returns when the draft's model is loaded."""
+
+    def __init__(
+        self, draft: RayDraft, shape: MailboxShape, vocabulary: int, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """`vocabulary`: every token of the target is below it. `environment`: the placer's (None: ours)."""
+        self._shape, self._vocabulary = shape, vocabulary
+        self._link: NetworkChannel | PassedMemoryChannel | None = None
+        self._pid = 0
+        self._over = self._closed = False
+        self._trouble = "the process that speaks to Ray ended"
+        self._closing = threading.Lock()
+        self.shards: Sequence[range] = (range(shape.slots),)
+        # A Ray of our own keeps its logs and sockets here; the path of a socket must be short.
+        self._folder = tempfile.mkdtemp(prefix="saguaro-ray-") if draft.address is None else None
+        self._placer = subprocess.Popen(
+            [sys.executable, "-P", "-m", "vllm_saguaro.placement.ray_placer"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**(os.environ if environment is None else environment), **({} if draft.address else _private_ray())},
+        )
+        assert self._placer.stdin is not None
+        self._say({"parent": os.getpid(), "folder": self._folder, "draft": asdict(draft)})
+        # Should this object be dropped without `close`, the end of the pipe still ends the placer.
+        self._finalizer = weakref.finalize(self, _close_quietly, self._placer.stdin)
+        self._thread = threading.Thread(
+            target=_follow, args=(self._placer, weakref.ref(self)), name="saguaro-ray-watch", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the actor lives, or is still to come."""
+        return not (self._over or self._closed) and (self._link is None or self._link.alive)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the actor, on its node; 0 while there is none."""
+        return self._pid
+
+    @property
+    def max_length(self) -> int:
+        """Longest text, in tokens, that the draft can hold."""
+        return self._link.max_length if self._link is not None else 0
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the actor has on this node; 0 where it is on another one."""
+        return self._link.resident_bytes if self._link is not None and not self._closed else 0
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long the oldest step has waited that the draft has not taken."""
+        return self._link.stalled_seconds if self._link is not None and self.alive else 0.0
+
+    def epoch(self, slot: int) -> int:
+        """One actor, one life."""
+        return int(self._link is not None and self.alive)
+
+    def post(self, step: Step) -> bool:
+        """Tell the draft side a step, once there is one."""
+        return self._link is not None and self.alive and self._link.post(step)
+
+    def read(self, slot: int) -> Table | None:
+        """The table of a slot, as far as it is."""
+        return self._link.read(slot) if self._link is not None and self.alive else None
+
+    def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
+        """The q of a branch's drafts; it stays readable when the actor has ended."""
+        return self._link.proposals(stamp, version, branch, depth) if self._link is not None else None
+
+    def wait_until_ready(self) -> None:
+        """Wait for Ray to place the actor, and for that to load its model. Raises `DraftFailed` when it does not."""
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        while self._link is None:
+            if self._closed:
+                raise DraftFailed("the draft side was closed while it started")
+            if self._over:
+                raise DraftFailed(f"Ray could not start the draft: {self._trouble}")
+            if time.monotonic() > deadline:
+                raise DraftFailed(f"Ray had not placed the draft after {START_TIMEOUT_SECONDS:.0f} s")
+            time.sleep(0.02)
+        try:
+            self._link.wait_until_ready()
+        except DraftFailed:
+            self._thread.join(_REASON_SECONDS)  # Ray knows more, a moment later
+            if self._over and not self._closed:
+                raise DraftFailed(f"Ray could not start the draft: {self._trouble}") from None
+            raise
+
+    def close(self) -> None:
+        """End the actor, and Ray where it was started for it."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        if self._link is not None:
+            self._link.close()
+        self._finalizer()
+        try:
+            self._placer.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._placer.kill()  # what it owns in a cluster ends with it, and so does a Ray of its own
+            self._placer.wait()
+        self._thread.join(_REASON_SECONDS)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ---- what the placer says ----------------------------------------------------------------------------------
+
+    def _say(self, message: Mapping[str, Any]) -> None:
+        assert self._placer.stdin is not None
+        with contextlib.suppress(BrokenPipeError, ValueError):  # it has ended: `_follow` notices
+            self._placer.stdin.write(json.dumps(message).encode() + b"\n")
+            self._placer.stdin.flush()
+
+    def _hear(self, said: Mapping[str, Any]) -> None:
+        if said["event"] == "ended":
+            self._end(str(said["reason"]))
+            return
+        self._pid = int(said["pid"])
+        with self._closing:
+            if self._closed:
+                return
+            try:
+                link = (
+                    PassedMemoryChannel(self._shape)
+                    if said["beside"]
+                    else NetworkChannel(str(said["address"]), self._shape, self._vocabulary)
+                )
+            except (OSError, ValueError) as error:
+                self._end(f"no link can be opened: {error}")
+                self._finalizer()
+                return
+            self._link = link
+        self._say({"invitation": link.invitation.to_dict()})
+
+    def _end(self, trouble: str | None = None) -> None:
+        """Ray says that the actor has ended, or cannot say anything more: nobody comes over the link any more."""
+        if trouble is not None:
+            self._trouble = trouble
+        self._over = True
+        if self._link is not None:
+            self._link.hang_up(self._trouble)
+
+
+def _private_ray() -> dict[str, str]:
+    """Environment of a Ray that is for nobody but us: on loopback, and behind a token that is written nowhere."""
+    return {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: then this node is 127.0.0.1
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+
+
+def _close_quietly(pipe: IO[bytes]) -> None:
+    with contextlib.suppress(BrokenPipeError):  # what was still to be flushed to a process that has ended
+        pipe.close()
+
+
+def _follow(placer: subprocess.Popen[bytes], channel: weakref.ref[RayChannel]) -> None:
+    """Take in what the placer says, until it has ended."""
+    assert placer.stdout is not None
+    with placer.stdout as lines:
+        for line in lines:
+            owner = channel()
+            if owner is not None:
+                owner._hear(json.loads(line))
+            del owner
+    placer.wait()
+    owner = channel()
+    if owner is not None:
+        owner._end()

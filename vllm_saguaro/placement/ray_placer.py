@@ -1,0 +1,226 @@
+"""The process that speaks to Ray: `python -m vllm_saguaro.placement.ray_placer`, started by `ray_channel`.
+
+Standard input: one line of JSON with what is wanted (`RayDraft`), and one with the invitation for the actor. Standard
+output: one line when the actor is there, and one when it has ended. When standard input ends, or the parent does, the
+actor is killed and its placement group removed; so is a Ray that was started here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import os
+import queue
+import select
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util import get_node_ip_address, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from vllm_saguaro.placement.ray_actor import DraftActor
+
+logger = logging.getLogger("vllm_saguaro.ray")
+
+_OBJECT_STORE_BYTES = 80 << 20
+"""Of a Ray of our own: nothing goes through it, and this is about the least that Ray takes."""
+_ANSWER_SECONDS = 10.0
+_LOOK_SECONDS = 0.5
+_PARENT_CHECK_SECONDS = 1.0
+_PATIENCE_SECONDS = 20.0
+"""After so long without room the log says what is waited for."""
+
+
+class Ended(Exception):
+    """The target side has ended; there is nothing more to do."""
+
+
+class Parent:
+    """The target side's process: what it says, and when it ends."""
+
+    def __init__(self, stdin: IO[bytes]) -> None:
+        self._pid = os.getppid()
+        self._fd = stdin.fileno()
+        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self.ended = threading.Event()
+        threading.Thread(target=self._read, name="saguaro-parent-watch", daemon=True).start()
+
+    def message(self) -> dict[str, Any]:
+        """The next line of JSON. Raises `Ended`."""
+        while True:
+            try:
+                return json.loads(self._lines.get(timeout=_LOOK_SECONDS))
+            except queue.Empty:
+                self.check()
+
+    def check(self) -> None:
+        """Raises `Ended` when it has."""
+        if self.ended.is_set():
+            raise Ended
+
+    def _read(self) -> None:
+        held = b""
+        while os.getppid() == self._pid:  # a fork of the parent may still hold the pipe's other end
+            readable, _, _ = select.select([self._fd], [], [], _PARENT_CHECK_SECONDS)
+            if not readable:
+                continue
+            piece = os.read(self._fd, 1 << 16)
+            if not piece:
+                break
+            *lines, held = (held + piece).split(b"\n")
+            for line in lines:
+                self._lines.put(line)
+        self.ended.set()
+
+
+def main() -> None:
+    """Place the draft, and stay until either side has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which ends us in order
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # Ray and the actor may print; the parent reads nothing but our lines
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    logger.setLevel(logging.INFO)
+    parent = Parent(sys.stdin.buffer)
+    reason = "Ray ended"
+
+    def say(**message: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            answers.write(json.dumps(message) + "\n")
+            answers.flush()
+
+    start: dict[str, Any] = {}
+    try:
+        start = parent.message()
+        wanted = start["draft"]
+        with _cluster(wanted, start["folder"]), _actor(wanted, parent) as actor:
+            node, pid = _result(actor.whereabouts.remote(), parent)
+            beside = node == ray.get_runtime_context().get_node_id()
+            where = "this node, over shared memory" if beside else f"another node ({node}), over the network"
+            logger.info("Saguaro's draft runs in Ray on %s; process %d.", where, pid)
+            say(event="placed", beside=beside, address=get_node_ip_address(), pid=pid)
+            invitation = parent.message()["invitation"]
+            cpus = wanted["cpus"] if beside else []
+            draft = {"options": wanted["options"], "invitation": invitation, "cpus": cpus}
+            draft["threads"] = len(cpus) or wanted["num_cpus"]
+            reason = _result(actor.serve.remote(wanted["module"], draft, wanted["variables"]), parent)
+            say(event="ended", reason=reason)
+    except Ended:
+        pass
+    except Exception as error:  # whatever Ray raises, in one line for the parent; all of it in the log
+        logger.error("Saguaro's draft in Ray has ended: %s", error)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        say(event="ended", reason=lines[-1] if lines else type(error).__name__)
+    finally:
+        if start.get("folder"):
+            shutil.rmtree(start["folder"], ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _cluster(wanted: Mapping[str, Any], folder: str | None) -> Iterator[None]:
+    """Connection to the cluster that is named, or to one that lives as long as this."""
+    options: dict[str, Any] = {"namespace": wanted["namespace"], "logging_level": logging.WARNING}
+    if wanted["address"] is None:
+        if wanted["daemon_cpus"]:
+            os.sched_setaffinity(0, wanted["daemon_cpus"])
+        options |= {
+            "address": "local",
+            "num_cpus": wanted["num_cpus"],
+            "resources": wanted["resources"] or None,
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "_temp_dir": folder,
+        }
+    else:
+        options["address"] = wanted["address"]
+        _check_address(wanted["address"])
+    ray.init(**options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _actor(wanted: Mapping[str, Any], parent: Parent) -> Iterator[Any]:
+    """The actor, in a placement group of its own: on this node where there is room, on another one otherwise."""
+    bundle = {"CPU": float(wanted["num_cpus"]), **wanted["resources"]}
+    if wanted["num_gpus"]:
+        bundle["GPU"] = wanted["num_gpus"]
+    if wanted["address"] is None:
+        _check_room(bundle)
+    here = ray.get_runtime_context().get_node_id()
+    wish = "_soft_target_node_id"  # private to Ray, and there since 2.3: without it any node is as good
+    near: dict[str, Any] = {wish: here} if wish in inspect.signature(placement_group).parameters else {}
+    group = placement_group([bundle], strategy="STRICT_PACK", **near)
+    try:
+        _wait_for_room(group, bundle, parent)
+        options: dict[str, Any] = {
+            "num_cpus": wanted["num_cpus"],
+            "num_gpus": wanted["num_gpus"],
+            "resources": wanted["resources"] or None,
+            "max_restarts": 0,  # a new life needs a new link: the target side starts it again
+            "max_task_retries": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
+        }
+        if wanted["runtime_env"]:
+            options["runtime_env"] = wanted["runtime_env"]
+        actor = ray.remote(DraftActor).options(**options).remote()
+        try:
+            yield actor
+        finally:
+            with contextlib.suppress(RayError):
+                ray.kill(actor, no_restart=True)
+    finally:
+        with contextlib.suppress(Exception):  # the cluster may be gone
+            remove_placement_group(group)
+
+
+def _check_address(address: str) -> None:
+    """Ray itself would try for minutes, and then end this process."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # "auto": Ray knows where to look
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ConnectionError(f"no Ray cluster answers at {address}: {error}") from None
+
+
+def _check_room(bundle: Mapping[str, float]) -> None:
+    """A Ray of our own has one node, and no more will come."""
+    there = ray.cluster_resources()
+    for name, amount in bundle.items():
+        if there.get(name, 0.0) < amount:
+            raise ValueError(f"ray_options asks for {amount:g} {name}, this machine has {there.get(name, 0.0):g}")
+
+
+def _wait_for_room(group: PlacementGroup, bundle: Mapping[str, float], parent: Parent) -> None:
+    waited = 0.0
+    while not group.wait(_LOOK_SECONDS):
+        parent.check()
+        waited += _LOOK_SECONDS
+        if waited == _PATIENCE_SECONDS:
+            logger.warning("Saguaro's draft waits for a node of the Ray cluster that has %s free.", dict(bundle))
+
+
+def _result(reference: Any, parent: Parent) -> Any:
+    """What a call gives, unless the target side ends before."""
+    while True:
+        try:
+            return ray.get(reference, timeout=_LOOK_SECONDS)
+        except GetTimeoutError:
+            parent.check()
+
+
+if __name__ == "__main__":
+    main()

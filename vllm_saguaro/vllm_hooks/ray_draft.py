@@ -1,0 +1,43 @@
+"""What Ray is asked for, from what the user wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from vllm_saguaro import cores
+from vllm_saguaro.config import SaguaroConfig
+from vllm_saguaro.placement.ray_channel import RayDraft, cluster_address
+
+MODULE: Final = "vllm_saguaro.vllm_hooks.draft_process"
+_SETTINGS: Final = ("VLLM_", "HF_", "HUGGING_FACE_")
+"""Environment variables that configure vLLM and its hub, which the draft should have as the target has them."""
+_OF_THIS_PROCESS: Final = ("VLLM_HOST_IP", "VLLM_PORT", "VLLM_DP_", "VLLM_RPC_")
+
+
+def ray_draft(
+    config: SaguaroConfig, options: Mapping[str, Any], plan: Mapping[str, Any], environment: Mapping[str, str]
+) -> RayDraft:
+    """`options`: those of `load_engine`. `plan`: the cores, as `CorePlan.to_dict` has them. `environment`: of this
+    process.
+    """
+    asked = dict(config.ray_options or {})
+    cpus: list[int] = plan["draft"]
+    cleaned = cores.draft_environment(dict(environment), cpus)
+    return RayDraft(
+        MODULE,
+        options,
+        cpus,
+        num_cpus=asked.get("num_cpus", len(cpus)),
+        num_gpus=asked.get("num_gpus", 0),
+        resources=asked.get("resources", {}),
+        runtime_env=asked.get("runtime_env"),
+        namespace=asked.get("namespace"),
+        address=cluster_address(asked.get("address")),
+        daemon_cpus=sorted({*plan["target"], *cpus}),
+        variables={
+            name: value
+            for name, value in cleaned.items()
+            if name.startswith(_SETTINGS) and not name.startswith(_OF_THIS_PROCESS)
+        },
+    )

@@ -101,8 +101,8 @@ class NetworkChannel:
     def stalled_seconds(self) -> float:
         """How long the oldest step that the draft side has not taken has waited."""
         try:
-            return time.monotonic() - self._untaken[0][1]
-        except IndexError:
+            return time.monotonic() - self._untaken[0][1] if self.alive else 0.0
+        except IndexError:  # taken meanwhile
             return 0.0
 
     def epoch(self, slot: int) -> int:

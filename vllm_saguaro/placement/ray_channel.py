@@ -33,8 +33,8 @@ from vllm_saguaro.placement.passed_memory import PassedMemoryChannel
 
 START_TIMEOUT_SECONDS = 900.0
 """A cluster may have to make room first; loading and compiling a large draft takes minutes on a cold cache."""
-_END_SECONDS = 10.0
-"""Ray takes a few seconds to end an actor and, where it is ours, itself."""
+_END_SECONDS = 5.0
+"""Ray takes two or three to end an actor and, where it is ours, itself."""
 _REASON_SECONDS = 5.0
 
 

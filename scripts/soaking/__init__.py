@@ -1,0 +1,1 @@
+"""The soak's parts: `scripts/soak.py` is a thin door to them."""

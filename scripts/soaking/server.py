@@ -1,0 +1,188 @@
+"""`vllm serve` as a process of its own session, so that all it starts can be found, watched and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import aiohttp
+
+from scripts.benchmark.client import ROOT
+from scripts.soaking import exposition, processes
+from scripts.soaking.settings import Settings
+
+START_SECONDS = 300.0
+END_SECONDS = 60.0
+MARK = "saguaro"
+"""What names in shared memory that the plugin makes contain."""
+_LEFTOVER_SECONDS = 10.0
+"""So long may what a server started outlive it."""
+
+
+class ServerError(RuntimeError):
+    """A server did not come up, or ended by itself; the message holds the end of its log."""
+
+
+class Server(Protocol):
+    """What the traffic needs of a server."""
+
+    url: str
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        ...
+
+    def drafts(self) -> list[int]:
+        """Process ids of the draft sides."""
+        ...
+
+    def snapshot(self) -> list[processes.Process]:
+        """All its processes now."""
+        ...
+
+
+@dataclass(frozen=True)
+class End:
+    """How a server ended. `left`: processes that outlived it; `shared_memory`: names that it left in /dev/shm.
+
+    `shared_memory_of_others`: names that are new there, too, but nobody has open, and this server was never seen to
+    have: with others at work on the machine it cannot be known whose they are.
+    """
+
+    status: int | None
+    seconds: float
+    left: list[str]
+    shared_memory: list[str]
+    shared_memory_of_others: list[str]
+    ray_actors: int
+
+
+class VllmServer:
+    """One `vllm serve`. Its log goes to `log`, which is appended to."""
+
+    def __init__(self, settings: Settings, plain: bool, log: Path) -> None:
+        self._shared_memory = processes.shared_memory()
+        self._actors = processes.ray_actors()
+        self.log = log
+        self.url = f"http://127.0.0.1:{(port := _free_port())}"
+        # A draft process does not look into its working directory for modules.
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {"PYTHONPATH": path, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        with log.open("a", encoding="utf-8") as file:
+            self._log_start = file.tell()
+            self._process = subprocess.Popen(
+                settings.command(port, plain),
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        self._seen: dict[int, int | None] = {}
+        self._held: set[str] = set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process that answers still runs."""
+        return self._process.poll() is None
+
+    async def wait_until_up(self) -> float:
+        """Seconds that it took. Raises `ServerError` if it ends first or takes too long."""
+        begin = time.monotonic()
+        async with aiohttp.ClientSession() as session:
+            while self.alive and time.monotonic() - begin < START_SECONDS:
+                with contextlib.suppress(aiohttp.ClientError):
+                    async with session.get(f"{self.url}/health") as response:
+                        if response.status == 200:
+                            return time.monotonic() - begin
+                await asyncio.sleep(0.25)
+        raise ServerError(f"the server did not come up\n--- end of its log\n{self.end_of_log()}")
+
+    def members(self) -> list[int]:
+        """Its processes now; they are remembered, so that one which leaves the session later is still known."""
+        found = sorted({*processes.session_members(self._process.pid), *(processes.ray_actors() - self._actors)})
+        for pid in found:
+            self._seen.setdefault(pid, processes.start_time(pid))
+        return found
+
+    def drafts(self) -> list[int]:
+        """The draft sides among them."""
+        return [pid for pid in self.members() if processes.is_draft(processes.command_line(pid))]
+
+    def snapshot(self) -> list[processes.Process]:
+        """What each of them holds now."""
+        self._held.update(*map(processes.names_held_by, self.members()))
+        return [found for pid in self.members() if (found := processes.look_at(pid)) is not None]
+
+    def end(self) -> End:
+        """Ask it to end (SIGTERM), wait, and look for what is left; that is then ended by force."""
+        self._held.update(*map(processes.names_held_by, self.members()))
+        begin = time.monotonic()
+        status: int | None = None
+        with contextlib.suppress(ProcessLookupError):
+            self._process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(END_SECONDS)
+        seconds = time.monotonic() - begin
+        left, names = self._leftovers()
+        while (left or self._ours(names)) and time.monotonic() - begin < seconds + _LEFTOVER_SECONDS:
+            time.sleep(0.1)
+            left, names = self._leftovers()
+        described = [f"{pid} {processes.command_line(pid)[:120]}" for pid in left]
+        actors = len(processes.ray_actors() - self._actors)
+        self.kill()
+        ours = self._ours(names)
+        return End(status, seconds, described, sorted(ours), sorted(names - ours), actors)
+
+    def kill(self) -> None:
+        """End all that is still there by force. Its shared memory is not touched."""
+        for pid in [*self._leftovers()[0], self._process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+
+    def end_of_log(self, lines: int = 25) -> str:
+        """The last lines that it wrote."""
+        return "\n".join(self.log_text().splitlines()[-lines:])
+
+    def log_text(self) -> str:
+        """What this server wrote."""
+        with self.log.open("rb") as file:
+            file.seek(self._log_start)
+            return file.read().decode(errors="replace")
+
+    def _ours(self, names: set[str]) -> set[str]:
+        """Those that a process of ours has held, or that are called after us."""
+        return {name for name in names if name in self._held or MARK in name}
+
+    def _leftovers(self) -> tuple[list[int], set[str]]:
+        """Processes and shared memory of ours that are there now, beside the server itself."""
+        known = {pid for pid, begin in self._seen.items() if begin is not None and processes.start_time(pid) == begin}
+        own = {*processes.session_members(self._process.pid), *filter(processes.is_alive, known)}
+        own.discard(self._process.pid) if not self.alive else None
+        return sorted(own), processes.without_owner(processes.shared_memory() - self._shared_memory)
+
+
+async def metrics(session: aiohttp.ClientSession, url: str) -> exposition.Table:
+    """The server's metrics now; an empty table from one that does not answer."""
+    try:
+        async with session.get(f"{url}/metrics", timeout=aiohttp.ClientTimeout(total=30)) as response:
+            return exposition.read(await response.text())
+    except (aiohttp.ClientError, TimeoutError):
+        return {}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

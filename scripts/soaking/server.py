@@ -169,7 +169,8 @@ class VllmServer:
         """Processes and shared memory of ours that are there now, beside the server itself."""
         known = {pid for pid, begin in self._seen.items() if begin is not None and processes.start_time(pid) == begin}
         own = {*processes.session_members(self._process.pid), *filter(processes.is_alive, known)}
-        own.discard(self._process.pid) if not self.alive else None
+        if not self.alive:
+            own.discard(self._process.pid)
         return sorted(own), processes.without_owner(processes.shared_memory() - self._shared_memory)
 
 

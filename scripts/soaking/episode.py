@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import random
 import time
 from collections.abc import Callable
@@ -51,6 +52,7 @@ class Episode:
                 return
             begin = time.monotonic()
             self._window.begin, self.in_flight = begin, self._who()
+            self._found["at"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
             self._found["done"] = await ACTIONS[self.planned.kind](pid, self._random)
             self._found["lasted"] = round(time.monotonic() - begin, 3)
             # What was looked up while the fault was being done is counted by now.

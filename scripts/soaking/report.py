@@ -22,6 +22,9 @@ def report_text(settings: Settings, accounts: Accounts, journal: Journal) -> str
     stretches, faults = journal.of("stretch"), journal.of("fault")
     lines = [_about(settings, stretches), "", requests_table(settings, accounts), ""]
     lines += [_texts(accounts), ""]
+    undone = settings.faults_planned - len(faults)
+    if accounts.finished and undone:
+        lines += [f"{undone} of {settings.faults_planned} faults were not done: a sitting ended while they were", ""]
     if faults:
         lines += [faults_table(faults, stretches), ""]
         if len(faults) <= _ROWS:

@@ -90,6 +90,7 @@ class VllmServer:
             )
         self._seen: dict[int, int | None] = {}
         self._held: set[str] = set()
+        self._killed = False
 
     @property
     def alive(self) -> bool:
@@ -145,10 +146,15 @@ class VllmServer:
         return End(status, seconds, described, sorted(ours), sorted(names - ours), actors)
 
     def kill(self) -> None:
-        """End all that is still there by force. Its shared memory is not touched."""
-        for pid in [*self._leftovers()[0], self._process.pid]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """End all that is still there by force, once. Its shared memory is not touched."""
+        if self._killed:  # the ids may be those of others by now
+            return
+        self._killed = True
+        for pid in self._leftovers()[0]:
+            if pid != self._process.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait()
 
     def end_of_log(self, lines: int = 25) -> str:

@@ -66,7 +66,7 @@ class Stretch:
     ) -> None:
         """All of it to a server that is up; what is measured goes into `found`."""
         requests = [self._traffic.request(index) for index in todo]
-        warm = len([index for index in todo[: self._settings.warm_up] if not faults or index < faults[0].position])
+        warm = min(self._settings.warm_up, len(todo) // 4)
         begin = time.monotonic()
         async with client.open_session() as session:
             feeder = Feeder(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,7 +123,10 @@ def names_held_by(pid: int) -> set[str]:
     prefix = f"{_SHARED_MEMORY}/"
     try:
         held = {line.split(maxsplit=5)[-1] for line in (folder / "maps").read_text().splitlines() if prefix in line}
-        held |= {os.readlink(link) for link in (folder / "fd").iterdir()}
+        links = list((folder / "fd").iterdir())
     except OSError:  # it has ended, or is not ours to look at
         return set()
+    for link in links:
+        with contextlib.suppress(OSError):  # closed in the meantime
+            held.add(os.readlink(link))
     return {path.removeprefix(prefix) for path in held if path.startswith(prefix)}

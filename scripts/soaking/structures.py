@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 
 STRUCTURES: tuple[dict[str, Any], ...] = (
     {

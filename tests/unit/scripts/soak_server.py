@@ -34,7 +34,6 @@ class SoakServer:
         self.alive = True
         self.asked: Counter[int] = Counter()
         self.running = 0
-        self.most_running = 0
         self.piece_seconds = 0.0
         self.of_two_minds: set[int] = set()
         """Requests whose text is another one when they are not alone."""
@@ -86,7 +85,6 @@ class SoakServer:
         if flaw == "error":
             return web.json_response({"error": {"message": "EngineCore died", "code": 500}}, status=500)
         self.running += 1
-        self.most_running = max(self.most_running, self.running)
         try:
             if flaw == "late":
                 await asyncio.sleep(60)

@@ -50,6 +50,14 @@ def served(program: str, folder: Path) -> server.VllmServer:
     return server.VllmServer(settings, plain=False, log=folder / "log")
 
 
+def is_gone(pid: int) -> bool:
+    """Within a moment: a signal takes one."""
+    deadline = time.monotonic() + 5
+    while processes.is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return not processes.is_alive(pid)
+
+
 @pytest.fixture
 def session() -> Iterator[subprocess.Popen[bytes]]:
     """A leader of a session with a child."""
@@ -84,10 +92,7 @@ def test_a_process_is_looked_at(session: subprocess.Popen[bytes]) -> None:
 
 def test_a_process_that_is_gone_is_nothing(session: subprocess.Popen[bytes]) -> None:
     session.kill()
-    deadline = time.monotonic() + 5
-    while processes.is_alive(session.pid) and time.monotonic() < deadline:  # a zombie does not live
-        time.sleep(0.01)
-    assert not processes.is_alive(session.pid)
+    assert is_gone(session.pid)  # a zombie does not live
     session.wait()
     assert processes.look_at(session.pid) is None
     assert processes.start_time(session.pid) is None
@@ -138,7 +143,7 @@ def test_a_process_that_outlives_its_server_is_told_and_ended(tmp_path: Path, mo
     end = one.end()
     (left,) = end.left
     assert "time.sleep(60)" in left
-    assert not any(map(processes.is_alive, members))
+    assert all(is_gone(pid) for pid in members)
 
 
 @pytest.mark.parametrize("mark", [True, False])

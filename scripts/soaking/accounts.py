@@ -142,7 +142,7 @@ def stretch_failures(stretch: Record) -> list[str]:
     if not idle:
         found.append("the server's metrics could not be read at the end")
     found += [f"{name} is {value:g} at the end, not 0" for name, value in idle.items() if value]
-    before, after = _by_name(stretch.get("before", [])), _by_name(stretch.get("after", []))
+    before, after = stretch.get("before", {}), stretch.get("after", {})
     for name, was in before.items():
         now = after.get(name)
         if now is None:
@@ -163,17 +163,6 @@ def stretch_failures(stretch: Record) -> list[str]:
     if end.get("ray_actors"):
         found.append(f"{end['ray_actors']} Ray actors were left")
     return found
-
-
-def _by_name(snapshot: Iterable[Record]) -> dict[str, dict[str, int]]:
-    """Sums over the processes of one name."""
-    table: dict[str, dict[str, int]] = {}
-    for process in snapshot:
-        row = table.setdefault(process["name"], {"memory": 0, "descriptors": 0, "threads": 0, "processes": 0})
-        row["processes"] += 1
-        for what in ("memory", "descriptors", "threads"):
-            row[what] += process[what]
-    return table
 
 
 def _some(cases: list[str]) -> str:

@@ -94,7 +94,8 @@ class Episode:
             if table:
                 hits = exposition.total(table, exposition.HITS)
                 base = hits if base is None else base
-                if self._found["draft_up"] is None and exposition.total(table, exposition.DRAFT_UP):
+                # The engine needs a moment to notice that a process has ended.
+                if self._found["draft_up"] is None and server.drafts() and exposition.total(table, exposition.DRAFT_UP):
                     self._found["draft_up"] = round(time.monotonic() - begin, 2)
                 if hits > base:
                     self._found["hits_back"] = round(time.monotonic() - begin, 2)

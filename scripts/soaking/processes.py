@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _PROC = Path("/proc")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -24,10 +23,6 @@ class Process:
     memory: int
     descriptors: int
     threads: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
 
 def session_members(session: int) -> list[int]:

@@ -31,6 +31,8 @@ def report_text(settings: Settings, accounts: Accounts, journal: Journal) -> str
             lines += [fault_rows(faults), ""]
     for number, stretch in enumerate(stretches, 1):
         lines += [f"== stretch {number}", stretch_table(stretch), ""]
+    for plain in journal.of("plain"):
+        lines += ["== plain vLLM, for comparison", holdings_table(plain), ""]
     lines += [f"FAILED: {line}" for line in accounts.failures]
     if not accounts.finished:
         lines.append("not finished: the same command with the same --state goes on")
@@ -138,19 +140,23 @@ def fault_rows(faults: Sequence[Record]) -> str:
     return render(headers, rows, left=3)
 
 
-def stretch_table(stretch: Record) -> str:
-    """What the processes held after the warm-up and at the end, what was counted, and what was left."""
-    before, after = stretch.get("before", []), stretch.get("after", [])
+def holdings_table(stretch: Record) -> str:
+    """What the processes held after the warm-up and at the end."""
+    before, after = stretch.get("before", {}), stretch.get("after", {})
     headers = ("process", "MiB before", "after", "descriptors before", "after", "threads before", "after")
-    pairs = [("memory", 20), ("descriptors", 0), ("threads", 0)]
     rows = []
-    for name in dict.fromkeys(process["name"] for process in (*before, *after)):
-        cells = [name]
-        for what, shift in pairs:
-            for snapshot in (before, after):
-                values = [process[what] for process in snapshot if process["name"] == name]
-                cells.append(str(sum(values) >> shift) if values else NOTHING)
-        rows.append(cells)
+    for name in dict.fromkeys((*before, *after)):
+        pairs = [(table.get(name), what) for what in ("memory", "descriptors", "threads") for table in (before, after)]
+        rows.append([name, *(NOTHING if row is None else _amount(row[what], what) for row, what in pairs)])
+    return render(headers, rows)
+
+
+def _amount(value: int, what: str) -> str:
+    return str(value >> 20 if what == "memory" else value)
+
+
+def stretch_table(stretch: Record) -> str:
+    """What a server held, what was counted, and what was left."""
     end = stretch.get("end", {})
     idle = ", ".join(f"{name} {value:g}" for name, value in (stretch.get("idle") or {}).items())
     counted = ", ".join(f"{name} {value:.0f}" for name, value in (stretch.get("counted") or {}).items())
@@ -159,7 +165,7 @@ def stretch_table(stretch: Record) -> str:
     log = stretch.get("log", {})
     return "\n".join(
         [
-            render(headers, rows),
+            holdings_table(stretch),
             f"at the end: {idle}",
             f"counted: {counted}",
             f"ended with status {end.get('status')} in {end.get('seconds', 0):.1f} s; left afterwards: {left[0]} "
@@ -183,4 +189,5 @@ def report_json(settings: Settings, accounts: Accounts, journal: Journal) -> dic
         "faults_done": dict(Counter(fault["kind"] for fault in faults)),
         "faults": faults,
         "stretches": stretches,
+        "plain": journal.of("plain"),
     }

@@ -17,6 +17,7 @@ from scripts.soaking import client, exposition
 from scripts.soaking.answers import Answer
 from scripts.soaking.faults import Planned
 from scripts.soaking.feeder import Feeder
+from scripts.soaking.holdings import by_name, watch
 from scripts.soaking.journal import Journal
 from scripts.soaking.references import (
     COMPANIONS,
@@ -80,11 +81,16 @@ class Stretch:
             await feeder.run(requests[:warm])
             await _quiet(session, server)
             feeder.gaps = Gaps()  # what is compiled and cached once is not usual
-            found["before"] = [each.to_json() for each in server.snapshot()]
-            await feeder.run(requests[warm:], faults, self._settings.seed, self._settings.hits_patience)
+            found["before"] = by_name(server.snapshot())
+            found["memory"] = []
+            watching = asyncio.create_task(watch(server, found["memory"]))
+            try:
+                await feeder.run(requests[warm:], faults, self._settings.seed, self._settings.hits_patience)
+            finally:
+                watching.cancel()
             found["idle"] = await _quiet(session, server)
             found["counted"] = exposition.counted(await metrics(session, server.url))
-            found["after"] = [each.to_json() for each in server.snapshot()]
+            found["after"] = by_name(server.snapshot())
         found["seconds"] = round(time.monotonic() - begin, 1)
         found["usual_gaps"] = {str(place): count for place, count in sorted(feeder.gaps.usual.items())}
         found["longest_usual_gap"] = round(feeder.gaps.longest_usual, 4)
@@ -94,13 +100,17 @@ class Stretch:
         server = VllmServer(self._settings, plain=True, log=log)
         try:
             await server.wait_until_up()
-            await self.references(server, todo)
+            found: dict[str, Any] = {}
+            await self.references(server, todo, found)
             await asyncio.to_thread(server.end)
+            self._journal.add("plain", **found)
         finally:
             server.kill()
 
-    async def references(self, server: Server, todo: Sequence[int]) -> None:
-        """As `refer`, to a server that is up."""
+    async def references(self, server: Server, todo: Sequence[int], found: dict[str, Any]) -> None:
+        """As `refer`, to a server that is up. What it holds goes into `found`: plain vLLM grows, too."""
+        requests = [self._traffic.request(index).to_the_end() for index in todo]
+        warm = min(self._settings.warm_up, len(todo) // 4)
         async with client.open_session() as session:
             feeder = Feeder(
                 session,
@@ -109,7 +119,10 @@ class Stretch:
                 self._stop,
                 self._answered("reference", time.monotonic()),
             )
-            await feeder.run([self._traffic.request(index).to_the_end() for index in todo])
+            await feeder.run(requests[:warm])
+            found["before"] = by_name(server.snapshot())
+            await feeder.run(requests[warm:])
+            found["after"] = by_name(server.snapshot())
             for asked, ours, theirs in differing(self._traffic, self._journal):
                 if self._stop.is_set() or not server.alive or len(self._journal.of("again")) >= MOST_ASKED_AGAIN:
                     break

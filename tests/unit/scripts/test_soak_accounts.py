@@ -194,17 +194,21 @@ def test_what_is_still_to_be_done_follows_from_the_journal(traffic: Traffic, tmp
 # ---- what a server holds, and leaves -------------------------------------------------------------------------------
 
 
-def process(name: str, memory: int = 100, descriptors: int = 30, threads: int = 10) -> dict[str, Any]:
-    return {"pid": 1, "name": name, "memory": memory << 20, "descriptors": descriptors, "threads": threads}
+def holding(memory: int = 100, descriptors: int = 30, threads: int = 10, processes: int = 1) -> dict[str, int]:
+    return {"memory": memory << 20, "descriptors": descriptors, "threads": threads, "processes": processes}
 
 
 GOOD: dict[str, Any] = {
     "ended_by_itself": False,
     "idle": {"running": 0.0, "waiting": 0.0, "cache_usage": 0.0},
-    "before": [process("server"), process("Worker"), process("draft")],
-    "after": [process("server", 140), process("Worker", descriptors=33), process("draft", 300)],
+    "before": {"server": holding(), "Worker": holding(), "draft": holding()},
+    "after": {"server": holding(140), "Worker": holding(descriptors=33), "draft": holding(300)},
     "end": {"status": 0, "left": [], "shared_memory": [], "shared_memory_of_others": ["sem.x"], "ray_actors": 0},
 }
+
+
+def after(**changed: dict[str, int]) -> dict[str, Any]:
+    return GOOD["before"] | changed
 
 
 def test_a_stretch_that_ends_as_it_began_is_good() -> None:
@@ -218,24 +222,12 @@ def test_a_stretch_that_ends_as_it_began_is_good() -> None:
         ("idle", {"running": 1.0}, "running is 1 at the end, not 0"),
         ("idle", {"cache_usage": 0.01}, "cache_usage is 0.01 at the end, not 0"),
         ("idle", {}, "the server's metrics could not be read at the end"),
-        ("after", [process("server", 400), process("Worker"), process("draft")], "server grew from 100 to 400 MiB"),
-        ("after", [process("server"), process("Worker"), process("draft", 999)], "draft grew from 100 to 999 MiB"),
-        (
-            "after",
-            [process("server"), process("Worker", descriptors=60), process("draft")],
-            "Worker has 60 descriptors, 30 at the start",
-        ),
-        (
-            "after",
-            [process("server"), process("Worker", threads=60), process("draft")],
-            "Worker has 60 threads, 10 at the start",
-        ),
-        ("after", [process("server"), process("Worker")], "there is no draft process any more"),
-        (
-            "after",
-            [process("server"), process("Worker"), process("draft", 50, 15, 5), process("draft", 50, 15, 5)],
-            "draft has 2 processes, 1 at the start",
-        ),
+        ("after", after(server=holding(400)), "server grew from 100 to 400 MiB"),
+        ("after", after(draft=holding(999)), "draft grew from 100 to 999 MiB"),
+        ("after", after(Worker=holding(descriptors=60)), "Worker has 60 descriptors, 30 at the start"),
+        ("after", after(Worker=holding(threads=60)), "Worker has 60 threads, 10 at the start"),
+        ("after", {"server": holding(), "Worker": holding()}, "there is no draft process any more"),
+        ("after", after(draft=holding(processes=2)), "draft has 2 processes, 1 at the start"),
         ("end", GOOD["end"] | {"status": -9}, "the server ended with status -9"),
         ("end", GOOD["end"] | {"left": ["77 python"]}, "left afterwards (left): 77 python"),
         ("end", GOOD["end"] | {"shared_memory": ["psm_1"]}, "left afterwards (shared_memory): psm_1"),

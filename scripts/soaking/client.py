@@ -26,6 +26,10 @@ class _BrokenError(Exception):
     """The answer is not one; the message says why."""
 
 
+class _RefusedError(Exception):
+    """The server says no in a stream that it has begun; the message has its words."""
+
+
 class _Texts:
     """The texts of one answer, as far as they have come."""
 
@@ -72,6 +76,8 @@ async def ask(session: aiohttp.ClientSession, url: str, asked: Asked, pieces: Pi
             reason = f"no end after {ANSWER_SECONDS:.0f} s"
         else:
             fate, reason = Fate.CLOSED, "given up by us"
+    except _RefusedError as error:
+        fate, reason = Fate.REFUSED, str(error)
     except _BrokenError as error:
         reason = str(error)
     except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as error:
@@ -133,6 +139,8 @@ async def _read_stream(
         if line == "data: [DONE]":
             return False
         data = json.loads(line.removeprefix("data: "))
+        if "error" in data and not texts.texts and 400 <= data["error"]["code"] < 500:
+            raise _RefusedError(f"{data['error']['code']}: {data['error']['message']}")
         _check_name(data, name)
         now = time.monotonic()
         for choice in data["choices"]:

@@ -17,7 +17,7 @@ from scripts.soaking import processes
 
 Json = dict[str, Any]
 
-FLAWS = ("error", "broken", "no end", "error event", "another's", "no reason", "short", "wrong token", "refused",
+FLAWS = ("error", "broken", "no end", "error event", "no event", "another's", "no reason", "short", "wrong token", "refused",
          "served", "wrong form", "late")  # fmt: skip
 
 
@@ -145,12 +145,17 @@ class SoakServer:
         response = web.StreamResponse()
         await response.prepare(request)
         try:
+            if flaw == "no event":
+                await response.write(b'data: {"error": {"message": "not so", "code": 400}}\n\ndata: [DONE]\n\n')
+                return response
             for choice in choices:
                 await self._pieces(response, name, choice, flaw)
             if flaw == "broken" and request.transport is not None:
                 request.transport.abort()
             elif flaw == "error event":
-                await response.write(b'data: {"error": {"message": "EngineCore died"}}\n\ndata: [DONE]\n\n')
+                await response.write(
+                    b'data: {"error": {"message": "EngineCore died", "code": 500}}\n\ndata: [DONE]\n\n'
+                )
             elif flaw != "no end":
                 await response.write(b"data: [DONE]\n\n")
         except ConnectionError:  # the client has gone

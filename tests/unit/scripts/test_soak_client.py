@@ -85,6 +85,11 @@ def test_a_refusal_is_told_with_the_servers_words() -> None:
     assert (answer.fate, answer.reason) == (Fate.REFUSED, "400: this cannot be")
 
 
+def test_a_refusal_may_come_in_the_stream() -> None:
+    answer, _ = answer_of(asked(), "no event")
+    assert (answer.fate, answer.reason) == (Fate.REFUSED, "400: not so")
+
+
 @pytest.mark.parametrize("pieces", [0, 1, 2])
 def test_a_connection_is_closed_after_so_many_pieces(pieces: int) -> None:
     answer, _ = answer_of(dataclasses.replace(asked(), close_after=pieces))

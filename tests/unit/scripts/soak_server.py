@@ -17,8 +17,8 @@ from scripts.soaking import processes
 
 Json = dict[str, Any]
 
-FLAWS = ("error", "broken", "no end", "error event", "no event", "another's", "no reason", "short", "wrong token", "refused",
-         "served", "wrong form", "late")  # fmt: skip
+FLAWS = ("error", "broken", "no end", "error event", "no event", "another's", "no reason", "short", "wrong token",
+         "refused", "served", "wrong form", "late")  # fmt: skip
 
 
 class SoakServer:

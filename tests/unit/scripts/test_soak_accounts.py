@@ -211,6 +211,24 @@ def after(**changed: dict[str, int]) -> dict[str, Any]:
     return GOOD["before"] | changed
 
 
+def looks(*mebibytes: int) -> list[dict[str, Any]]:
+    return [{"seconds": 10.0 * at, "memory": {"server": each << 20}} for at, each in enumerate(mebibytes)]
+
+
+def test_a_process_that_only_warms_up_is_good() -> None:
+    grown = GOOD | {"after": after(server=holding(400)), "memory": looks(200, 300, 350, 380, 390, 400)}
+    assert stretch_failures(grown) == []
+
+
+def test_a_process_that_goes_on_growing_is_told() -> None:
+    growing = GOOD | {"after": after(server=holding(400)), "memory": looks(100, 150, 200, 250, 300, 350)}
+    assert stretch_failures(growing) == ["server grew from 200 to 400 MiB in the second half"]
+
+
+def test_a_few_looks_say_nothing_about_growth() -> None:
+    assert stretch_failures(GOOD | {"after": after(server=holding(400)), "memory": looks(100, 150, 200)}) == []
+
+
 def test_a_stretch_that_ends_as_it_began_is_good() -> None:
     assert stretch_failures(GOOD) == []
 
@@ -222,7 +240,7 @@ def test_a_stretch_that_ends_as_it_began_is_good() -> None:
         ("idle", {"running": 1.0}, "running is 1 at the end, not 0"),
         ("idle", {"cache_usage": 0.01}, "cache_usage is 0.01 at the end, not 0"),
         ("idle", {}, "the server's metrics could not be read at the end"),
-        ("after", after(server=holding(400)), "server grew from 100 to 400 MiB"),
+        ("after", after(server=holding(700)), "server grew from 100 to 700 MiB"),
         ("after", after(draft=holding(999)), "draft grew from 100 to 999 MiB"),
         ("after", after(Worker=holding(descriptors=60)), "Worker has 60 descriptors, 30 at the start"),
         ("after", after(Worker=holding(threads=60)), "Worker has 60 threads, 10 at the start"),

@@ -48,7 +48,7 @@ class Served(SoakServer):
         return 0.0
 
     def log_text(self) -> str:
-        return "INFO all is well\nERROR no\n(worker) ERROR 11-25 something\n"
+        return "INFO all is well\nERROR no\n(Worker) ERROR 11-25 something\n(APIServer) ERROR no\n"
 
     def end(self) -> End:
         self.alive = False

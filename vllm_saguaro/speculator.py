@@ -101,7 +101,9 @@ class Speculator:
         step = Step()
         for turn in turns:
             self._settle(turn, step)
-        self._learn_anew([turn.row for turn in turns if turn.request is None or turn.given_up], step)
+        # A text is told as it is, without drafts under verification: one that has some waits until it has none.
+        unknown = [turn for turn in turns if turn.request is None or turn.given_up]
+        self._learn_anew([turn.row for turn in unknown if not turn.speculation], step)
         self._post(step)
         if step.outcomes:
             self.page.observe(counters.TARGET_WAIT, found_at - known_at)
@@ -261,10 +263,12 @@ class Speculator:
             return
         told = 0
         for row in sorted(rows, key=lambda row: row.length):
-            if row.request_id in self._left_out or not self._may_try(row.request_id):
+            if row.request_id in self._left_out:
                 continue
             if told and told + row.length > _TOLD_ANEW:
                 break
+            if not self._may_try(row.request_id):
+                continue
             self._release(row.request_id, step)
             if not self._fits(row.length):
                 self._leave_out(row.request_id)

@@ -427,6 +427,47 @@ def test_a_request_that_was_given_up_is_told_anew_after_a_while_each_time_twice_
     assert bench.speculator._given_up == {}
 
 
+def given_up(bench: Bench, request_id: str) -> None:
+    """The draft side says that it does not have this request."""
+    stamp = bench.speculator._requests[request_id].stamp
+    bench.channel.tables[stamp.slot] = Table(stamp.gone(), [], [], [])
+
+
+def test_a_request_that_was_given_up_is_not_told_anew_while_it_has_drafts_under_verification() -> None:
+    """They would be no part of what is told, and the outcome that follows would not fit it."""
+    bench = arrived(Policy(K, "ngram", adaptive=False))
+    bench.guesses["a"] = [8]
+    for _ in range(20):
+        given_up(bench, "a")
+        assert bench.propose(bench.row("a", 31)) == [[8]]
+    assert len(admitted(bench)) == 1
+    bench.guesses = {}
+    given_up(bench, "a")
+    bench.propose(bench.row("a", 31))
+    assert len(admitted(bench)) == 2
+    bench.table(admitted(bench)[1].stamp, (0, 32))
+    assert bench.propose(bench.row("a", 32)) == [[0, 1, 2]]
+
+
+def test_a_request_whose_turn_has_not_come_does_not_wait_twice_as_long_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculator_module, "_TOLD_ANEW", 40)
+    bench = arrived(a=PROMPT, b=PROMPT)
+    for _ in range(8):
+        for name in "ab":
+            given_up(bench, name)
+        bench.propose(bench.row("a", 31), bench.row("b", 31))
+    told = [len(admitted(bench))]
+    for _ in range(3):
+        for name in "ab":
+            given_up(bench, name)
+        bench.texts = {"a": [1] * 25, "b": [1] * 26}
+        for name, request in bench.speculator._requests.items():
+            request.length = len(bench.texts[name])
+        bench.propose(bench.row("a", 31), bench.row("b", 31))
+        told.append(len(admitted(bench)))
+    assert told == [2, 3, 4, 4]
+
+
 # ---- times ----------------------------------------------------------------------------------------------------------
 
 

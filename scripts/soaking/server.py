@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ START_SECONDS = 300.0
 END_SECONDS = 60.0
 MARK = "saguaro"
 """What names in shared memory that the plugin makes contain."""
+_PR_SET_PDEATHSIG = 1
 _LEFTOVER_SECONDS = 10.0
 """So long may what a server started outlive it."""
 
@@ -87,6 +89,7 @@ class VllmServer:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         self._seen: dict[int, int | None] = {}
         self._held: set[str] = set()
@@ -187,6 +190,11 @@ async def metrics(session: aiohttp.ClientSession, url: str) -> exposition.Table:
             return exposition.read(await response.text())
     except (aiohttp.ClientError, TimeoutError):
         return {}
+
+
+def _end_with_parent() -> None:
+    """In the server, before it begins: SIGTERM when the soak ends, even by SIGKILL (Linux only, as is all here)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free_port() -> int:

@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from scripts.benchmark.client import ROOT
 from scripts.soaking import processes, server
 from scripts.soaking.settings import Settings
 
@@ -159,6 +160,27 @@ def test_what_a_server_leaves_in_shared_memory_is_told(
     finally:
         (Path("/dev/shm") / name).unlink()
     assert (name in end.shared_memory, name in end.shared_memory_of_others) == (mark, not mark)
+
+
+def test_a_server_does_not_outlive_a_soak_that_is_killed(tmp_path: Path) -> None:
+    program = "\n".join(
+        (
+            "import asyncio, pathlib, sys, time",
+            "from tests.unit.scripts import test_soak_processes as here",
+            "one = here.served(here.HEALTHY + here.SERVES, pathlib.Path(sys.argv[1]))",
+            "asyncio.run(one.wait_until_up())",
+            "print(*one.members(), flush=True)",
+            "time.sleep(60)",
+        )
+    )
+    soak = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert soak.stdout is not None
+    (pid,) = map(int, soak.stdout.readline().split())
+    assert processes.is_alive(pid)
+    soak.kill()
+    soak.wait()
+    soak.stdout.close()
+    assert is_gone(pid)
 
 
 def test_a_server_that_does_not_come_up_says_why(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,20 @@ def session_members(session: int) -> list[int]:
     return sorted(found)
 
 
+def with_descendants(pids: Iterable[int]) -> list[int]:
+    """These processes and all that they have started and that still runs, whatever session it has gone to."""
+    found = dict.fromkeys(pids)
+    queue = list(found)
+    for pid in queue:
+        children: list[int] = []
+        for task in (_PROC / str(pid) / "task").glob("*/children"):
+            with contextlib.suppress(OSError):
+                children += map(int, task.read_text().split())
+        queue += [child for child in children if child not in found]
+        found |= dict.fromkeys(children)
+    return sorted(found)
+
+
 def is_alive(pid: int) -> bool:
     """Whether it still runs; a zombie does not."""
     state = _state(pid)
@@ -65,13 +80,15 @@ def command_line(pid: int) -> str:
 
 
 def name_of(pid: int) -> str:
-    """What a process of the server is: "draft", "EngineCore", "Worker", "resource_tracker" or "server"."""
+    """What a process of the server is: "draft", "EngineCore", "Worker", "resource_tracker", "ray" or "server"."""
     line = command_line(pid)
     if is_draft(line):
         return "draft"
     if line.startswith("VLLM::"):
         return line.removeprefix("VLLM::").split()[0]
-    return "resource_tracker" if "resource_tracker" in line else "server"
+    if "resource_tracker" in line:
+        return "resource_tracker"
+    return "ray" if line.startswith("ray::") or "/ray/" in line else "server"
 
 
 def is_draft(line: str) -> bool:
@@ -79,10 +96,9 @@ def is_draft(line: str) -> bool:
     return DRAFT in line or (line.startswith("ray::") and "draft" in line.lower())
 
 
-def ray_actors() -> set[int]:
-    """Processes of this machine that are Ray actors (Ray names them so); idle workers are none."""
-    lines = {int(entry.name): command_line(int(entry.name)) for entry in _PROC.iterdir() if entry.name.isdigit()}
-    return {pid for pid, line in lines.items() if line.startswith("ray::") and not line.startswith("ray::IDLE")}
+def is_ray_actor(line: str) -> bool:
+    """Whether this is the command line of a Ray actor (Ray names them so); an idle worker is none."""
+    return line.startswith("ray::") and not line.startswith("ray::IDLE")
 
 
 def look_at(pid: int) -> Process | None:

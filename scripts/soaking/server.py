@@ -73,7 +73,6 @@ class VllmServer:
 
     def __init__(self, settings: Settings, plain: bool, log: Path) -> None:
         self._shared_memory = processes.shared_memory()
-        self._actors = processes.ray_actors()
         self.log = log
         self.url = f"http://127.0.0.1:{(port := _free_port())}"
         # A draft process does not look into its working directory for modules.
@@ -113,11 +112,16 @@ class VllmServer:
         raise ServerError(f"the server did not come up\n--- end of its log\n{self.end_of_log()}")
 
     def members(self) -> list[int]:
-        """Its processes now; they are remembered, so that one which leaves the session later is still known."""
-        found = sorted({*processes.session_members(self._process.pid), *(processes.ray_actors() - self._actors)})
+        """Its processes now: those of its session, and what they started. They are remembered, with when they began:
+        one that has left the session, and whose parent has ended, is still known, and never taken for another."""
+        found = processes.with_descendants(self._ours_alive())
         for pid in found:
             self._seen.setdefault(pid, processes.start_time(pid))
         return found
+
+    def _ours_alive(self) -> list[int]:
+        known = {pid for pid, begin in self._seen.items() if begin is not None and processes.start_time(pid) == begin}
+        return sorted({*processes.session_members(self._process.pid), *filter(processes.is_alive, known)})
 
     def drafts(self) -> list[int]:
         """The draft sides among them."""
@@ -143,7 +147,7 @@ class VllmServer:
             time.sleep(0.1)
             left, names = self._leftovers()
         described = [f"{pid} {processes.command_line(pid)[:120]}" for pid in left]
-        actors = len(processes.ray_actors() - self._actors)
+        actors = sum(processes.is_ray_actor(processes.command_line(pid)) for pid in left)
         self.kill()
         ours = self._ours(names)
         return End(status, seconds, described, sorted(ours), sorted(names - ours), actors)
@@ -176,11 +180,8 @@ class VllmServer:
 
     def _leftovers(self) -> tuple[list[int], set[str]]:
         """Processes and shared memory of ours that are there now, beside the server itself."""
-        known = {pid for pid, begin in self._seen.items() if begin is not None and processes.start_time(pid) == begin}
-        own = {*processes.session_members(self._process.pid), *filter(processes.is_alive, known)}
-        if not self.alive:
-            own.discard(self._process.pid)
-        return sorted(own), processes.without_owner(processes.shared_memory() - self._shared_memory)
+        left = [pid for pid in self.members() if pid != self._process.pid or self.alive]
+        return left, processes.without_owner(processes.shared_memory() - self._shared_memory)
 
 
 async def metrics(session: aiohttp.ClientSession, url: str) -> exposition.Table:

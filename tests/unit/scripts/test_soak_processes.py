@@ -147,6 +147,49 @@ def test_a_process_that_outlives_its_server_is_told_and_ended(tmp_path: Path, mo
     assert all(is_gone(pid) for pid in members)
 
 
+def test_a_process_that_has_left_the_session_is_known_when_its_parent_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_LEFTOVER_SECONDS", 0.3)
+    leaves = LEAVES_A_CHILD.replace("])", "], start_new_session=True)")
+    one = served(HEALTHY + leaves + SERVES, tmp_path)
+    asyncio.run(one.wait_until_up())
+    (child,) = set(one.members()) - set(processes.session_members(one.members()[0]))
+    end = one.end()
+    assert [line.split()[0] for line in end.left] == [str(child)]
+    assert is_gone(child)
+
+
+def test_processes_of_others_are_left_alone(tmp_path: Path) -> None:
+    one = served(HEALTHY + SERVES, tmp_path)
+    asyncio.run(one.wait_until_up())
+    others = subprocess.Popen(["bash", "-c", "exec -a ray::DraftActor sleep 60"], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 5
+        while not processes.command_line(others.pid).startswith("ray::") and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert processes.is_draft(processes.command_line(others.pid))
+        assert one.drafts() == []
+        end = one.end()
+        assert (end.left, end.ray_actors) == ([], 0)
+        assert processes.is_alive(others.pid)
+    finally:
+        others.kill()
+        others.wait()
+
+
+def test_ray_actors_that_a_server_leaves_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_LEFTOVER_SECONDS", 0.3)
+    actor = "import subprocess; subprocess.Popen(['bash', '-c', 'exec -a ray::DraftActor sleep 60'])\n"
+    one = served(HEALTHY + actor + SERVES, tmp_path)
+    asyncio.run(one.wait_until_up())
+    deadline = time.monotonic() + 5
+    while not one.drafts() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(one.drafts()) == 1
+    assert one.end().ray_actors == 1
+
+
 @pytest.mark.parametrize("mark", [True, False])
 def test_what_a_server_leaves_in_shared_memory_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mark: bool

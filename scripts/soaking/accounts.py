@@ -172,11 +172,11 @@ def stretch_failures(stretch: Record) -> list[str]:
 def _memory_at_half(stretch: Record, name: str) -> int | None:
     """Bytes of the processes of one name in the middle of a stretch; None if they were not looked at then.
 
-    A draft process that has been started again begins anew: there the highest of the first half counts.
+    A draft process that has been started again begins anew, with little: so the highest of the first half counts.
     """
-    looks = [look["memory"][name] for look in stretch.get("memory", ()) if name in look["memory"]]
+    looks = [look["memory"].get(name, 0) for look in stretch.get("memory", ())]
     first = looks[: (len(looks) + 1) // 2]
-    return max(first) if len(looks) >= _ENOUGH_LOOKS else None
+    return max(stretch["before"][name]["memory"], *first) if len(looks) >= _ENOUGH_LOOKS else None
 
 
 def _some(cases: list[str]) -> str:

@@ -225,6 +225,15 @@ def test_a_process_that_goes_on_growing_is_told() -> None:
     assert stretch_failures(growing) == ["server grew from 200 to 400 MiB in the second half"]
 
 
+def test_a_draft_that_is_started_again_may_become_as_large_as_the_one_before() -> None:
+    memory = [{"seconds": 1.0, "memory": {"draft": each << 20} if each else {}} for each in (0, 0, 30, 40, 80, 110)]
+    again = GOOD | {"before": after(), "after": after(draft=holding(120)), "memory": memory}
+    assert stretch_failures(again) == []
+    assert stretch_failures(again | {"after": after(draft=holding(220))}) == [
+        "draft grew from 100 to 220 MiB in the second half"
+    ]
+
+
 def test_a_few_looks_say_nothing_about_growth() -> None:
     assert stretch_failures(GOOD | {"after": after(server=holding(400)), "memory": looks(100, 150, 200)}) == []
 

@@ -138,7 +138,7 @@ class Engine:
     def drafts(self) -> list[int]:
         """The draft processes that are there now, the first replica's first."""
         channel = getattr(self.worker, "_channel", None)
-        present = [getattr(one, "_present", None) for one in getattr(channel, "_channels", [channel])]
+        present: list[Any] = [getattr(one, "_present", None) for one in getattr(channel, "_channels", [channel])]
         return [life.pid for life in present if hasattr(life, "pid")]
 
     def metrics(self) -> dict[str, float]:

@@ -62,7 +62,7 @@ def answered(connection: socket.socket) -> bool:
 
 
 def hello(invitation: Invitation, version: int = meeting.VERSION) -> bytes:
-    shape = struct.pack("<5q", *dataclasses.astuple(invitation.shape))
+    shape = struct.pack(f"<{len(dataclasses.fields(invitation.shape))}q", *dataclasses.astuple(invitation.shape))
     return struct.pack("<4sH32s", b"SGLK", version, invitation.token) + shape
 
 

@@ -25,7 +25,7 @@ from vllm_saguaro.vllm_hooks.engine_args import (
 )
 
 ModelMaker = Callable[..., Path]
-Planned = tuple[str | None, int]
+Planned = tuple[str | None, int, int]
 """draft_cpus and ranks, as the core planner was asked."""
 PLAN = cores.CorePlan((0, 1), (2,))
 DRAFT_MODEL = {"method": "draft_model", "num_speculative_tokens": 2}
@@ -39,8 +39,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Planned]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     calls: list[Planned] = []
 
-    def plan(draft_cpus: str | None, ranks: int) -> cores.CorePlan:
-        calls.append((draft_cpus, ranks))
+    def plan(draft_cpus: str | None, ranks: int, drafts: int) -> cores.CorePlan:
+        calls.append((draft_cpus, ranks, drafts))
         return PLAN
 
     monkeypatch.setattr(cores, "apply_in_frontend", plan)
@@ -91,7 +91,7 @@ def test_the_word_alone_takes_the_targets_own_draft(pair: Path, word: Any, plann
     options = options_of(config)
     ours = SaguaroConfig.from_dict(options)
     assert ours == SaguaroConfig(draft_max_length=256), "the true limit is kept"
-    assert planned == [(None, 1)]
+    assert planned == [(None, 1, 1)]
     assert options["cores"] == PLAN.to_dict()
     assert json.loads(json.dumps(options)) == options
     assert config.additional_config == {}
@@ -310,11 +310,11 @@ def test_a_target_of_two_ranks_has_a_whole_draft(pair: Path, make_model: ModelMa
     assert found.draft_parallel_config.tensor_parallel_size == 1
     # vLLM's own drafter, which the runner makes first, wants the two equal.
     assert found.target_parallel_config.tensor_parallel_size == 1
-    assert planned == [(None, 2)]
+    assert planned == [(None, 2, 1)]
 
 
 def test_cores_that_are_not_there(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(draft_cpus: str | None, ranks: int) -> None:
+    def refuse(draft_cpus: str | None, ranks: int, drafts: int) -> None:
         raise ValueError(f"draft_cpus {draft_cpus} names cores outside")
 
     monkeypatch.setattr(cores, "apply_in_frontend", refuse)

@@ -117,10 +117,10 @@ def test_a_draft_is_known_by_its_command_line(line: str, is_draft: bool) -> None
 def test_shared_memory_that_somebody_has_open_has_an_owner() -> None:
     name = f"soak-test-{os.getpid()}"
     path = Path("/dev/shm") / name
-    with path.open("w"):
-        assert processes.without_owner({name}) == set()
-        assert name in processes.names_held_by(os.getpid())
     try:
+        with path.open("w"):
+            assert processes.without_owner({name}) == set()
+            assert name in processes.names_held_by(os.getpid())
         assert processes.without_owner({name, "never-was"}) == {name}
     finally:
         path.unlink()

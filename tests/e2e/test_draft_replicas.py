@@ -32,8 +32,9 @@ def test_no_request_has_another_text(replicas: EngineRun, plain: Plain, name: st
     assert_same_texts(replicas[name], plain.default["eight at once"])
 
 
-def test_both_have_requests(replicas: EngineRun) -> None:
-    assert replicas["both"].hit_rate() > 0.5
+def test_both_draft(replicas: EngineRun) -> None:
+    """(How often in time is not the question here: on two cores they share one.)"""
+    assert replicas["both"].hits > 8
     assert len(set(replicas.answer["draft_pids"])) == 3, "two, and the one that took the place of the killed one"
 
 
@@ -46,6 +47,6 @@ def test_the_requests_of_the_other_draft_go_on_with_drafts(replicas: EngineRun) 
 
 def test_the_killed_one_comes_back(replicas: EngineRun) -> None:
     again = replicas["both again"]
-    assert again.hit_rate() > 0.5
+    assert again.hits > 8
     assert sum(replicas[name].metrics["vllm:saguaro_draft_restarts"] for name in ("one killed", "both again")) == 1
     assert replicas.answer["left"] == {"requests": 0, "slots_taken": 0}

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -47,11 +48,15 @@ class Household:
         return finished(self.channel, Stamp(2, 1, 0)).speculation(0) != ()
 
 
+def mapped_mailboxes() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:saguaro-mailbox")
+
+
 @pytest.fixture
 def home() -> Iterator[Callable[..., Household]]:
-    """Makes households. When they are closed no process, descriptor or shared memory of theirs may be left."""
+    """Makes households. When they are closed no process, descriptor or mapped memory of theirs may be left."""
     made: list[Household] = []
-    names, descriptors = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    descriptors, mailboxes = len(os.listdir("/proc/self/fd")), mapped_mailboxes()
 
     def make(*roles: str, restarts: int = 5) -> Household:
         made.append(Household(*roles, restarts=restarts))
@@ -61,7 +66,7 @@ def home() -> Iterator[Callable[..., Household]]:
     for household in made:
         household.channel.close()
         assert all(gone(pid) for pid in household.pids), "a draft process is left"
-    assert set(os.listdir("/dev/shm")) <= names
+    assert mapped_mailboxes() == mailboxes, "the memory of a mailbox is left"
     assert len(os.listdir("/proc/self/fd")) == descriptors, "a descriptor is left"
 
 

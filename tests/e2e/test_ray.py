@@ -68,13 +68,20 @@ def cluster() -> Iterator[Any]:
     os.environ.update(before)
 
 
+FAULTS = ("kill_draft", "stop_draft")
+CARE = {"first_back_off": 0.2, "longest_back_off": 0.4, "good_life": 0.5, "hang": 2.0, "longest_hang": 2.0}
+
+
 @pytest.fixture(scope="module")
 def local() -> Iterator[EngineRun]:
-    """An engine with a Ray of its own, whose draft is killed in the end."""
-    killed = plans.with_events("draft killed", (8, "kill_draft"))
-    with engines([{"options": BASE | saguaro(placement="ray"), "scenarios": [SCENARIO, killed]}]) as group:
-        yield group.read_engine()
+    """An engine with a Ray of its own. The actor is killed, and then hangs, before the first step of a scenario."""
+    faults = [plans.with_events(fault, (0, fault), (12, "await_draft")) for fault in FAULTS]
+    spec = {"options": BASE | saguaro(placement="ray"), "scenarios": [SCENARIO, *faults], "care": CARE}
+    with engines([spec]) as group:
+        run = group.read_engine()
         assert group.process.wait(60) == 0
+        assert all(is_gone_within(pid, 5) for pid in run.answer["draft_pids"])
+        yield run
 
 
 def test_the_text_is_the_plain_one(local: EngineRun, plain: EngineRun) -> None:
@@ -83,8 +90,13 @@ def test_the_text_is_the_plain_one(local: EngineRun, plain: EngineRun) -> None:
     assert local.log_lines("draft runs in Ray", "this node", "shared memory")
 
 
-def test_an_actor_that_dies_costs_no_request(local: EngineRun, plain: EngineRun) -> None:
-    assert_same_texts(local["draft killed"], plain["eight at once"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_actor_that_ends_or_hangs_costs_no_request_and_another_one_is_started(
+    local: EngineRun, plain: EngineRun, fault: str
+) -> None:
+    assert_same_texts(local[fault], plain["eight at once"])
+    assert local[fault].metrics["vllm:saguaro_draft_restarts"] == 1
+    assert local[fault].hits > 8, "the draft was gone before the first step"
 
 
 def test_a_ray_of_our_own_leaves_nothing() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import mmap
 import queue
 import socket
 import struct
@@ -61,7 +62,8 @@ class NetworkChannel:
         self._listener = Listener(shape, address)
         self._shape = shape
         memory = dataclasses.replace(shape, ring_bytes=8)  # steps do not go through it
-        self._mailbox = Mailbox(memoryview(bytearray(memory.total_bytes)), memory)
+        # Anonymous pages are there once they are used: the room for q costs nothing where there is none.
+        self._mailbox = Mailbox(memoryview(mmap.mmap(-1, memory.total_bytes)), memory)
         self._tables = TableFrames(shape, vocabulary)
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         # Each of these is written by one thread only: what was posted by the target's, what was taken by the receiver.
@@ -116,9 +118,9 @@ class NetworkChannel:
         data = encode(step)
         if self._posted_bytes - self._taken_bytes + len(data) > self._shape.ring_bytes:
             return False
+        self._untaken.append((len(data), time.monotonic()))
         self._posted_bytes += len(data)
         self._posted_steps += 1
-        self._untaken.append((len(data), time.monotonic()))
         self._outgoing.put(frames.pack(Kind.STEP, data))
         return True
 
@@ -183,7 +185,7 @@ class NetworkChannel:
             watch_closely(connection)
             connection.settimeout(None)
             self._connection = connection
-            if not self.alive:  # closed meanwhile: `_end` may not have seen the connection
+            if not self.alive:  # closed meanwhile, maybe before there was a connection to shut
                 connection.close()
                 return
             self._threads[1].start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Mapping
@@ -17,11 +18,14 @@ class DraftActor:
 
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def serve(self, module: str, start: Mapping[str, Any], variables: Mapping[str, str]) -> str:
+    def serve(self, module: str, start: Mapping[str, Any], variables: Mapping[str, str], niceness: int) -> str:
         """Draft for the target side that `start` invites to; how that ended.
 
-        `variables`: added to this process's environment, where they are not there already.
+        `variables`: added to this process's environment, where they are not there already. `niceness`: the target's.
+        Ray gives its workers a far higher one, with which a draft on a busy machine would hardly ever be in time.
         """
+        with contextlib.suppress(OSError):  # on another node, or as another user, it may not be ours to lower
+            os.setpriority(os.PRIO_PROCESS, 0, niceness)
         for name, value in variables.items():
             os.environ.setdefault(name, value)
         return str(importlib.import_module(module).serve_invited(start))

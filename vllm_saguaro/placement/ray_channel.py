@@ -222,6 +222,7 @@ def _private_ray() -> dict[str, str]:
     """Environment of a Ray that is for nobody but us: on loopback, and behind a token that is written nowhere."""
     return {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: then this node is 127.0.0.1
+        "RAY_worker_niceness": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }

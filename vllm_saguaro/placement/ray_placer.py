@@ -20,10 +20,11 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import IO, Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util import get_node_ip_address, placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -91,7 +92,6 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s %(message)s")
     logger.setLevel(logging.INFO)
     parent = Parent(sys.stdin.buffer)
-    reason = "Ray ended"
 
     def say(**message: Any) -> None:
         with contextlib.suppress(BrokenPipeError):
@@ -112,12 +112,15 @@ def main() -> None:
             cpus = wanted["cpus"] if beside else []
             draft = {"options": wanted["options"], "invitation": invitation, "cpus": cpus}
             draft["threads"] = len(cpus) or wanted["num_cpus"]
-            reason = _result(actor.serve.remote(wanted["module"], draft, wanted["variables"]), parent)
-            say(event="ended", reason=reason)
+            niceness = os.getpriority(os.PRIO_PROCESS, 0)
+            drafting = actor.serve.remote(wanted["module"], draft, wanted["variables"], niceness)
+            say(event="ended", reason=_result(drafting, parent))
     except Ended:
         pass
     except Exception as error:  # whatever Ray raises, in one line for the parent; all of it in the log
         logger.error("Saguaro's draft in Ray has ended: %s", error)
+        if start.get("folder") and not isinstance(error, RayTaskError):  # that one is the draft's own
+            _tell_last_words(Path(start["folder"]))
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         say(event="ended", reason=lines[-1] if lines else type(error).__name__)
     finally:
@@ -183,6 +186,14 @@ def _actor(wanted: Mapping[str, Any], parent: Parent) -> Iterator[Any]:
     finally:
         with contextlib.suppress(Exception):  # the cluster may be gone
             remove_placement_group(group)
+
+
+def _tell_last_words(folder: Path) -> None:
+    """Why a Ray of our own may have ended: its logs are about to go with it."""
+    for log in sorted(folder.glob("session_*/logs/*")):
+        if log.name in ("dashboard_agent.log", "runtime_env_agent.log", "raylet.err", "raylet.out", "gcs_server.out"):
+            lines = [line for line in log.read_text(errors="replace").splitlines() if "[state-dump]" not in line]
+            logger.error("The last lines of Ray's %s:\n%s", log.name, "\n".join(lines[-8:]))
 
 
 def _check_address(address: str) -> None:

@@ -64,6 +64,7 @@ def serve_invited(start: Mapping[str, Any]) -> str:
     options = start["options"]
     if "told" in options:
         told = {"cpus": start["cpus"], "threads": start["threads"], "environment": dict(os.environ)}
+        told["niceness"] = os.getpriority(os.PRIO_PROCESS, 0)
         Path(options["told"]).write_text(json.dumps(told))
     if options.get("role") == "fails":
         raise RuntimeError("this draft cannot be loaded")

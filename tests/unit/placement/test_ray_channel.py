@@ -95,6 +95,7 @@ def test_a_local_ray_is_started_and_leaves_nothing(tmp_path: Path) -> None:
     assert channel.read(1) is None
     heard = json.loads(told.read_text())
     assert (heard["cpus"], heard["threads"]) == (sorted(os.sched_getaffinity(0))[-1:], 1)
+    assert heard["niceness"] == os.getpriority(os.PRIO_PROCESS, 0), "as the target, not as Ray's workers"
 
 
 @needs_ray

@@ -223,6 +223,9 @@ def _private_ray() -> dict[str, str]:
     return {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: then this node is 127.0.0.1
         "RAY_worker_niceness": "0",
+        # While the target loads beside it a daemon may take long to answer; by default Ray gives up after 30 s.
+        "RAY_agent_register_timeout_ms": "600000",
+        "RAY_health_check_failure_threshold": "60",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }

@@ -22,7 +22,7 @@ from enum import IntEnum
 import numpy as np
 
 from vllm_saguaro.messages import GONE, Proposals, Stamp, Table
-from vllm_saguaro.placement.mailbox import MailboxShape
+from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.meeting import VERSION
 
 _MAGIC = 0x4753  # "SG"
@@ -117,9 +117,8 @@ class _Growing:
 class TableFrames:
     """Reads the depths of tables, in their order, and takes none that a healthy draft side would not send."""
 
-    def __init__(self, shape: MailboxShape, vocabulary: int) -> None:
-        """`vocabulary`: every token is below it."""
-        self._shape, self._vocabulary = shape, vocabulary
+    def __init__(self, shape: MailboxShape) -> None:
+        self._shape = shape
         self._growing: dict[int, _Growing] = {}
 
     def decode(self, payload: bytes) -> Table:
@@ -146,14 +145,14 @@ class TableFrames:
         if depth == 0:
             accepted, bonus = values[:count], values[count:]
             self._check(accepted, shape.num_speculative_tokens + 1)
-            self._check(bonus, self._vocabulary)
+            self._check(bonus, self._shape.vocab_size)
             self._growing[slot] = _Growing(stamp, count, 0)
             return Table(stamp, accepted.tolist(), bonus.tolist(), [], seconds)
         table = self._growing.get(slot)
         if table is None or (table.stamp, table.count, table.depth + 1) != (stamp, count, depth):
             raise FrameError("a depth of a table that was not begun")
         tokens = values[:count]
-        self._check(tokens, self._vocabulary)
+        self._check(tokens, self._shape.vocab_size)
         q = self._proposals(values[count:], count, width) if width else None
         table.depth = depth
         drafts = [tokens] * depth  # only the last one is looked at
@@ -161,7 +160,7 @@ class TableFrames:
 
     def _proposals(self, values: np.ndarray, count: int, width: int) -> Proposals:
         candidates, probabilities = values.reshape(2, count, width)
-        self._check(candidates, self._vocabulary)
+        self._check(candidates, self._shape.vocab_size)
         q = probabilities.view("<f4")
         if not ((q >= 0) & (q <= 1.001)).all():  # also false for "not a number"
             raise FrameError("a q that is no probability")

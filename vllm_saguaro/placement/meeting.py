@@ -3,7 +3,7 @@
 The target side listens (`Listener`), on an address of this node that other nodes reach, or on a nameless socket of this
 machine; whoever places the draft side gives it the `Invitation`. The draft side connects and says
 
-    hello    magic (4 bytes), version (16 bits), token (32 bytes), shape of the mailbox (5 x 64 bits)
+    hello    magic (4 bytes), version (16 bits), token (32 bytes), sizes of the mailbox (6 x 64 bits)
 
 and is answered with magic, version and a digest that takes the token to make, so that neither talks to a stranger.
 Whoever has not the token is hung up on. After the first who has it, nobody is listened to.
@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_saguaro.placement.mailbox import MailboxShape
+from vllm_saguaro.placement.layout import MailboxShape
 
 VERSION = 1
 """Of the hello and of all frames after it."""
@@ -143,9 +143,9 @@ class Listener:
                 f"the draft side speaks version {version} of the link, this side version {VERSION}: "
                 "install the same vllm_saguaro on all nodes"
             )
-        shape = MailboxShape(*_SHAPE.unpack(_receive(connection, _SHAPE.size, deadline)))
-        if shape != expected.shape:
-            raise Refused(f"the draft side expects {shape}, this side {expected.shape}")
+        sizes = _SHAPE.unpack(_receive(connection, _SHAPE.size, deadline))
+        if sizes != dataclasses.astuple(expected.shape):
+            raise Refused(f"the draft side expects a mailbox of the sizes {sizes}, this side {expected.shape}")
         if connection.family == socket.AF_UNIX and peer(connection)[1] not in (0, os.geteuid()):
             raise Refused("the draft side runs as another user: start it as the one that this process runs as")
         connection.sendall(_PREFIX.pack(_MAGIC, VERSION, _answer_to(expected.token)))

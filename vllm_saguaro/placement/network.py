@@ -26,7 +26,8 @@ from vllm_saguaro.messages import Proposals, Stamp, Step, Table
 from vllm_saguaro.placement import frames
 from vllm_saguaro.placement.channel import DraftFailed
 from vllm_saguaro.placement.frames import FrameError, FrameReader, Kind, TableFrames
-from vllm_saguaro.placement.mailbox import DraftState, Mailbox, MailboxShape
+from vllm_saguaro.placement.layout import MailboxShape
+from vllm_saguaro.placement.mailbox import DraftState, Mailbox
 from vllm_saguaro.placement.meeting import Invitation, Listener, Refused
 from vllm_saguaro.placement.wire import encode
 
@@ -54,8 +55,8 @@ def watch_closely(connection: socket.socket) -> None:
 class NetworkChannel:
     """The target side of the link. It listens; the draft side comes with the `invitation`."""
 
-    def __init__(self, address: str, shape: MailboxShape, vocabulary: int) -> None:
-        """`address`: the IP address of this node to listen on. `vocabulary`: every token of the target is below it.
+    def __init__(self, address: str, shape: MailboxShape) -> None:
+        """`address`: the IP address of this node to listen on.
 
         Raises `ValueError` for an address that is none of one node, `OSError` where the system refuses it.
         """
@@ -64,7 +65,7 @@ class NetworkChannel:
         memory = dataclasses.replace(shape, ring_bytes=8)  # steps do not go through it
         # Anonymous pages are there once they are used: the room for q costs nothing where there is none.
         self._mailbox = Mailbox(memoryview(mmap.mmap(-1, memory.total_bytes)), memory)
-        self._tables = TableFrames(shape, vocabulary)
+        self._tables = TableFrames(shape)
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         # Each of these is written by one thread only: what was posted by the target's, what was taken by the receiver.
         self._posted_bytes = self._taken_bytes = 0

@@ -16,10 +16,11 @@ from vllm_saguaro.messages import Step, Table
 from vllm_saguaro.placement import frames
 from vllm_saguaro.placement.draft_end import TargetGone
 from vllm_saguaro.placement.frames import FrameError, FrameReader, Kind, encode_table
-from vllm_saguaro.placement.mailbox import DraftState, MailboxShape
+from vllm_saguaro.placement.layout import MailboxShape
+from vllm_saguaro.placement.mailbox import DraftState
 from vllm_saguaro.placement.meeting import Invitation, knock
 from vllm_saguaro.placement.network import watch_closely
-from vllm_saguaro.placement.wire import WireError, decode
+from vllm_saguaro.placement.wire import Limits, WireError, decode
 
 _READ_BYTES = 1 << 16
 _SEND_BYTES = 1 << 18
@@ -38,6 +39,7 @@ class FarMailbox:
         self._connection = connection
         self._connection.setblocking(False)
         self._reader = FrameReader(frames.bounds_of_steps(shape))
+        self._limits = Limits(shape.slots, shape.num_speculative_tokens, shape.ring_bytes)
         self._steps: deque[bytes] = deque()
         self._taken = self._told = 0
         self._states: list[bytes] = []
@@ -52,7 +54,7 @@ class FarMailbox:
         while self._steps and step is None:
             self._taken += 1
             try:
-                step = decode(self._steps.popleft())
+                step = decode(self._steps.popleft(), self._limits)
             except WireError:
                 self.dropped += 1
         self.flush()

@@ -10,7 +10,6 @@ ended.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 import select
@@ -23,12 +22,13 @@ from pathlib import Path
 from vllm_saguaro.messages import Proposals, Stamp, Step, Table
 from vllm_saguaro.placement.channel import DraftFailed
 from vllm_saguaro.placement.draft_end import TargetGone
-from vllm_saguaro.placement.mailbox import DraftState, Mailbox, MailboxShape
+from vllm_saguaro.placement.layout import MailboxShape
+from vllm_saguaro.placement.mailbox import DraftState, Mailbox
 from vllm_saguaro.placement.meeting import Invitation, Listener, Refused, knock, peer
+from vllm_saguaro.placement.memfd import sealed_memfd
 
 START_TIMEOUT_SECONDS = 600.0
 """Loading and compiling a large draft takes minutes on a cold cache."""
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _YIELD_SECONDS = 2e-3
 _NAP_SECONDS = 50e-3
 _SLEEP_MILLISECONDS = 1000
@@ -42,10 +42,7 @@ class PassedMemoryChannel:
     def __init__(self, shape: MailboxShape) -> None:
         """Raises `OSError` where the system has no memory or no descriptor left."""
         self._listener = Listener(shape)
-        self._memory_fd = os.memfd_create("saguaro-mailbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.fchmod(self._memory_fd, 0o600)
-        os.ftruncate(self._memory_fd, shape.total_bytes)
-        fcntl.fcntl(self._memory_fd, fcntl.F_ADD_SEALS, _SEALS)
+        self._memory_fd = sealed_memfd("saguaro-mailbox", shape.total_bytes)
         self._memory = mmap.mmap(self._memory_fd, shape.total_bytes)
         self._mailbox = Mailbox(memoryview(self._memory), shape)
         self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -198,7 +195,7 @@ class PassedMemoryEnd:
         memory_fd, self._bell_fd = descriptors
         self._memory = mmap.mmap(memory_fd, invitation.shape.total_bytes)
         os.close(memory_fd)  # the mapping stays
-        self.mailbox = Mailbox(memoryview(self._memory), invitation.shape)
+        self.mailbox = Mailbox(memoryview(self._memory), invitation.shape, existing=True)
         self._ended = False
         self._poll = select.poll()
         self._poll.register(self._bell_fd, select.POLLIN)

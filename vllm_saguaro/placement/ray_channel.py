@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from vllm_saguaro.messages import Proposals, Stamp, Step, Table
 from vllm_saguaro.placement.channel import DraftFailed
-from vllm_saguaro.placement.mailbox import MailboxShape
+from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.network import NetworkChannel
 from vllm_saguaro.placement.passed_memory import PassedMemoryChannel
 
@@ -74,11 +74,9 @@ def cluster_address(asked: str | None) -> str | None:
 class RayChannel:
     """Starts the placer at once; `wait_until_ready` returns when the draft's model is loaded."""
 
-    def __init__(
-        self, draft: RayDraft, shape: MailboxShape, vocabulary: int, environment: Mapping[str, str] | None = None
-    ) -> None:
-        """`vocabulary`: every token of the target is below it. `environment`: the placer's (None: ours)."""
-        self._shape, self._vocabulary = shape, vocabulary
+    def __init__(self, draft: RayDraft, shape: MailboxShape, environment: Mapping[str, str] | None = None) -> None:
+        """`environment`: the placer's (None: ours)."""
+        self._shape = shape
         self._link: NetworkChannel | PassedMemoryChannel | None = None
         self._pid = 0
         self._over = self._closed = False
@@ -200,7 +198,7 @@ class RayChannel:
                 link = (
                     PassedMemoryChannel(self._shape)
                     if said["beside"]
-                    else NetworkChannel(str(said["address"]), self._shape, self._vocabulary)
+                    else NetworkChannel(str(said["address"]), self._shape)
                 )
             except (OSError, ValueError) as error:
                 self._end(f"no link can be opened: {error}")

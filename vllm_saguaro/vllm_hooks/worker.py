@@ -181,7 +181,7 @@ class SaguaroWorker(CPUWorker):
         def start() -> Channel:
             if config.placement == "ray":
                 draft = ray_draft(config, options, {**plan, "draft": options["cpus"]}, os.environ)
-                return RayChannel(draft, shape, self._options["target_vocab_size"], environment)
+                return RayChannel(draft, shape, environment)
             return ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment)
 
         return RestartingChannel(start, config.draft_restarts, self._page, logger)

@@ -27,8 +27,10 @@ from vllm_saguaro.placement.network_end import NetworkEnd
 from vllm_saguaro.placement.passed_memory import PassedMemoryEnd
 
 MAX_LENGTH = 200
-SHAPE = MailboxShape(slots=3, branches=8, num_speculative_tokens=4, ring_bytes=1 << 16, support=64)
 VOCABULARY = 40
+SHAPE = MailboxShape(
+    slots=3, branches=8, num_speculative_tokens=4, ring_bytes=1 << 16, support=64, vocab_size=VOCABULARY
+)
 
 
 def model() -> FakeModel:

@@ -46,7 +46,7 @@ def admit(generation: int = 1, sampling: Sampling = Sampling()) -> Step:  # noqa
 @pytest.fixture(params=["network", "passed memory"])
 def channel(request: pytest.FixtureRequest) -> Iterator[Far]:
     network = request.param == "network"
-    opened: Far = NetworkChannel("127.0.0.1", SHAPE, VOCABULARY) if network else PassedMemoryChannel(SHAPE)
+    opened: Far = NetworkChannel("127.0.0.1", SHAPE) if network else PassedMemoryChannel(SHAPE)
     yield opened
     opened.close()
 
@@ -157,7 +157,7 @@ def test_the_emitted_text_is_the_targets_greedy_text(channel: Far) -> None:
 
 def test_a_node_may_have_an_address_of_either_kind() -> None:
     try:
-        channel = NetworkChannel("::1", SHAPE, VOCABULARY)
+        channel = NetworkChannel("::1", SHAPE)
     except OSError:
         pytest.skip("no IPv6 here")
     with drafting(channel.invitation):
@@ -314,7 +314,7 @@ def open_files() -> list[str]:
 @pytest.mark.parametrize("network", [True, False])
 def test_nothing_is_left(network: bool) -> None:
     names, files, threads = set(os.listdir("/dev/shm")), open_files(), set(threading.enumerate())
-    channel: Far = NetworkChannel("127.0.0.1", SHAPE, VOCABULARY) if network else PassedMemoryChannel(SHAPE)
+    channel: Far = NetworkChannel("127.0.0.1", SHAPE) if network else PassedMemoryChannel(SHAPE)
     with process(channel) as running:
         channel.wait_until_ready()
         assert set(os.listdir("/dev/shm")) <= names

@@ -15,8 +15,8 @@ from vllm_saguaro.placement import frames
 from vllm_saguaro.placement.frames import FrameError, FrameReader, Kind, TableFrames, encode_table
 from vllm_saguaro.placement.mailbox import MailboxShape
 
-SHAPE = MailboxShape(slots=4, branches=5, num_speculative_tokens=3, ring_bytes=1 << 12, support=6)
-VOCABULARY = 50
+SHAPE = MailboxShape(slots=4, branches=5, num_speculative_tokens=3, ring_bytes=1 << 12, support=6, vocab_size=50)
+VOCABULARY = SHAPE.vocab_size
 BOUNDS = frames.bounds_of_tables(SHAPE)
 HEAD = 8
 
@@ -46,7 +46,7 @@ def depths(draw: st.DrawFn) -> list[Table]:
 def test_tables_come_as_they_went_however_the_stream_is_cut(tables: list[list[Table]], cuts: list[int]) -> None:
     sent = [table for growing in tables for table in growing]
     stream = b"".join(map(encode_table, sent))
-    reader, decoder, came, at = FrameReader(BOUNDS), TableFrames(SHAPE, VOCABULARY), [], 0
+    reader, decoder, came, at = FrameReader(BOUNDS), TableFrames(SHAPE), [], 0
     while at < len(stream):
         cut = cuts[at % len(cuts)]
         came += [decoder.decode(payload) for _, payload in reader.feed(stream[at : at + cut])]
@@ -74,7 +74,7 @@ def test_a_spoilt_stream_gives_frames_within_bounds_or_an_error(
     stream = bytearray(b"".join(map(encode_table, growing)))
     for at, value in spoilt:
         stream[at % len(stream)] = value
-    reader, decoder = FrameReader(BOUNDS), TableFrames(SHAPE, VOCABULARY)
+    reader, decoder = FrameReader(BOUNDS), TableFrames(SHAPE)
     with contextlib.suppress(FrameError):
         for kind, payload in reader.feed(bytes(stream)):
             assert len(payload) <= BOUNDS[kind]
@@ -85,7 +85,7 @@ def test_a_spoilt_stream_gives_frames_within_bounds_or_an_error(
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_table_within_bounds_or_an_error(payload: bytes) -> None:
     with contextlib.suppress(FrameError):
-        check(TableFrames(SHAPE, VOCABULARY).decode(payload))
+        check(TableFrames(SHAPE).decode(payload))
 
 
 @given(st.binary(max_size=300))
@@ -121,8 +121,8 @@ STAMP = Stamp(2, 1, 5)
 KEYS = Table(STAMP, [0, 1], [3, 4], [])
 
 
-def decoded(*tables: Table, vocabulary: int = VOCABULARY, shape: MailboxShape = SHAPE) -> None:
-    decoder = TableFrames(shape, vocabulary)
+def decoded(*tables: Table) -> None:
+    decoder = TableFrames(SHAPE)
     for table in tables:
         decoder.decode(encode_table(table)[HEAD:])
 
@@ -184,7 +184,7 @@ def test_a_q_wider_than_agreed_on_is_refused() -> None:
 def test_a_table_of_another_size_than_it_says_is_refused(more: int) -> None:
     payload = encode_table(KEYS)[HEAD:]
     with pytest.raises(FrameError, match="size"):
-        TableFrames(SHAPE, VOCABULARY).decode(payload[:more] if more < 0 else payload + b"\0")
+        TableFrames(SHAPE).decode(payload[:more] if more < 0 else payload + b"\0")
 
 
 def test_a_frame_over_its_bound_is_refused_before_it_has_come() -> None:

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.placement.far_draft import SHAPE, VOCABULARY, drafting
+from tests.unit.placement.far_draft import SHAPE, drafting
 from tests.unit.placement.test_far_draft import admit, table_of, until
 from vllm_saguaro.messages import Stamp, Table
 from vllm_saguaro.placement import frames, meeting
@@ -36,7 +36,7 @@ KEYS = Table(Stamp(1, 1, 0), [0, 1], [3, 4], [])
 
 @pytest.fixture
 def channel() -> Iterator[NetworkChannel]:
-    opened = NetworkChannel("127.0.0.1", SHAPE, VOCABULARY)
+    opened = NetworkChannel("127.0.0.1", SHAPE)
     yield opened
     opened.close()
 
@@ -138,7 +138,7 @@ def test_a_draft_side_does_not_stay_with_a_target_that_does_not_know_its_token()
 @pytest.mark.parametrize("address", ["0.0.0.0", "::", "224.0.0.1", "", "localhost"])
 def test_nobody_listens_on_every_address(address: str) -> None:
     with pytest.raises(ValueError, match="address"):
-        NetworkChannel(address, SHAPE, VOCABULARY)
+        NetworkChannel(address, SHAPE)
 
 
 def test_two_invitations_have_different_tokens_and_names() -> None:
@@ -195,7 +195,7 @@ def test_a_peer_that_lies_ends_the_channel(channel: NetworkChannel, peer: socket
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.sampled_from([encode_table(KEYS), READY, pack(Kind.TAKEN, frames.TAKEN.pack(0))])), st.binary())
 def test_garbage_at_any_point_is_ignored_or_ends_the_channel(before: list[bytes], garbage: bytes) -> None:
-    channel = NetworkChannel("127.0.0.1", SHAPE, VOCABULARY)
+    channel = NetworkChannel("127.0.0.1", SHAPE)
     with contextlib.closing(channel), knock(channel.invitation) as peer:
         peer.sendall(b"".join([READY, *before, garbage]))
         peer.shutdown(socket.SHUT_WR)
@@ -348,7 +348,7 @@ def test_a_target_that_reads_slowly_gets_new_tables_and_no_old_ones(pair: tuple[
                 mailbox.publish(Table(stamp, [0] * 8, [5] * 8, [[depth] * 8] * depth))
     held = sum(len(frame) for depths in mailbox._tables.values() for frame in depths)
     assert held < 2 * 3 * 200, "bounded, however much is published"
-    decoder = frames.TableFrames(SHAPE, VOCABULARY)
+    decoder = frames.TableFrames(SHAPE)
     tables = [decoder.decode(payload) for _, payload in sent_by(target, mailbox.flush)]
     assert len(tables) < 2 * 3 * rounds, "it was slow enough to lose some"
     for slot in (0, 1):

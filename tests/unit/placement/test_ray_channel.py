@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE, VOCABULARY
+from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE
 from tests.unit.placement.test_far_draft import admit, table_of, until
 from vllm_saguaro.messages import Stamp
 from vllm_saguaro.placement.channel import Channel, DraftFailed
@@ -39,7 +39,7 @@ def environment() -> dict[str, str]:
 def opened(options: dict[str, Any] | None = None, **asked: Any) -> Iterator[RayChannel]:
     cpus = sorted(os.sched_getaffinity(0))[-1:]
     draft = RayDraft(MODULE, options or {}, cpus, **{"num_cpus": 1, **asked})
-    with contextlib.closing(RayChannel(draft, SHAPE, VOCABULARY, environment())) as channel:
+    with contextlib.closing(RayChannel(draft, SHAPE, environment())) as channel:
         yield channel
 
 
@@ -273,7 +273,7 @@ def test_without_ray_the_draft_has_failed_and_nothing_else(tmp_path: Path) -> No
     (tmp_path / "ray.py").write_text("raise ImportError('there is no Ray here')")
     draft = RayDraft(MODULE, {}, [0], num_cpus=1)
     hidden = {**environment(), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    with contextlib.closing(RayChannel(draft, SHAPE, VOCABULARY, hidden)) as channel:
+    with contextlib.closing(RayChannel(draft, SHAPE, hidden)) as channel:
         with pytest.raises(DraftFailed, match="Ray"):
             channel.wait_until_ready()
         assert not channel.alive

@@ -64,7 +64,7 @@ def test_no_request_has_another_text(restarts: Restarts, plain: Plain, name: str
 def test_hits_come_back_for_the_requests_that_run(restarts: Restarts, fault: str) -> None:
     found = restarts[fault]
     assert found.metrics["vllm:saguaro_draft_restarts"] == 1
-    assert found.hits > 8, "the draft was gone before the first step"
+    assert found.hits > 0, "the draft was gone before the first step"
     assert found.metrics["vllm:saguaro_misses{cause=absent}"] >= 8
 
 

@@ -96,7 +96,6 @@ def test_an_actor_that_ends_or_hangs_costs_no_request_and_another_one_is_started
 ) -> None:
     assert_same_texts(local[fault], plain["eight at once"])
     assert local[fault].metrics["vllm:saguaro_draft_restarts"] == 1
-    assert local[fault].hits > 8, "the draft was gone before the first step"
 
 
 def test_a_ray_of_our_own_leaves_nothing() -> None:

@@ -144,7 +144,7 @@ def runs() -> dict[str, EngineRun]:
         inline = other.submit(run_engines, engines_with(saguaro(placement="inline", max_model_len=DRAFT_LIMIT)), [last])
         found = dict(zip(("plain", "plain, processed"), plain.result(), strict=True))
         found |= dict(zip(("inline", "inline, processed"), inline.result(), strict=True))
-    (found["process"],) = run_engines(engines_with(saguaro(max_model_len=DRAFT_LIMIT), ({},)))
+    (found["process"],) = run_engines(engines_with(saguaro(max_model_len=DRAFT_LIMIT, adaptive=False), ({},)))
     return found
 
 

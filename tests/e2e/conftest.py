@@ -146,7 +146,7 @@ def process() -> Process:
     with engines(
         [
             {"options": options, "scenarios": scenarios, "care": {"hang": 600.0}},
-            {"options": BASE | saguaro(placement="process", draft_restarts=0), "scenarios": killed},
+            {"options": BASE | saguaro(placement="process", draft_restarts=0, adaptive=False), "scenarios": killed},
             {"options": options | plans.RAGGED, "scenarios": [plans.ragged_arrivals()], "end": "wait"},
         ]
     ) as group:

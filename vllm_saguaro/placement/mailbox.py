@@ -61,16 +61,15 @@ class Mailbox:
                 layout.sign(control, shape)
             layout.check(control, shape)
         self.shape = shape
-        ring_at = shape.total_bytes - shape.ring_bytes
         self._buffer = buffer
         self._cells = buffer[: shape.tables_bytes]
         self._words = self._cells.cast("q")
-        self._ring = buffer[ring_at : shape.total_bytes]
+        self._ring = buffer[shape.ring_at : shape.total_bytes]
         cells = np.frombuffer(self._cells, np.uint32).reshape(-1, 2)[CONTROL_WORDS:]
         tables = cells.reshape(shape.slots, shape.cell_words, 2)[:, CELL_HEADER:]
         # Of each key the token and the accepted drafts, of each draft the token and nothing.
         self._halves = tables.reshape(shape.slots, 1 + shape.num_speculative_tokens, shape.branches, 2)
-        q = np.frombuffer(buffer[shape.tables_bytes : ring_at], np.int64).reshape(shape.slots, 2, shape.q_words)
+        q = np.frombuffer(buffer[shape.q_at : shape.ring_at], np.int64).reshape(shape.slots, 2, shape.q_words)
         drafts = shape.slots, 2, shape.num_speculative_tokens, shape.branches, 2, shape.support
         self._q_stamps = q[..., :Q_HEADER]
         halves = q[..., Q_HEADER:].view(np.int32).reshape(drafts)

@@ -1,10 +1,10 @@
-"""The records of steps that the target's device writes, as the draft side reads them: numbers, until they are found sound.
+"""The records of steps that the target's device writes, as the draft side reads them: only what is sound is believed.
 
-A record is put where it belongs (number of the step modulo the room there is) by one asynchronous copy, and the number of
-the newest one by a second copy after it on the same stream. Nobody waits for the reader: one that is slower than the room
-lasts loses records. So each says its own number and has a checksum over all of it: a record that is overwritten while it
-is read, or was before, is none. The checksum also makes it indifferent whether the bytes of the two copies become visible
-in their order, which CUDA promises to those alone who wait for the stream.
+A record is put where it belongs (its number modulo the room there is) by one asynchronous copy, and the number of the
+newest one by a second copy after it on the same stream. Nobody waits for the reader: one that is slower than the room
+lasts loses records. So each says its own number and has a checksum over all of it: a record that is overwritten while
+it is read, or was before, is none. The checksum also makes it indifferent whether the bytes of the two copies become
+visible in their order, which CUDA promises to those alone who wait for the stream.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ NUMBER, ROWS, CHECKSUM = range(RECORD_HEADER)
 SLOT, GENERATION, ROUND, ACCEPTED, VERIFIED, BONUS, LENGTH, READY, DRAFTS = range(9)
 """Columns of a row; the drafts begin at the last."""
 NEWEST, TALLY = 0, 1
-"""Words of the `device` part of the layout; the tally has five."""
-TALLIED = ("hits", "not_predicted", "late", "absent", "rows")
+"""Words of the `device` part of the layout; the tally has five (`device_mailbox.py`)."""
 _NUMBER_WEIGHT, _ROWS_WEIGHT = 0x9E3779B97F4A7C15 - 2**64, 0x6A09E667F3BCC909
 _LARGEST = 2**31 - 1
 _MOST_WORD = 2**62 - 1
 
 
 def weights(count: int) -> np.ndarray:
-    """What each of the first `count` words of the rows counts for in the checksum [count] int64: odd numbers, so that no
-    change of a single word goes unseen, and all different, so that no two may change places."""
+    """What each of the first `count` words of the rows counts for in the checksum [count] int64.
+
+    Odd numbers, so that no change of a single word goes unseen, and all different, so that no two may change places.
+    """
     return (2 * np.arange(count, dtype=np.int64) + 1) * 0x2545F491
 
 

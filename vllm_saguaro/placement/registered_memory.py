@@ -1,9 +1,8 @@
-"""Memory of this process that a device reaches: pinned and mapped for CUDA, or simply there where the device is the CPU."""
+"""Memory of this process that a device reaches: pinned and mapped for CUDA, as it is where the device is the CPU."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 _PORTABLE_AND_MAPPED = 1 | 2
 

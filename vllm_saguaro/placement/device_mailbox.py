@@ -23,27 +23,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_saguaro import counters
-from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
-from vllm_saguaro.messages import Admit, Miss, Release, Sampling, Stamp, Step
+from vllm_saguaro.messages import Admit, Release, Sampling, Stamp, Step
 from vllm_saguaro.placement.channel import LendingChannel
 from vllm_saguaro.placement.device_q import write_certain, write_logits
-from vllm_saguaro.placement.device_tables import DeviceTables, TableReader
+from vllm_saguaro.placement.device_tables import TableReader
 from vllm_saguaro.placement.layout import DEVICE_WORDS, RECORD_HEADER, MailboxShape
-from vllm_saguaro.placement.records import CHECKSUM, DRAFTS, NEWEST, NUMBER, ROWS, TALLY, head_weight, weights
+from vllm_saguaro.placement.records import CHECKSUM, DRAFTS, NEWEST, NUMBER, ROWS, head_weight, weights
 from vllm_saguaro.placement.registered_memory import RegisteredMemory
 
 OutcomeLookup = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """`outcome_lookup` of `algorithm` or `kernels`."""
-
-_TALLIED = (
-    counters.HITS,
-    counters.MISSES[Miss.NOT_PREDICTED],
-    counters.MISSES[Miss.LATE],
-    counters.MISSES[Miss.ABSENT],
-)
-"""What the device counts, in the order of the tally's words. One more counts rows without an outcome, for nobody."""
 
 
 class _Life:
@@ -52,8 +42,7 @@ class _Life:
     def __init__(self, memory: memoryview, shape: MailboxShape, device: torch.device, with_q: bool) -> None:
         self._registered = RegisteredMemory(memory[: shape.ring_at if with_q else shape.q_at], device)
         host = self._registered.host[shape.tables_bytes // 8 : shape.q_at // 8]
-        self.device_words = host[:DEVICE_WORDS]
-        self.tally = self.device_words.numpy()[TALLY : TALLY + len(_TALLIED)]
+        self.newest = host[NEWEST : NEWEST + 1]
         self.records = host[DEVICE_WORDS:].view(shape.device_steps, shape.record_words)
         self.reader = TableReader(self._registered.seen, shape)
         self.number = 0
@@ -94,30 +83,27 @@ class MailboxDraft:
         shape: MailboxShape,
         device: torch.device,
         lookup: OutcomeLookup,
-        page: CounterPage,
         log: logging.Logger,
         with_q: bool = True,
     ) -> None:
         """`channel`: the draft side, of mailboxes of this `shape`, which has `device_steps` and a slot for each of the
-        runner's. `lookup`: `outcome_lookup` for the device. `page`: where hits and misses are counted. `with_q`:
-        whether drafts may be sampled, so that `logits_into` asks for their q.
+        runner's. `lookup`: `outcome_lookup` for the device. `with_q`: whether drafts may be sampled, so that
+        `logits_into` asks for their q.
 
         Raises ValueError for a shape without `device_steps`.
         """
         if not shape.device_steps:
             raise ValueError("a mailbox without device_steps cannot take outcomes from a device: give 1 or more")
         self._channel, self._shape, self._device = channel, shape, device
-        self._lookup, self._page, self._log, self._with_q = lookup, page, log, with_q
+        self._lookup, self._log, self._with_q = lookup, log, with_q
         self._state = torch.zeros(shape.slots, 3, dtype=torch.int64, device=device)
         """Of each slot: generation, round, drafts under verification."""
         self._record = torch.zeros(shape.record_words, dtype=torch.int64, device=device)
-        self._device_words = torch.zeros(DEVICE_WORDS, dtype=torch.int64, device=device)
+        self._newest = torch.zeros(1, dtype=torch.int64, device=device)
         self._weights = torch.from_numpy(weights(shape.slots * shape.row_words)).to(device)
         self._rows = torch.arange(shape.slots, device=device)
-        self._causes = torch.arange(len(_TALLIED) + 1, device=device)
         self.resident_bytes = 8 * (self._state.numel() + self._record.numel() + 2 * self._weights.numel())
         """Device memory held for good on the target's device; the draft's own is elsewhere."""
-        self._counted = [0] * len(_TALLIED)
         self._generations = [0] * shape.slots
         self._requests: dict[int, _Request] = {}
         self._texts: dict[int, tuple[str, tuple[int, ...], Sampling]] = {}
@@ -155,6 +141,7 @@ class MailboxDraft:
         request = self._requests.get(slot)
         if request is not None and request.request_id == request_id:
             del self._requests[slot]
+            self._state[slot].zero_()  # for one that takes the slot and is too long to be admitted
             self._unheard.append(Release(request.stamp))
             self._release_unheard()
 
@@ -233,7 +220,6 @@ class MailboxDraft:
             self._given = None
             return DeviceDrafts(tokens, torch.zeros_like(outcomes.accepted))
         self._release_unheard()
-        self._count(life)
         slots, rows = outcomes.slots, len(outcomes.slots)
         state = self._state.index_select(0, slots)
         generation, round_, verified = state.unbind(1)
@@ -253,8 +239,6 @@ class MailboxDraft:
         tokens = torch.where(foreign.unsqueeze(1), bonus.unsqueeze(1), tokens)
         has_outcome = outcomes.accepted >= 0
         told = self._put_record(life, outcomes, state, bonus, tokens, ready)
-        self._tally(tables, has_outcome, generation, branch, ready)
-        life.device_words.copy_(self._device_words, non_blocking=True)
         settled = torch.stack((generation, round_ + has_outcome, torch.where(has_outcome, ready, verified)), 1)
         self._state.index_copy_(0, slots, settled)
         stamps = torch.stack((generation, round_, tables.version), 1)
@@ -278,26 +262,9 @@ class MailboxDraft:
         record[ROWS].fill_(rows)
         torch.add((body * self._weights[:size]).sum(), head_weight(life.number, rows), out=record[CHECKSUM])
         life.records[life.number % self._shape.device_steps, : len(record)].copy_(record, non_blocking=True)
-        self._device_words[NEWEST].fill_(life.number)
+        self._newest.fill_(life.number)
+        life.newest.copy_(self._newest, non_blocking=True)
         return body.view(rows, -1)[:, DRAFTS:]
-
-    def _tally(
-        self, tables: DeviceTables, has_outcome: Tensor, generation: Tensor, branch: Tensor, ready: Tensor
-    ) -> None:
-        """Count the rows by what became of them, in the order of `_TALLIED`."""
-        late = (generation > 0) & ~tables.gone
-        cause = torch.where(tables.awaited & (branch < 0), 1, torch.where(late, 2, 3))
-        cause = torch.where(has_outcome, torch.where(ready > 0, 0, cause), len(_TALLIED))
-        counts = (cause.unsqueeze(1) == self._causes).sum(0)
-        self._device_words[TALLY : TALLY + len(counts)].add_(counts)
-
-    def _count(self, life: _Life) -> None:
-        """Bring the page up to what the device has counted so far, as far as it has come here."""
-        for at, count in enumerate(life.tally.tolist()):
-            more = count - self._counted[at]
-            if more > 0:
-                self._page.add(_TALLIED[at], more)
-                self._counted[at] = count
 
     def logits_into(self, outcomes: DeviceOutcomes, drafts: DeviceDrafts, draft_logits: Tensor | None) -> None:
         """The q of the drafts that the last `exchange` gave for these outcomes.

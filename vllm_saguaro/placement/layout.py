@@ -5,8 +5,8 @@ In 64-bit words:
     control  [16]               head and tail of the ring, state of the draft side, its maximum length; from word 8 on
                                 magic and version, and the sizes of `MailboxShape`
     tables   [slots][cell]      sequence, generation, round, branches, depth, nanoseconds, keys [N], drafts [K][N]
-    device   [8]                number of the newest record, counts of outcomes (`records.py`); all of `device` and
-                                `records` is written by the target's device alone, and absent without `device_steps`
+    device   [8]                number of the newest record; `device` and `records` are written by the target's device
+                                alone (`records.py`), and absent without `device_steps`
     records  [steps][record]    number of the step, rows, checksum; then of each row [slots] its slot, generation,
                                 round, accepted, verified, bonus, length, ready and drafts [K]
     q        [slots][2][cell]   generation, round, sequence; then of each draft [K][N] its M candidates (32 bits each),

@@ -17,8 +17,8 @@ from vllm_saguaro.placement.layout import CONTROL_WORDS, DEVICE_WORDS, RECORD_HE
 NUMBER, ROWS, CHECKSUM = range(RECORD_HEADER)
 SLOT, GENERATION, ROUND, ACCEPTED, VERIFIED, BONUS, LENGTH, READY, DRAFTS = range(9)
 """Columns of a row; the drafts begin at the last."""
-NEWEST, TALLY = 0, 1
-"""Words of the `device` part of the layout; the tally has five (`device_mailbox.py`)."""
+NEWEST = 0
+"""Of the words of the `device` part of the layout."""
 _NUMBER_WEIGHT, _ROWS_WEIGHT = 0x9E3779B97F4A7C15 - 2**64, 0x6A09E667F3BCC909
 _LARGEST = 2**31 - 1
 _MOST_WORD = 2**62 - 1

@@ -83,13 +83,14 @@ class TableReader:
         possible &= depth <= shape.num_speculative_tokens
         awaited = whole & possible & (of_round == round_)
         there = awaited.unsqueeze(1) & (self._branch < branches.unsqueeze(1))
-        keys, drafts = body[:, : shape.branches], body[:, shape.branches :]
+        tokens = body & _TOKEN
+        bonus, drafts = tokens[:, : shape.branches], tokens[:, shape.branches :]
         return DeviceTables(
             version=before,
             awaited=awaited,
             gone=whole & (of_round == GONE),
-            accepted_keys=torch.where(there, keys >> 32, -1).to(torch.int32),
-            bonus_keys=keys & _TOKEN,
+            accepted_keys=torch.where(there, body[:, : shape.branches] >> 32, -1).to(torch.int32),
+            bonus_keys=bonus,
             drafts=drafts.unflatten(1, (shape.num_speculative_tokens, shape.branches)).transpose(1, 2),
             depth=torch.where(awaited, depth, 0).to(torch.int32),
         )

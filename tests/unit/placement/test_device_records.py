@@ -254,11 +254,11 @@ def torn_records_are_none(cut: int, ahead: int, early: bool, memory: bytearray) 
         writer.step(number, outcomes(number))
     written = {number: outcomes(number) for number in range(1, STEPS + 1)}
     number = ahead + STEPS
-    fresh = writer.record(number, outcomes(3))
+    fresh = writer.record(number, outcomes(11))
     cut %= len(fresh) + 1
     writer.ring[number % STEPS, :cut] = fresh[:cut]
     if early:
-        writer.newest[0], written[number] = number, outcomes(3)
+        writer.newest[0], written[number] = number, outcomes(11)
     told = drained(box)
     check_never_told_otherwise(told, written)
     assert len(told) >= STEPS - (ahead if early else 1)

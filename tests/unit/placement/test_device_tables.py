@@ -198,7 +198,7 @@ def stores_of(memory: Memory, tables: Sequence[tuple[Stamp, int]]) -> list[tuple
         publish_word(word, value)
         note()
 
-    box._publish = noted  # type: ignore[method-assign]
+    box._publish = noted  # type: ignore[assignment, method-assign]
     for stamp, seed in tables:
         for _ in writes(box, stamp, seed):
             pass

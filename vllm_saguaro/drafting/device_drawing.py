@@ -5,6 +5,7 @@ Shapes: X rows, V vocabulary, M = min(SUPPORT, V) candidates. Static, and nothin
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +27,18 @@ class Rule:
 
     def repeat(self, times: int) -> Rule:
         """The rule of each row for `times` rows in a row."""
-        s = self.rows
-        each = (x.repeat_interleave(times, output_size=x.shape[0] * times) for x in (*_fields(s), self.certain))
-        temperature, top_k, top_p, min_p, certain = each
-        return Rule(SamplingRows(temperature, top_k, top_p, min_p, s.nucleus, s.cut), certain, self.c)
+        return self._of(x.repeat_interleave(times, output_size=x.shape[0] * times) for x in self._fields())
+
+    def take(self, rows: slice) -> Rule:
+        """The rule of some rows."""
+        return self._of(x[rows] for x in self._fields())
+
+    def _fields(self) -> tuple[Tensor, ...]:
+        return self.rows.temperature, self.rows.top_k, self.rows.top_p, self.rows.min_p, self.certain
+
+    def _of(self, fields: Iterable[Tensor]) -> Rule:
+        *sampling, certain = fields
+        return Rule(SamplingRows(*sampling, nucleus=self.rows.nucleus, cut=self.rows.cut), certain, self.c)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +78,3 @@ def draw(logits: Tensor, rule: Rule, seed: Tensor, fan_out: int) -> Drawn:
     q = torch.where(rule.certain.unsqueeze(-1), first.to(q.dtype), q)
     index = race(q, gumbel(seed, found.tokens))
     return Drawn(found.tokens.gather(1, index.unsqueeze(1)).squeeze(1), found.tokens, q.log())
-
-
-def _fields(rows: SamplingRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return rows.temperature, rows.top_k, rows.top_p, rows.min_p

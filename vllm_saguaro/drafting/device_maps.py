@@ -1,8 +1,8 @@
 """How likely a draft is accepted, learnt on the device from outcomes that the host never sees.
 
-The same maps as `algorithm/calibration.py`, for acceptance alone: nodes over the log-odds of the draft's own probability,
-each the mean of a prior and of the events around it, made monotone. Every operation is static and waits for nothing, so
-a CUDA graph can hold it.
+The same maps as `algorithm/calibration.py`, for acceptance alone: nodes over the log-odds of the draft's own
+probability, each the mean of a prior and of the events around it, made monotone. Every operation is static and waits
+for nothing, so a CUDA graph can hold it.
 """
 
 from __future__ import annotations

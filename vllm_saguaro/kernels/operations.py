@@ -20,9 +20,7 @@ class Operations:
     """
 
     outcome_lookup: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    ranked_outcomes: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor, Tensor]
-    ]
+    ranked_outcomes: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor, Tensor]]
     fork: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
     adopt: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]

@@ -35,7 +35,7 @@ class StreamDraft:
     """
 
     def __init__(self, engine: DeviceEngine, stream: SideStream, first_use: Callable[[], None] = lambda: None) -> None:
-        """`first_use` is called once, before the first request is told: memory held back till then is let go."""
+        """`first_use` is called once, before a capture or the first request: memory held back till then is let go."""
         self.engine, self.alive = engine, True
         self.resident_bytes = engine.resident_bytes
         self._stream, self._first_use = stream, first_use
@@ -48,9 +48,7 @@ class StreamDraft:
         self._requests[slot] = request_id
         if not self.alive:
             return
-        if not self._used:
-            self._used = True
-            self._first_use()
+        self._begin_use()
         try:
             with self._stream.entered():
                 self.engine.admit(slot, token_ids, sampling)
@@ -103,11 +101,12 @@ class StreamDraft:
     def capture(self) -> None:
         """Capture a look-up and a round for each bucket, the largest first. On a CPU there is nothing to capture.
 
-        vLLM asks twice, to measure and to keep: the graphs hold nothing of vLLM's, so the first ones stay.
+        Where it is asked for again the graphs stay as they are: they hold nothing that is vLLM's.
         """
         stream = self._stream.cuda
         if stream is None or not self.alive:
             return
+        self._begin_use()
         stream.wait_stream(torch.cuda.current_stream(stream.device))
         engine = self.engine
         with torch.cuda.stream(stream):
@@ -125,6 +124,11 @@ class StreamDraft:
         self._stream.wait()
         self._calls.clear()
         self.engine.close()
+
+    def _begin_use(self) -> None:
+        if not self._used:
+            self._used = True
+            self._first_use()
 
     def _look_up(self, bucket: Bucket) -> None:
         self._calls.run(("look up", bucket), lambda: self.engine.look_up(bucket))

@@ -1,4 +1,4 @@
-"""The device engine against an oracle: whatever came before, every branch says what the draft model says of its text."""
+"""The device engine against an oracle: whatever came before, a branch says what the draft model says of its text."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ def test_drafts_of_requests_that_sample_greedily_by_choice_are_certain() -> None
 def test_the_draws_follow_q_and_differ_from_branch_to_branch_and_round_to_round() -> None:
     world = World(FakeDeviceModel(vocab_size=8, max_length=64), branches=8)
     counts, seen = torch.zeros(8), set[tuple[int, ...]]()
-    for i in range(60):
+    for _ in range(60):
         world.admit(0, [1, 2, 3], Sampling(temperature=1.5))
         world.step({0: (0, 5)})
         table = world.table(0)

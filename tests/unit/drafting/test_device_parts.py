@@ -1,4 +1,4 @@
-"""The small parts of the device engine: buckets, blocks by slot, maps, seeds, lengths that come late, captured calls."""
+"""The small parts of the device engine: buckets, blocks by slot, maps, seeds, late lengths, captured calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM's draft model driven from the device, on the CPU: its drafts are those of the host engine over the same model."""
+"""vLLM's draft model driven from the device, on the CPU: its drafts are those of the host engine over the same one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.harness import ROOT, prompts, tokenize
+from tests.e2e.harness import DRAFT, prompts, tokenize
 from tests.unit.drafting.device_driver import World
 from vllm_saguaro.drafting.engine import DraftEngine
 from vllm_saguaro.messages import Sampling
 
 pytestmark = pytest.mark.engine
 
-DRAFT = ROOT / "assets" / "pair" / "target" / "draft"
 K, SLOTS, N = 4, 3, 6
 
 

@@ -37,8 +37,9 @@ class Rule:
         return self.rows.temperature, self.rows.top_k, self.rows.top_p, self.rows.min_p, self.certain
 
     def _of(self, fields: Iterable[Tensor]) -> Rule:
-        *sampling, certain = fields
-        return Rule(SamplingRows(*sampling, nucleus=self.rows.nucleus, cut=self.rows.cut), certain, self.c)
+        temperature, top_k, top_p, min_p, certain = fields
+        rows = SamplingRows(temperature, top_k, top_p, min_p, self.rows.nucleus, self.rows.cut)
+        return Rule(rows, certain, self.c)
 
 
 @dataclass(frozen=True, slots=True)

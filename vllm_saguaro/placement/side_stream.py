@@ -16,8 +16,10 @@ from vllm_saguaro.drafting.late_lengths import Mark
 class SideStream(Protocol):
     """A queue of device work beside the current one, which is the target's."""
 
-    cuda: torch.cuda.Stream | None
-    """The stream itself, where there is one."""
+    @property
+    def cuda(self) -> torch.cuda.Stream | None:
+        """The stream itself, where there is one."""
+        ...
 
     def follow(self) -> None:
         """What is queued here from now on waits for all that the current stream has been given so far."""

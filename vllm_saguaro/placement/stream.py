@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -112,10 +113,8 @@ class StreamDraft:
         with torch.cuda.stream(stream):
             engine.idle()
         for bucket in reversed(engine.buckets):
-            self._calls.capture(("look up", bucket), lambda b=bucket: engine.look_up(b), lambda: None, stream)
-            self._calls.capture(
-                ("work", bucket), lambda b=bucket: engine.work(b), lambda b=bucket: engine.prepare(b), stream
-            )
+            self._calls.capture(("look up", bucket), partial(engine.look_up, bucket), lambda: None, stream)
+            self._calls.capture(("work", bucket), partial(engine.work, bucket), partial(engine.prepare, bucket), stream)
         torch.cuda.current_stream(stream.device).wait_stream(stream)
 
     def close(self) -> None:
@@ -131,10 +130,10 @@ class StreamDraft:
             self._first_use()
 
     def _look_up(self, bucket: Bucket) -> None:
-        self._calls.run(("look up", bucket), lambda: self.engine.look_up(bucket))
+        self._calls.run(("look up", bucket), partial(self.engine.look_up, bucket))
 
     def _work(self, bucket: Bucket) -> None:
-        self._calls.run(("work", bucket), lambda: self.engine.work(bucket))
+        self._calls.run(("work", bucket), partial(self.engine.work, bucket))
 
     def _nothing(self, outcomes: DeviceOutcomes) -> DeviceDrafts:
         """Filler for every row."""

@@ -154,7 +154,7 @@ class VllmDeviceModel(VllmDraftModel):
 
     @contextlib.contextmanager
     def _own_flashinfer_scratch(self) -> Iterator[None]:
-        flashinfer = sys.modules.get(_FLASHINFER)
+        flashinfer: Any = sys.modules.get(_FLASHINFER)
         if flashinfer is None or not any(g.backend.get_name() == "FLASHINFER" for g in self._attn_groups):
             yield
             return

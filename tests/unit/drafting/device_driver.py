@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,7 +78,7 @@ class World:
     def release(self, slot: int) -> None:
         self.draft.release(slot, self.requests.pop(slot).name)
 
-    def step(self, found: dict[int, Outcome | None]) -> Given:
+    def step(self, found: Mapping[int, Outcome | None]) -> Given:
         """One step of the target with these slots, in this order; None: the row gets no token."""
         outcomes = self.outcomes(found)
         expected = [self._expected(slot, outcome) for slot, outcome in found.items()]
@@ -101,7 +101,7 @@ class World:
         self.check()
         return Given([hit for hit, _ in rows], [drafts for _, drafts in rows])
 
-    def outcomes(self, found: dict[int, Outcome | None]) -> DeviceOutcomes:
+    def outcomes(self, found: Mapping[int, Outcome | None]) -> DeviceOutcomes:
         slots = list(found)
         accepted = [-1 if o is None else o[0] for o in found.values()]
         bonus = [0 if o is None else o[1] for o in found.values()]

@@ -5,7 +5,7 @@ is missing is a Triton backend named "cpu" (`vllm/triton_utils/importing.py`). T
 Triton 3.9 cannot do. Streams run inline, so an order that is wrong on a GPU is right here, and nothing says how fast
 anything is.
 
-`install` comes before vLLM and Triton are imported, in a process with TRITON_INTERPRET=1 and VLLM_USE_V2_MODEL_RUNNER=1.
+`install` comes before vLLM and Triton are imported, in a process that has `ENVIRONMENT`.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _rewrite_language_once() -> None:
 
 @contextlib.contextmanager
 def async_scheduling(value: bool) -> Iterator[None]:
-    """An engine that is configured while this lasts has it so. The CPU platform forces it off, a GPU's default is on."""
+    """An engine that is configured while this lasts has it so. The CPU platform forces it off; on GPUs it is on."""
     from vllm.platforms.cpu import CpuPlatform
 
     original = CpuPlatform.check_and_update_config.__func__

@@ -1,4 +1,4 @@
-"""What vLLM calls on a GPU between loading and serving, and leaves out on a CPU: done by hand, on an engine that stands."""
+"""What vLLM calls on a GPU between loading and serving, and leaves out on a CPU: done by hand, on a finished engine."""
 
 from __future__ import annotations
 

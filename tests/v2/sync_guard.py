@@ -1,8 +1,8 @@
 """No implicit synchronisation: reading, from Python, tensors that lie on the device of a real GPU.
 
-On a CPU such a read costs nothing and goes unnoticed. So while the guard is up, every way from a tensor to Python values
-raises `Synchronised` for tensors of the guarded storages. Views are known by their storage, results by descent: what an
-operation makes from a guarded tensor is guarded, too (`TorchFunctionMode`), as far as it has a storage of its own.
+On a CPU such a read costs nothing and goes unnoticed. So while the guard is up, every way from a tensor to Python
+values raises `Synchronised` for tensors of the guarded storages. Views are known by their storage, results by descent:
+what an operation makes from a guarded tensor is guarded, too (`TorchFunctionMode`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Final
 
 from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
 
-DEVICE_PLACEMENTS: Final = ("stream", "process")
+DEVICE_PLACEMENTS: Final = ("stream", "process", "ray")
 
 
 def on_device(config: SaguaroConfig, written: Container[str], default_placement: str = "stream") -> SaguaroConfig:
@@ -23,7 +23,7 @@ def on_device(config: SaguaroConfig, written: Container[str], default_placement:
     if "placement" in written and config.placement not in DEVICE_PLACEMENTS:
         raise SaguaroConfigError(
             f'placement "{config.placement}" needs each outcome on the host, which model runner V2 does not have: '
-            'write "stream" or "process", or leave it out'
+            'write "stream", "process" or "ray", or leave it out'
         )
     placement = config.placement if "placement" in written else default_placement
     if config.backup in ("ngram", "jit"):
@@ -44,7 +44,7 @@ def on_device(config: SaguaroConfig, written: Container[str], default_placement:
             'draft_cpus with placement "stream": the draft computes on the target\'s device; leave it out, or write '
             '"placement": "process"'
         )
-    if placement == "process":
+    if placement != "stream":
         _refuse_gpu_memory(written)
     # The target's noise is not known beforehand there, so that coupled drafts are drawn from the draft's own q.
     method = "probabilistic" if config.draft_sample_method == "coupled" else config.draft_sample_method

@@ -35,13 +35,13 @@ def test_what_is_written_stays() -> None:
     )
     assert (config.placement, config.draft_sample_method, config.branches) == ("process", "greedy", 8)
     assert on_v2(draft_gpu_memory=1.5).draft_gpu_memory == 1.5
+    assert on_v2(placement="ray").placement == "ray"
 
 
 @pytest.mark.parametrize(
     ("written", "line"),
     [
         ({"placement": "inline"}, 'placement "inline" needs each outcome on the host'),
-        ({"placement": "ray"}, 'placement "ray" needs each outcome on the host'),
         ({"backup": "ngram"}, 'backup "ngram" needs each outcome on the host'),
         ({"backup": "jit"}, 'backup "jit" needs each outcome on the host'),
         ({"adaptive": True}, "adaptive true needs each outcome on the host"),

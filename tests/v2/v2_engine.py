@@ -67,9 +67,9 @@ def run_engine(spec: Json, texts: list[list[int]]) -> Json:
 
     opened: list[ScriptedDraft] = []
 
-    def open_scripted(options: Json, slots: int, device: Any, page: Any) -> ScriptedDraft:
+    def open_scripted(options: Json, slots: int, longest: int, device: Any, page: Any) -> ScriptedDraft:
         k, vocab_size = options["num_speculative_tokens"], options["target_vocab_size"]
-        opened.append(ScriptedDraft(slots, k, vocab_size, spec["options"]["max_model_len"]))
+        opened.append(ScriptedDraft(slots, k, vocab_size, longest))
         return opened[-1]
 
     scripted: Any = contextlib.nullcontext()

@@ -25,7 +25,7 @@ def processed(name: str, **more: Any) -> Json:
     changes: list[Json] = [
         {"repetition_penalty": 1.3},
         {"presence_penalty": 1.0, "frequency_penalty": 0.5},
-        {"min_tokens": 12, "stop_token_ids": list(range(0, 4096, 3))},
+        {"min_tokens": 12, "stop_token_ids": list(range(0, 4096, 33))},
         {"logit_bias": {str(token): 4.0 for token in range(300, 340)}},
         {"temperature": 0.7, "min_p": 1.0},  # no token but the likeliest
         {"logprobs": 2},
@@ -33,7 +33,7 @@ def processed(name: str, **more: Any) -> Json:
         {"bad_words": ["self", "return"]},
     ]
     params = [{"max_tokens": 16, "ignore_eos": True} | change for change in changes]
-    asked = [tokenize(prompt) for prompt in prompts()[4 : 4 + len(changes)]]
+    asked = [tokenize(prompt)[:40] for prompt in prompts()[4 : 4 + len(changes)]]
     return plans.batches(name, asked, params, 4, **more)
 
 
@@ -69,8 +69,8 @@ def ragged(name: str, **more: Any) -> Json:
     asked += [plans.request(f"limit {n}", text_of(3000 + n, n), 16, step=14) for n in (250, 255)]
     asked += [
         plans.request("one token", text_of(401, 1), 1, step=6),
-        plans.request("again, aborted", text_of(250, 40), 60, step=5, id="again", abort_after=7),
-        plans.request("again, last", text_of(80, 45), 12, id="again", after="again, aborted"),
+        plans.request("aborted", text_of(250, 40), 60, step=5, abort_after=7),
+        plans.request("after the abort", text_of(80, 45), 12, after="aborted"),
         plans.request("the same prompt again", shared + text_of(1000, 9), 12, after="shared 0"),
     ]
     return {"name": name, "kind": "arrivals", "requests": asked, **more}

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 _GIB = 1 << 30
 
 
-def open_device_draft(options: dict[str, Any], slots: int, device: torch.device, page: CounterPage) -> DeviceDraft:
+def open_device_draft(
+    options: dict[str, Any], slots: int, longest: int, device: torch.device, page: CounterPage
+) -> DeviceDraft:
     """Load the draft, and allocate all that it holds for `slots` requests; `options` as the front end wrote them.
 
     Raises what loading raises.

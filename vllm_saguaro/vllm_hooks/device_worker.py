@@ -91,4 +91,5 @@ class DeviceDraftWorker(_Worker):
         super().shutdown()
 
     def _open_draft(self) -> DeviceDraft:
-        return open_device_draft(self._options, self.model_runner.max_num_reqs, self.device, self._page)
+        slots, longest = self.model_runner.max_num_reqs, self.model_config.max_model_len
+        return open_device_draft(self._options, slots, longest, self.device, self._page)

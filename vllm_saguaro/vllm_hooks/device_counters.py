@@ -48,6 +48,11 @@ class DeviceCounters:
         self._arrived.copy_(self._counts, non_blocking=True)
         self.publish()
 
+    def gave_up(self) -> None:
+        """The draft has failed, and is not started again."""
+        self._page.set(counters.DRAFT_UP, 0)
+        self._page.set(counters.DRAFT_LEFT_OFF, 1)
+
     def publish(self) -> None:
         """Add to the page what has arrived since the last time."""
         arrived = self._view.copy()

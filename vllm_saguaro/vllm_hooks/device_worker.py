@@ -67,7 +67,8 @@ class DeviceDraftWorker(_Worker):
         draft = self._open_draft()
         logger.info("Saguaro: the draft holds %s GiB of the target's device.", format_gib(draft.resident_bytes))
         self._speculator.attach(draft)
-        self._page.set(counters.DRAFT_UP, 1)
+        if self._options["placement"] == "stream":  # a process counts its lives itself
+            self._page.set(counters.DRAFT_UP, 1)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Make the target's KV cache; captures from here on are for good."""
@@ -88,6 +89,8 @@ class DeviceDraftWorker(_Worker):
         if self._speculator is not None:
             self._speculator.close()
             self._speculator = None
+            if self._page.value(counters.HITS):
+                logger.info("Saguaro: hit rate %.3f.", self._page.hit_rate)
         super().shutdown()
 
     def _open_draft(self) -> DeviceDraft:

@@ -202,6 +202,8 @@ class SaguaroSpeculator(BaseSpeculator):
                 draft.close()
         except Exception:
             logger.exception("Saguaro: closing the draft failed, too.")
+        if self._counters is not None:
+            self._counters.gave_up()
 
     def close(self) -> None:
         """End the draft; harmless when there is none."""

@@ -328,6 +328,7 @@ def test_a_draft_that_fails_is_closed_and_the_requests_go_on(what: str) -> None:
     assert runner.propose([2], [1]).tolist() == [[3, 3, 3]]
     assert runner.ready[2] == 0
     assert len(draft.named("close")) == 1
+    assert runner.page.value(counters.DRAFT_LEFT_OFF) == 1
     called = len(draft.calls)
     runner.step({"c": (3, [6])}, finished=["b"])
     runner.propose([3], [1])

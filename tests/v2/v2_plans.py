@@ -7,7 +7,7 @@ from typing import Any
 from tests.e2e import plans
 from tests.e2e.harness import Json, prompts, text_of, tokenize
 
-TOKENS = 32
+TOKENS = 24
 GREEDY = [tokenize(prompt) for prompt in prompts()[:4]]
 SAMPLED_PROMPT = tokenize(plans.SAMPLED_PROMPT)
 ALLOWED = list(range(300, 312))

@@ -200,7 +200,8 @@ class DeviceEngine:
         temperature = torch.where(outcomes.temperature > 0, outcomes.temperature, 1.0)  # a greedy row asks for no q
         slots = outcomes.slots.view(-1, 1, 1)
         depth = torch.arange(self.num_speculative_tokens, device=slots.device).view(1, -1, 1)
-        draft_logits[slots, depth, self._written[outcomes.slots]] = -torch.inf
+        nothing = draft_logits.new_full((), -torch.inf)  # a number of the host's would be copied, and waited for
+        draft_logits[slots, depth, self._written[outcomes.slots]] = nothing
         draft_logits[slots, depth, tokens] = (temperature.view(-1, 1, 1) * log_q).to(draft_logits.dtype)
         self._written[outcomes.slots] = tokens
 

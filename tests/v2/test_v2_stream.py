@@ -8,7 +8,7 @@ import pytest
 from tests.e2e.exact import Contexts, rank_p
 from tests.e2e.harness import Scenario, run_engines
 from tests.v2 import v2_plans
-from tests.v2.v2_runs import K, OPTIONS, Scripted, V2Run, run_v2, saguaro
+from tests.v2.v2_runs import OPTIONS, K, Scripted, V2Run, run_v2, saguaro
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from vllm_saguaro.messages import Proposals, Stamp, Step, Table
 
@@ -71,6 +71,19 @@ class Channel(Protocol):
         May be called twice, and while another thread is in `wait_until_ready`; not during any other call.
         """
         ...
+
+
+@runtime_checkable
+class Lender(Protocol):
+    """Whose mailbox lies in memory of this machine, so that a device can reach it."""
+
+    def lend(self) -> memoryview | None:
+        """The mailbox of the present life; None where there is none. It stays mapped as long as anyone has it."""
+        ...
+
+
+class LendingChannel(Channel, Lender, Protocol):
+    """A draft side whose mailbox may be lent."""
 
 
 class DraftFailed(RuntimeError):

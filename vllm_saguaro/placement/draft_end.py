@@ -11,6 +11,11 @@ from vllm_saguaro.placement.mailbox import DraftState
 class DraftMailbox(Protocol):
     """The draft side's half of a mailbox."""
 
+    @property
+    def from_device(self) -> bool:
+        """Whether outcomes come from a device, which rings no bell."""
+        ...
+
     def receive(self) -> Step | None:
         """The oldest step not yet seen, or None."""
         ...
@@ -32,8 +37,11 @@ class DraftEnd(Protocol):
         """Steps come out of it, tables go into it."""
         ...
 
-    def idle(self, since: float) -> None:
-        """Wait a little for the next step. `since`: when there was last something to do (`time.perf_counter`)."""
+    def idle(self, since: float, may_sleep: bool = True) -> None:
+        """Wait a little for the next step. `since`: when there was last something to do (`time.perf_counter`).
+
+        `may_sleep`: a bell would ring for it. A device that writes records rings none.
+        """
         ...
 
 

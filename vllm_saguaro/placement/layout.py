@@ -5,6 +5,10 @@ In 64-bit words:
     control  [16]               head and tail of the ring, state of the draft side, its maximum length; from word 8 on
                                 magic and version, and the sizes of `MailboxShape`
     tables   [slots][cell]      sequence, generation, round, branches, depth, nanoseconds, keys [N], drafts [K][N]
+    device   [8]                number of the newest record; `device` and `records` are written by the target's device
+                                alone (`records.py`), and absent without `device_steps`
+    records  [steps][record]    number of the step, rows, checksum; then of each row [slots] its slot, generation,
+                                round, accepted, verified, bonus, length, ready and drafts [K]
     q        [slots][2][cell]   generation, round, sequence; then of each draft [K][N] its M candidates (32 bits each),
                                 and their probabilities (float32). Rounds take turns between the two
     ring     [ring_bytes]       frames: length (8 bytes), then the step as `wire` encodes it, padded to 8
@@ -18,10 +22,13 @@ from dataclasses import dataclass
 CONTROL_WORDS = 16
 CELL_HEADER = 6
 Q_HEADER = 3
+DEVICE_WORDS = 8
+RECORD_HEADER = 3
+ROW_HEADER = 8
 _SIGNATURE, _SIZES = 8, 9
 _MAGIC = 0x53474D42  # "SGMB"
-_VERSION = 2
-"""Version 1 had no magic."""
+_VERSION = 3
+"""Version 1 had no magic, version 2 no records."""
 
 
 class LayoutError(ValueError):
@@ -33,7 +40,9 @@ class MailboxShape:
     """What both sides must agree on. `ring_bytes` is a multiple of 8; `support` is M, the candidates of a draft's q.
 
     `vocab_size` is the target's: a table with a token id that is not below it does not exist for the reader. Pages of
-    the q area are touched only when used: at temperature 0 they cost no memory. Raises `ValueError` for other numbers.
+    the q area are touched only when used: at temperature 0 they cost no memory. `device_steps`: how many records of
+    steps of the target's device there is room for; 0: its outcomes come through the ring. Raises `ValueError` for other
+    numbers.
     """
 
     slots: int
@@ -42,11 +51,13 @@ class MailboxShape:
     ring_bytes: int
     support: int
     vocab_size: int = 2**31
+    device_steps: int = 0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if type(value) is not int or not 0 < value <= 2**31:
-                raise ValueError(f"a mailbox with {name} {value!r}: give a whole number from 1 to 2**31")
+            least = 0 if name == "device_steps" else 1
+            if type(value) is not int or not least <= value <= 2**31:
+                raise ValueError(f"a mailbox with {name} {value!r}: give a whole number from {least} to 2**31")
         if self.ring_bytes % 8:
             raise ValueError(f"a mailbox with ring_bytes {self.ring_bytes}: give a multiple of 8")
 
@@ -61,14 +72,35 @@ class MailboxShape:
         return Q_HEADER + self.branches * self.num_speculative_tokens * self.support
 
     @property
+    def row_words(self) -> int:
+        """64-bit words of one row of a record."""
+        return ROW_HEADER + self.num_speculative_tokens
+
+    @property
+    def record_words(self) -> int:
+        """64-bit words of the record of one step."""
+        return RECORD_HEADER + self.slots * self.row_words
+
+    @property
     def tables_bytes(self) -> int:
         """Size of the control words and the tables."""
         return 8 * (CONTROL_WORDS + self.slots * self.cell_words)
 
     @property
+    def q_at(self) -> int:
+        """Where the q area begins, in bytes: behind the tables, and the records where there are any."""
+        records = DEVICE_WORDS + self.device_steps * self.record_words if self.device_steps else 0
+        return self.tables_bytes + 8 * records
+
+    @property
+    def ring_at(self) -> int:
+        """Where the ring begins, in bytes."""
+        return self.q_at + 8 * self.slots * 2 * self.q_words
+
+    @property
     def total_bytes(self) -> int:
         """Size of the whole mailbox."""
-        return self.tables_bytes + 8 * self.slots * 2 * self.q_words + self.ring_bytes
+        return self.ring_at + self.ring_bytes
 
 
 def sign(words: memoryview, shape: MailboxShape) -> None:

@@ -25,9 +25,10 @@ from vllm_saguaro.messages import GONE, Proposals, Stamp, Step, Table
 from vllm_saguaro.placement import layout
 from vllm_saguaro.placement.distribution import is_distribution
 from vllm_saguaro.placement.layout import CELL_HEADER, CONTROL_WORDS, Q_HEADER, LayoutError, MailboxShape
+from vllm_saguaro.placement.records import Records
 from vllm_saguaro.placement.wire import Limits, WireError, decode, encode
 
-_HEAD, _TAIL, _STATE, _MAX_LENGTH, _ASLEEP, _DROPPED = range(6)
+_HEAD, _TAIL, _STATE, _MAX_LENGTH, _ASLEEP, _DROPPED, _TAKEN = range(7)
 _SEQUENCE, _GENERATION, _ROUND, _BRANCHES, _DEPTH, _NANOSECONDS, _KEYS = range(CELL_HEADER + 1)
 _LENGTH_BYTES = 8
 _NOBODY = (-1, -1, -1)
@@ -61,16 +62,15 @@ class Mailbox:
                 layout.sign(control, shape)
             layout.check(control, shape)
         self.shape = shape
-        ring_at = shape.total_bytes - shape.ring_bytes
         self._buffer = buffer
         self._cells = buffer[: shape.tables_bytes]
         self._words = self._cells.cast("q")
-        self._ring = buffer[ring_at : shape.total_bytes]
+        self._ring = buffer[shape.ring_at : shape.total_bytes]
         cells = np.frombuffer(self._cells, np.uint32).reshape(-1, 2)[CONTROL_WORDS:]
         tables = cells.reshape(shape.slots, shape.cell_words, 2)[:, CELL_HEADER:]
         # Of each key the token and the accepted drafts, of each draft the token and nothing.
         self._halves = tables.reshape(shape.slots, 1 + shape.num_speculative_tokens, shape.branches, 2)
-        q = np.frombuffer(buffer[shape.tables_bytes : ring_at], np.int64).reshape(shape.slots, 2, shape.q_words)
+        q = np.frombuffer(buffer[shape.q_at : shape.ring_at], np.int64).reshape(shape.slots, 2, shape.q_words)
         drafts = shape.slots, 2, shape.num_speculative_tokens, shape.branches, 2, shape.support
         self._q_stamps = q[..., :Q_HEADER]
         halves = q[..., Q_HEADER:].view(np.int32).reshape(drafts)
@@ -79,10 +79,12 @@ class Mailbox:
         # x86 keeps stores in order and loads in order by itself. Elsewhere leaving a lock and then taking it again
         # keeps what was before from what comes after.
         self._fence = threading.Lock()
-        self._oldest = (-1, 0.0)
+        self._oldest = self._oldest_record = (-1, 0.0)
+        self._records = Records(buffer, shape) if shape.device_steps else None
 
     def close(self) -> None:
         """Let go of the buffer."""
+        self._records = None
         del self._halves, self._q_stamps, self._q_tokens, self._q_probabilities
         for view in (self._words, self._cells, self._ring, self._buffer):
             view.release()
@@ -140,28 +142,64 @@ class Mailbox:
         """Target side: how long the oldest step has waited unread; 0.0: none waits.
 
         A step that became the oldest since the last call of this or of `post` counts from this call on. Two threads may
-        ask: a moment in which both write down the oldest step can only shorten the time.
+        ask: a moment in which both write down the oldest step can only shorten the time. Records that the device wrote
+        count as steps: nothing of them is taken while the draft side hangs.
         """
         head = self._words[_HEAD]
         if head == self._words[_TAIL]:
-            return 0.0
+            return self._stalled_records()
         if head != self._oldest[0]:
             self._oldest = head, time.monotonic()
         return time.monotonic() - self._oldest[1]
 
+    def _stalled_records(self) -> float:
+        if self._records is None:
+            return 0.0
+        taken, now = self._words[_TAKEN], time.monotonic()
+        if taken == self._records.newest or taken != self._oldest_record[0]:
+            self._oldest_record = taken, now
+        return now - self._oldest_record[1]
+
+    @property
+    def from_device(self) -> bool:
+        """Whether outcomes come from a device, which rings no bell."""
+        return self._records is not None
+
     @property
     def has_step(self) -> bool:
         """Draft side: whether a step waits."""
+        if self._records is not None and self._records.newest != self._records.taken:
+            return True
         return self._words[_HEAD] != self._words[_TAIL]
 
     def receive(self) -> Step | None:
-        """Draft side: the oldest step not yet seen, or None. A frame that is no step is dropped and counted.
+        """Draft side: the oldest step not yet seen, or None. What is no step is dropped and counted.
+
+        What the host tells comes before what its device does: a record that was there before the ring was found empty
+        speaks of requests that have come out of it.
+        """
+        if self._records is None:
+            return self._receive_frame() if self.has_step else None
+        newest = self._records.newest
+        with self._fence:
+            empty = self._words[_HEAD] == self._words[_TAIL]
+        return self._receive_record(self._records, newest) if empty else self._receive_frame()
+
+    def _receive_record(self, records: Records, newest: int) -> Step | None:
+        before, lost = records.taken, records.lost
+        step = records.take(newest)
+        if records.taken != before:
+            self._words[_TAKEN] = records.taken
+        if records.lost != lost:
+            self._drop(records.lost - lost)
+        return step
+
+    def _receive_frame(self) -> Step | None:
+        """The next step of the ring, where one waits.
 
         All that waits is dropped when a length or the two ends of the ring cannot be: who knows where a frame begins?
         """
         head, tail = self._words[_HEAD], self._words[_TAIL]
-        if head == tail:
-            return None
         waiting = tail - head if 0 <= head <= tail <= head + self.shape.ring_bytes else 0
         with self._fence:
             size = int.from_bytes(self._read_ring(head, _LENGTH_BYTES), "little")
@@ -178,11 +216,11 @@ class Mailbox:
 
     @property
     def dropped(self) -> int:
-        """Frames that were no step."""
+        """Frames that were no step, records that were lost or torn, rows of them that were nonsense."""
         return self._words[_DROPPED]
 
-    def _drop(self) -> None:
-        self._words[_DROPPED] = (self._words[_DROPPED] + 1) & _MOST_WORD
+    def _drop(self, count: int = 1) -> None:
+        self._words[_DROPPED] = (self._words[_DROPPED] + count) & _MOST_WORD
 
     # ---- tables: draft -> target -------------------------------------------------------------------------------
 

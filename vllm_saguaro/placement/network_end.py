@@ -36,6 +36,8 @@ class FarMailbox:
         self.shape = shape
         self.dropped = 0
         """Steps that did not decode."""
+        self.from_device = False
+        """No device of the target's node reaches this one."""
         self._connection = connection
         self._connection.setblocking(False)
         self._reader = FrameReader(frames.bounds_of_steps(shape))
@@ -136,7 +138,7 @@ class NetworkEnd:
         watch_closely(connection)
         self.mailbox = FarMailbox(connection, invitation.shape)
 
-    def idle(self, since: float) -> None:
+    def idle(self, since: float, may_sleep: bool = True) -> None:
         """Wait a little for the next step: at first by yielding, later asleep until one comes."""
         if time.perf_counter() - since < _YIELD_SECONDS:
             os.sched_yield()

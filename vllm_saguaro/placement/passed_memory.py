@@ -108,6 +108,11 @@ class PassedMemoryChannel:
         """The q of a branch's drafts; it stays readable when the draft side has ended."""
         return None if self._closed else self._mailbox.proposals(stamp, version, branch, depth)
 
+    def lend(self) -> memoryview | None:
+        """The mailbox, for a device; None once it is closed."""
+        with self._closing:
+            return None if self._closed else memoryview(self._memory)
+
     def wait_until_ready(self) -> None:
         """Wait for the draft side to come and to load its model. Raises `DraftFailed` when it does not."""
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
@@ -139,7 +144,8 @@ class PassedMemoryChannel:
         self.hang_up("closed")
         self._thread.join(_JOIN_SECONDS)
         self._mailbox.close()
-        self._memory.close()
+        with contextlib.suppress(BufferError):  # lent: it goes with the last who has it
+            self._memory.close()
         os.close(self._memory_fd)
         os.close(self._bell_fd)
 
@@ -202,14 +208,14 @@ class PassedMemoryEnd:
         self._thread = threading.Thread(target=self._follow, name="saguaro-target-watch", daemon=True)
         self._thread.start()
 
-    def idle(self, since: float) -> None:
+    def idle(self, since: float, may_sleep: bool = True) -> None:
         """Wait a little for the next step: at first by yielding, later asleep until the bell rings."""
         if self._ended:
             raise TargetGone("the target side hung up")
         waited = time.perf_counter() - since
         if waited < _YIELD_SECONDS:
             os.sched_yield()
-        elif waited < _NAP_SECONDS:
+        elif waited < _NAP_SECONDS or not may_sleep:
             time.sleep(50e-6)
         else:
             self._sleep()

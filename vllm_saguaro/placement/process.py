@@ -115,6 +115,11 @@ class ProcessChannel:
         """The q of a branch's drafts; it stays readable when the draft process has ended."""
         return None if self._closed else self._mailbox.proposals(stamp, version, branch, depth)
 
+    def lend(self) -> memoryview | None:
+        """The mailbox, for a device; None once it is closed."""
+        with self._closing:
+            return None if self._closed else memoryview(self._memory)
+
     def wait_until_ready(self) -> None:
         """Wait for the model to load. Raises `DraftFailed` when it does not."""
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
@@ -148,7 +153,8 @@ class ProcessChannel:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_TIMEOUT_SECONDS)
         self._mailbox.close()
-        self._memory.close()
+        with contextlib.suppress(BufferError):  # lent: it goes with the last who has it
+            self._memory.close()
         os.close(self._memory_fd)
         os.close(self._bell_fd)
 
@@ -189,16 +195,16 @@ class DraftEnd:
         """From now on this process ends as soon as its standard input does, whatever it is doing."""
         threading.Thread(target=self._follow, name="saguaro-parent-watch", daemon=True).start()
 
-    def idle(self, since: float) -> None:
+    def idle(self, since: float, may_sleep: bool = True) -> None:
         """Wait a little for the next step: at first by yielding, later asleep until the bell rings.
 
-        `since`: when there was last something to do (`time.perf_counter`). A round of the target takes a millisecond or
-        more, so yielding for longer than a few of them would only burn a core.
+        `since`: when there was last something to do (`time.perf_counter`). `may_sleep`: the bell would ring. A round of
+        the target takes a millisecond or more, so yielding for longer than a few of them would only burn a core.
         """
         waited = time.perf_counter() - since
         if waited < _YIELD_SECONDS:
             os.sched_yield()
-        elif waited < _NAP_SECONDS:
+        elif waited < _NAP_SECONDS or not may_sleep:
             time.sleep(50e-6)
         else:
             self._sleep()

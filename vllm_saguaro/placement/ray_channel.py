@@ -141,6 +141,10 @@ class RayChannel:
         """The q of a branch's drafts; it stays readable when the actor has ended."""
         return self._link.proposals(stamp, version, branch, depth) if self._link is not None else None
 
+    def lend(self) -> memoryview | None:
+        """The mailbox, for a device, where the actor is on this node; None where it is not, or is still to come."""
+        return self._link.lend() if isinstance(self._link, PassedMemoryChannel) else None
+
     def wait_until_ready(self) -> None:
         """Wait for Ray to place the actor, and for that to load its model. Raises `DraftFailed` when it does not."""
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
@@ -193,6 +197,13 @@ class RayChannel:
         self._pid = int(said["pid"])
         with self._closing:
             if self._closed:
+                return
+            if self._shape.device_steps and not said["beside"]:
+                self._end(
+                    "the draft is on another node, and under Model Runner V2 the target's GPU reads its mailbox: "
+                    "give Ray a GPU of this node"
+                )
+                self._finalizer()
                 return
             try:
                 link = (

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Proposals, Stamp, Step, Table
-from vllm_saguaro.placement.channel import Channel
+from vllm_saguaro.placement.channel import Channel, Lender
 
 _LONGEST_GAP = 1.0
 """Seconds between two looks that count as watched. A longer gap means that this process itself stood still, or the
@@ -120,6 +120,11 @@ class RestartingChannel:
         """The q that the present life told. Of a life before it there is none: those drafts count as certain."""
         with self._lock:
             return None if self._present is None else self._present.proposals(stamp, version, branch, depth)
+
+    def lend(self) -> memoryview | None:
+        """The present life's mailbox, for a device, where it lies in memory of this machine."""
+        with self._lock:
+            return self._present.lend() if isinstance(self._present, Lender) else None
 
     def wait_until_ready(self) -> None:
         """Wait for the first life, and look after it from then on.

@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_saguaro.config import AUTO, SaguaroConfig
+from vllm_saguaro.kernels.operations import operations_for
+from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig
+from vllm_saguaro.vllm_hooks.process_draft import open_process_draft
+from vllm_saguaro.vllm_hooks.stream_draft import StreamOptions, make_stream_draft
 
 if TYPE_CHECKING:
     import torch
@@ -20,16 +24,15 @@ def open_device_draft(
 ) -> DeviceDraft:
     """Load the draft, and allocate all that it holds for `slots` requests; `options` as the front end wrote them.
 
-    Raises what loading raises.
+    `longest`: tokens of a text of the target at most. Raises what loading raises.
     """
     config = SaguaroConfig.from_dict(options)
-    return _on_stream(config, options, slots, device)
+    if config.placement == "stream":
+        return _on_stream(config, options, slots, device)
+    return open_process_draft(options, slots, device, longest, page, operations_for(device).outcome_lookup)
 
 
 def _on_stream(config: SaguaroConfig, options: dict[str, Any], slots: int, device: torch.device) -> DeviceDraft:
-    from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig
-    from vllm_saguaro.vllm_hooks.stream_draft import StreamOptions, make_stream_draft
-
     draft: dict[str, Any] = dict(options["draft"])
     model = DraftModelConfig(
         **draft

@@ -130,7 +130,7 @@ def serve(end: DraftEnd, loop: DraftLoop) -> NoReturn:
             if before < _TELL_AFTER <= outcomes:
                 tell(loop.engine)
         elif not loop.advance():
-            end.idle(busy_at)
+            end.idle(busy_at, may_sleep=not (end.mailbox.from_device and len(loop)))
             continue
         busy_at = time.perf_counter()
 

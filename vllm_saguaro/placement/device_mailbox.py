@@ -1,0 +1,298 @@
+"""The process placement under vLLM's Model Runner V2: the target's device itself uses the mailbox of the draft process.
+
+What the host knows (who comes, who leaves) goes through the mailbox's ring, as ever. What only the device knows goes
+past the host: a step's outcomes leave as a record (`records.py`), by copies in stream order, and the tables are read by
+kernels in stream order after sampling (`device_tables.py`), so that a table that is not there yet is simply a miss.
+Neither host waits for the other, and ours waits for no device.
+
+An admission is posted before the first outcome of its request is even enqueued, and the draft side empties the ring
+before it takes a record: so it never sees an outcome of a request that it has not been told.
+
+Stamps are the device's: the generation of a slot is set there when a request is admitted, in stream order, and the
+round goes up with each outcome. A generation that the draft side was not told is never set: such a row reads as
+generation 0, which no table has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
+from vllm_saguaro.messages import Admit, Release, Sampling, Stamp, Step
+from vllm_saguaro.placement.channel import LendingChannel
+from vllm_saguaro.placement.device_q import write_certain, write_logits
+from vllm_saguaro.placement.device_tables import TableReader
+from vllm_saguaro.placement.layout import DEVICE_WORDS, RECORD_HEADER, MailboxShape
+from vllm_saguaro.placement.records import CHECKSUM, DRAFTS, NEWEST, NUMBER, ROWS, head_weight, weights
+from vllm_saguaro.placement.registered_memory import RegisteredMemory
+
+OutcomeLookup = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""`outcome_lookup` of `algorithm` or `kernels`."""
+
+
+class _Life:
+    """The mailbox of one life of the draft side, as the device reaches it."""
+
+    def __init__(self, memory: memoryview, shape: MailboxShape, device: torch.device, with_q: bool) -> None:
+        self._registered = RegisteredMemory(memory[: shape.ring_at if with_q else shape.q_at], device)
+        host = self._registered.host[shape.tables_bytes // 8 : shape.q_at // 8]
+        self.newest = host[NEWEST : NEWEST + 1]
+        self.records = host[DEVICE_WORDS:].view(shape.device_steps, shape.record_words)
+        self.reader = TableReader(self._registered.seen, shape)
+        self.number = 0
+        """Of the newest record."""
+        self.last_used: torch.cuda.Event | None = None
+        """When the device had done what was enqueued of this life at its end."""
+
+    def close(self) -> None:
+        self._registered.close()
+
+
+@dataclass(slots=True)
+class _Given:
+    """The drafts of the last `exchange`: where their q is. slots, branch, ready [B]; stamps [B, 3]; tokens [B, K]."""
+
+    outcomes: DeviceOutcomes
+    reader: TableReader
+    stamps: Tensor
+    branch: Tensor
+    ready: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A request that the draft side was told."""
+
+    request_id: str
+    stamp: Stamp
+
+
+class MailboxDraft:
+    """`DeviceDraft` over the mailbox of a draft process. All calls come from the runner's thread."""
+
+    def __init__(
+        self,
+        channel: LendingChannel,
+        shape: MailboxShape,
+        device: torch.device,
+        lookup: OutcomeLookup,
+        log: logging.Logger,
+        with_q: bool = True,
+    ) -> None:
+        """`channel`: the draft side, of mailboxes of this `shape`, which has `device_steps` and a slot for each of the
+        runner's. `lookup`: `outcome_lookup` for the device. `with_q`: whether drafts may be sampled, so that
+        `logits_into` asks for their q.
+
+        Raises ValueError for a shape without `device_steps`.
+        """
+        if not shape.device_steps:
+            raise ValueError("a mailbox without device_steps cannot take outcomes from a device: give 1 or more")
+        self._channel, self._shape, self._device = channel, shape, device
+        self._lookup, self._log, self._with_q = lookup, log, with_q
+        self._state = torch.zeros(shape.slots, 3, dtype=torch.int64, device=device)
+        """Of each slot: generation, round, drafts under verification."""
+        self._record = torch.zeros(shape.record_words, dtype=torch.int64, device=device)
+        self._newest = torch.zeros(1, dtype=torch.int64, device=device)
+        self._weights = torch.from_numpy(weights(shape.slots * shape.row_words)).to(device)
+        self._rows = torch.arange(shape.slots, device=device)
+        self.resident_bytes = 8 * (self._state.numel() + self._record.numel() + 2 * self._weights.numel())
+        """Device memory held for good on the target's device; the draft's own is elsewhere."""
+        self._generations = [0] * shape.slots
+        self._requests: dict[int, _Request] = {}
+        self._texts: dict[int, tuple[str, tuple[int, ...], Sampling]] = {}
+        """By slot: requests of which no outcome was enqueued yet, so that the host knows their text."""
+        self._greedy: set[int] = set()
+        self._unheard: list[Release] = []
+        self._epoch = 0
+        self._life: _Life | None = None
+        self._retired: list[_Life] = []
+        self._given: _Given | None = None
+
+    def wait_until_ready(self) -> None:
+        """Return once the draft has loaded. Raises `DraftFailed` when it cannot, or is closed meanwhile."""
+        self._channel.wait_until_ready()
+        self._notice_lives()
+
+    # ---- what the host knows -----------------------------------------------------------------------------------
+
+    def admit(self, slot: int, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
+        """A request, new or resumed, has this slot from now on, and this text."""
+        self._notice_lives()
+        text = tuple(token_ids)
+        self._texts[slot] = request_id, text, sampling
+        (self._greedy.add if sampling.greedy else self._greedy.discard)(slot)
+        former = self._requests.pop(slot, None)
+        if former is not None:
+            self._unheard.append(Release(former.stamp))
+        self._tell(slot, request_id, text, sampling)
+
+    def release(self, slot: int, request_id: str) -> None:
+        """The request has left its slot."""
+        self._notice_lives()
+        if slot in self._texts and self._texts[slot][0] == request_id:
+            del self._texts[slot]
+        request = self._requests.get(slot)
+        if request is not None and request.request_id == request_id:
+            del self._requests[slot]
+            self._state[slot].zero_()  # for one that takes the slot and is too long to be admitted
+            self._unheard.append(Release(request.stamp))
+            self._release_unheard()
+
+    def _tell(self, slot: int, request_id: str, text: tuple[int, ...], sampling: Sampling) -> None:
+        """Tell the draft side of a request, if there is one that can hold it; set the slot's stamp accordingly."""
+        self._release_unheard()
+        self._generations[slot] += 1
+        stamp = Stamp(slot, self._generations[slot], 0)
+        fits = len(text) + self._shape.num_speculative_tokens + 1 <= self._channel.max_length
+        told = self._life is not None and fits and self._channel.post(Step(admits=[Admit(stamp, sampling, text)]))
+        state = self._state[slot]
+        state.zero_()
+        if told:
+            self._requests[slot] = _Request(request_id, stamp)
+            state[0].fill_(stamp.generation)
+
+    def _release_unheard(self) -> None:
+        """Say who has left; again and again where the ring is full, since the draft side holds memory for them."""
+        if self._unheard and (self._life is None or self._channel.post(Step(releases=self._unheard))):
+            self._unheard = []
+
+    # ---- lives of the draft side -------------------------------------------------------------------------------
+
+    def _notice_lives(self) -> None:
+        """Forget what a draft side that has ended knew, and reach for the mailbox of the one that is there now.
+
+        The host does not know the texts of requests that decode: their tokens are on the device, which is ahead by a
+        step or two. Those go without drafts until they leave. Requests that have not had an outcome yet are told anew.
+        """
+        for life in [life for life in self._retired if life.last_used is None or life.last_used.query()]:
+            self._retired.remove(life)
+            life.close()
+        epoch = self._channel.epoch(0)
+        if epoch == self._epoch:
+            return
+        ended, self._epoch = self._epoch, epoch
+        self._retire()
+        self._requests.clear()
+        self._unheard = []
+        self._state.zero_()
+        if ended:
+            self._log.error("The draft side has ended: decoding goes on without drafts until it is back.")
+        if not epoch:
+            return
+        memory = self._channel.lend()
+        if memory is None or self._channel.epoch(0) != epoch:  # it ended meanwhile: the next look finds what is there
+            self._epoch = 0
+            return
+        self._life = _Life(memory, self._shape, self._device, self._with_q)
+        if ended:
+            self._log.info("The draft side is back: requests that arrive from now on are told to it.")
+        for slot, (request_id, text, sampling) in self._texts.items():
+            self._tell(slot, request_id, text, sampling)
+
+    def _retire(self) -> None:
+        """Keep the memory of a life that has ended until the device has done what is enqueued."""
+        life, self._life, self._given = self._life, None, None
+        if life is not None:
+            if self._device.type == "cuda":
+                life.last_used = torch.cuda.Event()
+                life.last_used.record()
+            self._retired.append(life)
+
+    # ---- what the device knows ---------------------------------------------------------------------------------
+
+    def exchange(self, outcomes: DeviceOutcomes) -> DeviceDrafts:
+        """Look the outcomes up, and tell them to the draft side."""
+        self._notice_lives()
+        if self._texts:
+            for slot in outcomes.slots_on_host.tolist():
+                self._texts.pop(slot, None)
+        bonus = outcomes.bonus.clamp(0, self._shape.vocab_size - 1)
+        life = self._life
+        if life is None:
+            tokens = bonus.unsqueeze(1).repeat(1, self._shape.num_speculative_tokens)
+            self._given = None
+            return DeviceDrafts(tokens, torch.zeros_like(outcomes.accepted))
+        self._release_unheard()
+        slots, rows = outcomes.slots, len(outcomes.slots)
+        state = self._state.index_select(0, slots)
+        generation, round_, verified = state.unbind(1)
+        tables = life.reader.tables(slots, generation, round_)
+        branch, tokens, ready = self._lookup(
+            tables.accepted_keys,
+            tables.bonus_keys,
+            tables.drafts,
+            tables.depth,
+            self._rows[:rows],
+            outcomes.accepted,
+            bonus,
+        )
+        # Beyond what is ready they are the bonus token. A draft that is no token makes the whole table suspect.
+        foreign = ((tokens < 0) | (tokens >= self._shape.vocab_size)).any(1)
+        ready = torch.where(foreign, 0, ready)
+        tokens = torch.where(foreign.unsqueeze(1), bonus.unsqueeze(1), tokens)
+        has_outcome = outcomes.accepted >= 0
+        told = self._put_record(life, outcomes, state, bonus, tokens, ready)
+        settled = torch.stack((generation, round_ + has_outcome, torch.where(has_outcome, ready, verified)), 1)
+        self._state.index_copy_(0, slots, settled)
+        stamps = torch.stack((generation, round_, tables.version), 1)
+        self._given = _Given(outcomes, life.reader, stamps, branch.clamp_min(0), ready, told)
+        return DeviceDrafts(tokens, ready)
+
+    def _put_record(
+        self, life: _Life, outcomes: DeviceOutcomes, state: Tensor, bonus: Tensor, tokens: Tensor, ready: Tensor
+    ) -> Tensor:
+        """Enqueue the record of a step, and then its number; a copy of the drafts that nobody else writes to."""
+        life.number += 1
+        rows = len(tokens)
+        size = rows * self._shape.row_words
+        record = self._record[: RECORD_HEADER + size]
+        body = record[RECORD_HEADER:]
+        generation, round_, verified = state.unbind(1)
+        columns = (outcomes.slots, generation, round_, outcomes.accepted, verified, bonus, outcomes.lengths, ready)
+        head = torch.stack([column.to(torch.int64) for column in columns], 1)
+        torch.cat((head, tokens), 1, out=body.view(rows, -1))
+        record[NUMBER].fill_(life.number)
+        record[ROWS].fill_(rows)
+        torch.add((body * self._weights[:size]).sum(), head_weight(life.number, rows), out=record[CHECKSUM])
+        life.records[life.number % self._shape.device_steps, : len(record)].copy_(record, non_blocking=True)
+        self._newest.fill_(life.number)
+        life.newest.copy_(self._newest, non_blocking=True)
+        return body.view(rows, -1)[:, DRAFTS:]
+
+    def logits_into(self, outcomes: DeviceOutcomes, drafts: DeviceDrafts, draft_logits: Tensor | None) -> None:
+        """The q of the drafts that the last `exchange` gave for these outcomes.
+
+        Drafts whose q is not there, is torn or is no distribution count as certain, which is as exact.
+        """
+        if draft_logits is None or self._greedy.issuperset(outcomes.slots_on_host.tolist()):
+            return  # vLLM does not look at rows of greedy requests
+        given = self._given
+        if given is None or given.outcomes is not outcomes or not self._with_q:
+            write_certain(draft_logits, outcomes.slots, drafts.tokens.clamp(0, draft_logits.shape[-1] - 1))
+            return
+        tokens, probabilities, there = given.reader.proposals(outcomes.slots, given.stamps, given.branch)
+        depth = self._rows[: given.tokens.shape[1]]
+        told = there.unsqueeze(1) & (depth < given.ready.unsqueeze(1))
+        write_logits(draft_logits, outcomes.slots, given.tokens, outcomes.temperature, tokens, probabilities, told)
+
+    def capture(self) -> None:
+        """Nothing is captured: a step is some small kernels and copies, whose addresses change with a restart."""
+
+    def close(self) -> None:
+        """End the draft side and let go of its memory, once the device has done with it."""
+        self._channel.close()
+        self._retire()
+        self._epoch = 0
+        if self._device.type == "cuda":
+            with contextlib.suppress(RuntimeError):  # a device that has failed does nothing any more
+                torch.cuda.synchronize(self._device)
+        for life in self._retired:
+            life.close()
+        self._retired.clear()

@@ -1,0 +1,109 @@
+"""Tables and q of a mailbox as the target's device reads them: by kernels, in stream order, the rows of a step alone.
+
+The draft process writes whenever it likes, so everything is read between two looks at a word that says which table is
+there (the sequence of the cell, the stamp of the q). What makes that sound is the order alone, and a stream gives it:
+a kernel reads nothing before the one in front of it has read all of its own. So each line below is one kernel that
+copies words out of the registered memory, and nothing of them is looked at before the last:
+
+    sequence    which table the end of the copy must still find
+    head        with the depth: a draft that it counts was written before it was counted
+    body        the keys, and the drafts of every depth
+    sequence    equal and even: no table was begun in between, so keys and head are whole and of one table
+
+The depth has a copy of its own between the two looks. In one copy with the sequence it might be that of the table
+before, with the body it might count drafts that the same copy passed by a moment too early. The drafts above it, and
+the entries beyond the number of branches, are whatever was there before, and are masked.
+
+The q is read in the same way between two looks at its stamp, which names the table by its sequence. The draft side
+takes the stamp away before it writes anything that is not of that table, and counts a depth after its q is there.
+
+Bytes that cross for a step of B rows, however many slots there are: 8 B (8 + N (1 + K)) of tables, 127 KB at B = 64,
+N = 48, K = 4; and 8 B (6 + K M) of q where drafts are sampled, another 134 KB with M = 64 candidates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_saguaro.messages import GONE
+from vllm_saguaro.placement.layout import CELL_HEADER, CONTROL_WORDS, Q_HEADER, MailboxShape
+
+_SEQUENCE, _GENERATION, _ROUND, _BRANCHES, _DEPTH = range(5)
+_TOKEN = (1 << 32) - 1
+
+
+@dataclass(slots=True)
+class DeviceTables:
+    """The tables of B rows, each as far as it is the awaited one, with unused entries masked. All on the device.
+
+    version [B] int64: tells tables of one stamp apart. awaited [B] bool: the table of this very round is there, whole.
+    gone [B] bool: the draft side says that it no longer has the request. accepted_keys [B, N] int32, -1 where there is
+    no branch; bonus_keys [B, N] int64; drafts [B, N, K] int64, not yet known to be tokens; depth [B] int32, 0 where not
+    awaited.
+    """
+
+    version: Tensor
+    awaited: Tensor
+    gone: Tensor
+    accepted_keys: Tensor
+    bonus_keys: Tensor
+    drafts: Tensor
+    depth: Tensor
+
+
+class TableReader:
+    """Reads tables and q of one life of the draft side."""
+
+    def __init__(self, words: Tensor, shape: MailboxShape) -> None:
+        """`words` int64: the mailbox up to its ring, as kernels reach it."""
+        self._shape = shape
+        depths, branches, support = shape.num_speculative_tokens, shape.branches, shape.support
+        cells = words[CONTROL_WORDS : shape.tables_bytes // 8].view(shape.slots, shape.cell_words)
+        self._sequences = cells[:, _SEQUENCE]
+        self._heads = cells[:, :CELL_HEADER]
+        self._bodies = cells[:, CELL_HEADER:]
+        q = words[shape.q_at // 8 : shape.ring_at // 8].view(shape.slots, 2, shape.q_words)
+        self._q_stamps = q[..., :Q_HEADER]
+        self._q = q[..., Q_HEADER:].unflatten(-1, (depths, branches, support))
+        self._branch = torch.arange(branches, device=words.device)
+
+    def tables(self, slots: Tensor, generation: Tensor, round_: Tensor) -> DeviceTables:
+        """The tables of `slots`, awaited under these stamps; all three [B] int64. A generation of 0 awaits nothing."""
+        shape = self._shape
+        before = self._sequences.index_select(0, slots)
+        head = self._heads.index_select(0, slots)
+        body = self._bodies.index_select(0, slots)
+        after = self._sequences.index_select(0, slots)
+        _, of_generation, of_round, branches, depth, _ = head.unbind(1)
+        whole = (before == after) & (before & 1 == 0) & (of_generation == generation) & (generation > 0)
+        possible = (branches >= 0) & (branches <= shape.branches) & (depth >= 0)
+        possible &= depth <= shape.num_speculative_tokens
+        awaited = whole & possible & (of_round == round_)
+        there = awaited.unsqueeze(1) & (self._branch < branches.unsqueeze(1))
+        keys, drafts = body[:, : shape.branches], body[:, shape.branches :]
+        return DeviceTables(
+            version=before,
+            awaited=awaited,
+            gone=whole & (of_round == GONE),
+            accepted_keys=torch.where(there, keys >> 32, -1).to(torch.int32),
+            bonus_keys=keys & _TOKEN,
+            drafts=drafts.unflatten(1, (shape.num_speculative_tokens, shape.branches)).transpose(1, 2),
+            depth=torch.where(awaited, depth, 0).to(torch.int32),
+        )
+
+    def proposals(self, slots: Tensor, stamps: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The q of the drafts of one branch in each slot, of the table with this stamp [B, 3] int64.
+
+        tokens [B, K, M] int64 and probabilities [B, K, M] float32 of the candidates, as they lie there; and there [B]
+        bool: whether they are of this very table, up to its depth at least.
+        """
+        parity = stamps[:, 1] & 1
+        before = self._q_stamps[slots, parity]
+        raw = self._q[slots, parity, :, branch]
+        after = self._q_stamps[slots, parity]
+        there = ((before == stamps) & (after == stamps)).all(1)
+        halves = raw.contiguous().view(torch.int32).unflatten(-1, (2, self._shape.support))
+        return halves[..., 0, :].to(torch.int64), halves[..., 1, :].view(torch.float32), there

@@ -142,6 +142,14 @@ def test_a_graph_is_captured_for_each_batch_and_replayed(monkeypatch: pytest.Mon
             self.calls[-1]()
 
     made: list[Graph] = []
+    capturing: list[Graph] = []
+
+    @contextlib.contextmanager
+    def captured(graph: Graph, **_: Any) -> Iterator[None]:
+        capturing.append(graph)
+        yield
+        capturing.clear()
+
     monkeypatch.setattr(FakeDeviceModel, "captures", True)
     monkeypatch.setattr(FakeDeviceModel, "prepare", lambda self, rows: None)
     world = World(FakeDeviceModel(), slots=4)
@@ -157,8 +165,8 @@ def test_a_graph_is_captured_for_each_batch_and_replayed(monkeypatch: pytest.Mon
     for name, method in calls.items():
 
         def noted(self: DeviceEngine, bucket: Any, _method: Any = method) -> None:
-            if made:
-                made[-1].calls.append(lambda: _method(self, bucket))
+            for graph in capturing:
+                graph.calls.append(lambda: _method(self, bucket))
             _method(self, bucket)
 
         monkeypatch.setattr(DeviceEngine, name, noted)
@@ -167,7 +175,7 @@ def test_a_graph_is_captured_for_each_batch_and_replayed(monkeypatch: pytest.Mon
         "stream": lambda s: contextlib.nullcontext(),
         "current_stream": lambda device: mock.Mock(),
         "CUDAGraph": new_graph,
-        "graph": lambda graph, **_: contextlib.nullcontext(),
+        "graph": captured,
     }
     with mock.patch.multiple(torch.cuda, **cuda):
         world.draft.capture()

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 GIVEN_UP = -1
 """In the place of the length of a text that the device has given up."""
 

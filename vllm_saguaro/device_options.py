@@ -44,6 +44,11 @@ def on_device(config: SaguaroConfig, written: Container[str], default_placement:
             'draft_cpus with placement "stream": the draft computes on the target\'s device; leave it out, or write '
             '"placement": "process"'
         )
+    if placement == "stream" and config.fan_out != "ranked":
+        raise SaguaroConfigError(
+            f'fan_out "{config.fan_out}" with placement "stream": branches go to the likeliest outcomes there; write '
+            '"ranked", or leave it out'
+        )
     if placement != "stream":
         _refuse_gpu_memory(written)
     # The target's noise is not known beforehand there, so that coupled drafts are drawn from the draft's own q.

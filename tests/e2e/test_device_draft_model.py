@@ -87,28 +87,28 @@ def world(options: Any, host: DraftEngine) -> Iterator[RealWorld]:
 
 def test_drafts_of_all_branches_are_those_of_the_host_engine(world: RealWorld) -> None:
     """Over block boundaries (32 tokens), with hits, misses, a prompt in pieces, and a slot that is used again."""
-    texts = [tokenize(prompt) for prompt in prompts()[:3]]
+    texts = [tokenize(prompt)[:60] for prompt in prompts()[:3]]
     texts[1] = (texts[1] * 20)[:90]  # two pieces, of 64 tokens and of the rest with what comes meanwhile
     for slot in (0, 2):
         world.admit(slot, texts[slot])
     world.step({0: (0, 300), 2: (0, 301)})
     world.admit(1, texts[1])
-    for i in range(14):
+    for i in range(9):
         found: dict[int, tuple[int, int] | None] = {}
         for slot in (1, 2, 0):
             table = world.table(slot)
             hit = table and (i + slot) % 4
             found[slot] = table[(i + slot) % len(table)][0] if hit else (0, 310 + i)
         world.step(found)
-        if i == 8:
+        if i == 5:
             world.release(2)
             world.admit(2, texts[2][:5])
-    assert world.hits > 15
-    assert world.tables_seen > 150
+    assert world.hits > 8
+    assert world.tables_seen > 80
 
 
 def test_drafts_are_drawn_from_what_is_told(world: RealWorld) -> None:
-    prompt = tokenize(prompts()[3])
+    prompt = tokenize(prompts()[3])[:40]
     world.admit(0, prompt, Sampling(temperature=0.8))
     world.step({0: (0, 300)})
     key, drafts, branch = world.table(0)[0]

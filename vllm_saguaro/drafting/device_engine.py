@@ -18,7 +18,7 @@ from vllm_saguaro.drafting.buckets import MAX_ROWS, Bucket, branches_for, bucket
 from vllm_saguaro.drafting.device_blocks import BlockLedger
 from vllm_saguaro.drafting.device_model import DeviceModel
 from vllm_saguaro.drafting.device_round import DeviceRound
-from vllm_saguaro.drafting.late_lengths import LateLengths, Mark
+from vllm_saguaro.drafting.late_lengths import GIVEN_UP, LateLengths, Mark
 from vllm_saguaro.drafting.readings import Readings
 from vllm_saguaro.drafting.slot_state import SlotState
 from vllm_saguaro.kernels.operations import Operations
@@ -72,7 +72,7 @@ class DeviceEngine:
         secret = secrets.randbits(63) if seed is None else seed
         self.round = DeviceRound(model, operations, self.state, slots, secret, sampling_c)
         self._readings = Readings(model, self.state)
-        self._lengths = LateLengths(self.state.length, mark)
+        self._lengths = LateLengths(self.state.length, self.state.alive, mark)
         self._tenants: dict[int, Tenant] = {}
         self._admissions = 0
         self._written_into = 0
@@ -149,10 +149,17 @@ class DeviceEngine:
 
     @torch.inference_mode()
     def make_room(self, outcomes: DeviceOutcomes) -> None:
-        """Blocks for what the texts may have become. A request for which there are none is drafted for no more."""
+        """Blocks for what the texts may have become.
+
+        A request for which there are none is drafted for no more, nor is one that the device has given up.
+        """
         for slot, length, step in self._lengths.news():
             tenant = self._tenants.get(slot)
-            if tenant is not None and step > tenant.step:
+            if tenant is None or step <= tenant.step:  # of a request that was there before
+                continue
+            if length == GIVEN_UP:
+                self.release(slot)
+            else:
                 tenant.length, tenant.step = length, step
         self._lengths.send(list(self._tenants))
         places: list[tuple[int, int, int]] = []
@@ -200,7 +207,8 @@ class DeviceEngine:
         temperature = torch.where(outcomes.temperature > 0, outcomes.temperature, 1.0)  # a greedy row asks for no q
         slots = outcomes.slots.view(-1, 1, 1)
         depth = torch.arange(self.num_speculative_tokens, device=slots.device).view(1, -1, 1)
-        draft_logits[slots, depth, self._written[outcomes.slots]] = -torch.inf
+        nothing = draft_logits.new_full((), -torch.inf)  # a number of the host's would be copied, and waited for
+        draft_logits[slots, depth, self._written[outcomes.slots]] = nothing
         draft_logits[slots, depth, tokens] = (temperature.view(-1, 1, 1) * log_q).to(draft_logits.dtype)
         self._written[outcomes.slots] = tokens
 

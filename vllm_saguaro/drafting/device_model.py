@@ -81,6 +81,8 @@ class DeviceModel(Protocol):
     """Most tokens in one piece."""
     resident_bytes: int
     """Weights and KV."""
+    captures: bool
+    """Whether its forwards may go into CUDA graphs."""
 
     @property
     def pages(self) -> Sequence[Tensor]:

@@ -188,7 +188,7 @@ class DeviceRound:
         keys = torch.nn.functional.pad(k, (0, state.accepted_keys.shape[1] - bucket.branches), value=-1)
         state.accepted_keys[at] = keys
         state.bonus_keys[at, : bucket.branches] = bonus
-        state.depth[at] = self._num_drafts
+        state.depth.index_fill_(0, at, self._num_drafts)  # `[at] =` a number would copy it from the host, and wait
         state.under[at] = under
         state.raw[at] = raw
         state.rounds[at] = state.rounds[at] + 1

@@ -15,6 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+GIVEN_UP = -1
+"""In the place of the length of a text that the device has given up."""
+
 
 class Mark(Protocol):
     """A point in a queue of device work."""
@@ -35,10 +38,13 @@ class _Sent:
 class LateLengths:
     """Copies of the lengths of all slots, on their way to the host: a few at a time, none where none is left."""
 
-    def __init__(self, length: Tensor, mark: Callable[[], Mark], copies: int = 4) -> None:
-        """`length` [S] int32 on the device. `mark()`: a point after what the current queue has been given so far."""
+    def __init__(self, length: Tensor, alive: Tensor, mark: Callable[[], Mark], copies: int = 4) -> None:
+        """`length` [S] int32 and `alive` [S] bool are on the device.
+
+        `mark()`: a point after what the current queue has been given so far.
+        """
         pinned = length.device.type == "cuda"
-        self._length, self._mark = length, mark
+        self._length, self._alive, self._mark = length, alive, mark
         self._buffers = [torch.zeros(length.shape, dtype=torch.int32, pin_memory=pinned) for _ in range(copies)]
         self._views: list[np.ndarray] = [buffer.numpy() for buffer in self._buffers]
         self._free = list(range(copies))
@@ -56,11 +62,11 @@ class LateLengths:
         if not self._free:
             return
         buffer = self._free.pop()
-        self._buffers[buffer].copy_(self._length, non_blocking=True)
+        self._buffers[buffer].copy_(torch.where(self._alive, self._length, GIVEN_UP), non_blocking=True)
         self._sent.append(_Sent(self._mark(), buffer, slots, self._steps))
 
     def news(self) -> list[tuple[int, int, int]]:
-        """What has come since the last call: (slot, length, step), the newest of each slot last."""
+        """What has come since the last call: (slot, length or GIVEN_UP, step), the newest of each slot last."""
         found = []
         while self._sent and self._sent[0].mark.reached():
             sent = self._sent.popleft()

@@ -105,7 +105,7 @@ class StreamDraft:
         Where it is asked for again the graphs stay as they are: they hold nothing that is vLLM's.
         """
         stream = self._stream.cuda
-        if stream is None or not self.alive:
+        if stream is None or not self.alive or not self.engine.model.captures:
             return
         self._begin_use()
         stream.wait_stream(torch.cuda.current_stream(stream.device))

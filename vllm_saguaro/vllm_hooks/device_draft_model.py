@@ -49,6 +49,8 @@ class VllmDeviceModel(VllmDraftModel):
             )
         weights = {t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers())}
         self.resident_bytes = sum(weights.values()) + sum(pages.nbytes for pages in self._pages)
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        self.captures: bool = not self._is_cpu and mode.has_full_cudagraphs()
         self._starts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._prepared: dict[int, dict[str, Any]] = {}
         self._flashinfer_scratch: Tensor | None = None

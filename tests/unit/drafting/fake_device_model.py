@@ -23,6 +23,7 @@ class FakeDeviceModel:
     dtype = torch.float32
     hidden_size = FakeModel.hidden_size
     resident_bytes = 0
+    captures = False
 
     def __init__(
         self,

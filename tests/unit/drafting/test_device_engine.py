@@ -156,6 +156,7 @@ def test_a_bonus_token_that_the_draft_does_not_know_ends_its_drafting_alone() ->
     world.step({0: (0, ANOTHER), 1: hit_of(world, 1)})
     assert not world.reads(0)
     assert world.step({0: (0, 5), 1: hit_of(world, 1)}).hits == [False, True]
+    assert not world.engine.drafts_for(0), "its blocks are for others"
 
 
 def test_a_length_that_does_not_agree_ends_the_drafting_of_that_request_alone() -> None:

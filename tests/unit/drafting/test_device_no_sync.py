@@ -100,7 +100,7 @@ def driven(model: OnDevice) -> World:
 
 
 def test_admitting_and_exchanging_wait_for_nothing() -> None:
-    model = OnDevice(max_tokens=8)
+    model = OnDevice(max_tokens=16)
     world = driven(model)
     hit = world.table(0)[0][0]
     outcomes = world.outcomes({0: hit, 1: (0, 3)})
@@ -147,6 +147,7 @@ def test_shapes_of_a_round_do_not_depend_on_what_is_found() -> None:
 
     world = driven(OnDevice())
     bucket = world.engine.bucket(2)
+    world.step({0: (0, 8), 1: (0, 3)})  # the bucket's buffers are made
     seen = []
     for found in ({0: world.table(0)[0][0], 1: (0, 3)}, {0: None, 1: (0, 9)}, {1: None, 0: None}):
         world.engine.take_in(world.outcomes(found), bucket)

@@ -18,7 +18,7 @@ from vllm_saguaro.drafting.device_blocks import BlockLedger, private_blocks
 from vllm_saguaro.drafting.device_drawing import seeds
 from vllm_saguaro.drafting.device_maps import AcceptanceMaps
 from vllm_saguaro.drafting.graphs import CapturedCalls
-from vllm_saguaro.drafting.late_lengths import LateLengths
+from vllm_saguaro.drafting.late_lengths import GIVEN_UP, LateLengths
 
 CPU = torch.device("cpu")
 
@@ -159,20 +159,22 @@ class Queue:
 
 def test_lengths_come_when_they_are_there_and_say_of_which_step_they_are() -> None:
     queue, length = Queue(), torch.tensor([5, 6, 7], dtype=torch.int32)
-    late = LateLengths(length, queue.mark)
+    alive = torch.tensor([True, True, True])
+    late = LateLengths(length, alive, queue.mark)
     late.send([0, 2])
     length += 10
-    late.send([0])
+    alive[2] = False
+    late.send([0, 2])
     assert late.news() == []
     queue.done = 1
     assert late.news() == [(0, 5, 1), (2, 7, 1)]
     queue.done = 2
-    assert late.news() == [(0, 15, 2)]
+    assert late.news() == [(0, 15, 2), (2, GIVEN_UP, 2)]
 
 
 def test_where_nothing_arrives_nothing_more_is_sent_and_steps_are_still_counted() -> None:
     queue, length = Queue(), torch.tensor([5], dtype=torch.int32)
-    late = LateLengths(length, queue.mark, copies=2)
+    late = LateLengths(length, torch.tensor([True]), queue.mark, copies=2)
     for _ in range(5):
         late.send([0])
         length += 1

@@ -129,6 +129,66 @@ def test_on_a_cpu_nothing_is_under_way() -> None:
     assert stream.mark().reached()
 
 
+def test_a_graph_is_captured_for_each_batch_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against stand-ins for CUDA: a graph that is replayed makes the calls that were captured."""
+
+    class Graph:
+        def __init__(self) -> None:
+            self.calls: list[Any] = []
+            self.replays = 0
+
+        def replay(self) -> None:
+            self.replays += 1
+            self.calls[-1]()
+
+    made: list[Graph] = []
+    capturing: list[Graph] = []
+
+    @contextlib.contextmanager
+    def captured(graph: Graph, **_: Any) -> Iterator[None]:
+        capturing.append(graph)
+        yield
+        capturing.clear()
+
+    monkeypatch.setattr(FakeDeviceModel, "captures", True)
+    monkeypatch.setattr(FakeDeviceModel, "prepare", lambda self, rows: None)
+    world = World(FakeDeviceModel(), slots=4)
+    stream = InlineStream()
+    monkeypatch.setattr(stream, "cuda", mock.Mock())
+    world.draft = StreamDraft(world.engine, stream)
+
+    def new_graph() -> Graph:
+        made.append(Graph())
+        return made[-1]
+
+    calls = {name: getattr(DeviceEngine, name) for name in ("look_up", "work")}
+    for name, method in calls.items():
+
+        def noted(self: DeviceEngine, bucket: Any, _method: Any = method) -> None:
+            for graph in capturing:
+                graph.calls.append(lambda: _method(self, bucket))
+            _method(self, bucket)
+
+        monkeypatch.setattr(DeviceEngine, name, noted)
+    cuda = {
+        "graph_pool_handle": lambda: (0, 1),
+        "stream": lambda s: contextlib.nullcontext(),
+        "current_stream": lambda device: mock.Mock(),
+        "CUDAGraph": new_graph,
+        "graph": captured,
+    }
+    with mock.patch.multiple(torch.cuda, **cuda):
+        world.draft.capture()
+        world.draft.capture()
+    assert len(made) == 2 * len(world.engine.buckets)
+    world.admit(0, PROMPT)
+    world.admit(1, PROMPT[:4])
+    world.step({0: (0, 5), 1: (0, 6)})
+    for _ in range(3):
+        assert world.step({slot: world.table(slot)[0][0] for slot in (1, 0)}).hits == [True, True]
+    assert sorted(graph.replays for graph in made) == [0, 0, 0, 0, 4, 4]
+
+
 def test_cuda_events_go_from_the_target_to_the_draft_and_back() -> None:
     """Against stand-ins for CUDA: which stream records, and which waits."""
     done: list[tuple[str, str]] = []

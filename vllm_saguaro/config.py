@@ -19,7 +19,7 @@ from vllm_saguaro.cores import parse_cpus
 METHOD: Final = "saguaro"
 
 FAN_OUTS: Final = ("ranked", "uncalibrated", "geometric", "uniform")
-PLACEMENTS: Final = ("process", "inline", "ray")
+PLACEMENTS: Final = ("process", "stream", "inline", "ray")
 BACKUPS: Final = ("auto", "none", "ngram", "jit")
 DRAFT_SAMPLE_METHODS: Final = ("coupled", "probabilistic", "greedy")
 AUTO: Final = "auto"
@@ -35,6 +35,7 @@ OWN_KEYS: Final = (
     "fan_out",
     "placement",
     "draft_cpus",
+    "draft_gpu_memory",
     "ray_options",
     "backup",
     "sampling_c",
@@ -100,13 +101,14 @@ class SaguaroConfig:
     """All options of one engine, validated. It crosses processes as a plain dict (`to_dict`, `from_dict`).
 
     `draft_max_length` is the draft's true limit, kept here because vLLM is told the target's. It is 0 until the draft's
-    configuration has been read.
+    configuration has been read. `draft_gpu_memory` is in GiB; None: chosen.
     """
 
     branches: int | str = AUTO
     fan_out: str = "ranked"
     placement: str = "process"
     draft_cpus: str | None = None
+    draft_gpu_memory: float | None = None
     ray_options: Mapping[str, Any] | None = None
     backup: str = AUTO
     sampling_c: float | str = AUTO
@@ -131,6 +133,8 @@ class SaguaroConfig:
                 f'draft_replicas is {self.draft_replicas}, but with placement "inline" the draft is the target\'s own '
                 'thread: write draft_replicas 1, or placement "process"'
             )
+        if self.draft_gpu_memory is not None:
+            _require_amount("draft_gpu_memory", self.draft_gpu_memory, least=None)
         _require_choice("draft_sample_method", self.draft_sample_method, DRAFT_SAMPLE_METHODS)
         _require_int("num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
         _require_int("draft_max_length", self.draft_max_length, 0, None)

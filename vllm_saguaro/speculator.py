@@ -191,13 +191,14 @@ class Speculator:
     def _tell(self, rows: int) -> None:
         """Say once what was chosen."""
         self._log.info(
-            "Saguaro, at %d running requests: %d of %d drafts verified, %d branches, hit rate %.2f; the others are in "
-            "the metrics vllm:saguaro_*.",
+            "Saguaro, at %d running requests: %d of %d drafts verified, %d branches, hit rate %.2f; missed outcomes "
+            "that got drafts: %s. What is chosen from now on is in the metrics vllm:saguaro_*.",
             rows,
             self.page.value(counters.DRAFTS),
             self._num_speculative_tokens,
             self.page.value(counters.BRANCHES),
             self.policy.hit_rate,
+            ", ".join(f"{self.page.value(counter):.0f} by {kind}" for kind, counter in counters.BACKUPS.items()),
         )
 
     def _go_quiet(self, rows: int) -> None:

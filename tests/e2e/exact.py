@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -37,6 +38,9 @@ def logits_after(texts: tuple[tuple[int, ...], ...]) -> torch.Tensor:
 def probabilities(prompt: Sequence[int], prefixes: Sequence[Sequence[int]], params: Json) -> np.ndarray:
     """p [prefixes, V] of the token that follows the prompt and each prefix, as vLLM samples it."""
     logits = logits_after(tuple((*prompt, *prefix) for prefix in prefixes)).double() / params["temperature"]
+    if "allowed_token_ids" in params:
+        allowed = torch.tensor(params["allowed_token_ids"])
+        logits = torch.full_like(logits, -torch.inf).index_copy_(1, allowed, logits[:, allowed])
     if "top_k" in params:
         smallest = logits.topk(params["top_k"]).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
@@ -99,14 +103,17 @@ def second_token_p(samples: Sequence[Sequence[int]], contexts: Contexts) -> floa
     return chi_square_p(np.bincount(seconds, minlength=len(p)), p * len(seconds))
 
 
-def rank_p(samples: Sequence[Sequence[int]], contexts: Contexts, position: int, rng: np.random.Generator) -> float:
-    """Of all samples of one position together, whatever came before (the probability integral transform).
+def rank_p(
+    samples: Sequence[Sequence[int]], contexts: Contexts, positions: int | range, rng: np.random.Generator
+) -> float:
+    """Of all samples of one or several positions, whatever came before each (the probability integral transform).
 
     Each sample becomes a number that is uniform on [0, 1) if its token was drawn from p: the mass of the likelier
     tokens, plus a random part of its own. Too many likely tokens, as from drafts accepted too often, crowd at 0.
     """
     places = []
-    for sample in samples:
+    at = range(positions, positions + 1) if isinstance(positions, int) else positions
+    for sample, position in itertools.product(samples, at):
         p = contexts[sample[:position]]
         own = p[sample[position]]
         if own == 0.0:
@@ -114,7 +121,7 @@ def rank_p(samples: Sequence[Sequence[int]], contexts: Contexts, position: int, 
         tied_before = (p[: sample[position]] == own).sum() * own
         places.append(p[p > own].sum() + tied_before + own * rng.random())
     counts = np.histogram(places, bins=BINS, range=(0.0, 1.0 + 1e-9))[0]
-    return chi_square_p(counts, np.full(BINS, len(samples) / BINS))
+    return chi_square_p(counts, np.full(BINS, len(places) / BINS))
 
 
 def draft_p(samples: Sequence[Sequence[int]], drafts: Sequence[Sequence[int]], contexts: Contexts) -> float:

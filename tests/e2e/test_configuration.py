@@ -87,7 +87,7 @@ def test_serve_with_a_config_file_and_flags(target: Path, tmp_path: Path) -> Non
     file.write_text("speculative-config:\n  method: saguaro\n  placement: gpu\n")
     done = vllm("serve", target, "--config", file)
     assert done.returncode == 2
-    expected = 'placement: "gpu" is not a known value: write "process" or "inline" or "ray"'
+    expected = 'placement: "gpu" is not a known value: write "process" or "stream" or "inline" or "ray"'
     assert own_lines(done)[-1].endswith(expected)
     done = vllm("serve", target, "--spec-method", "saguaro", "--spec-tokens", "40")
     assert done.returncode == 1

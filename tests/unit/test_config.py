@@ -122,7 +122,7 @@ def test_keys_without_a_meaning_here_are_refused_by_name(key: str) -> None:
             'write "ranked" or "uncalibrated" or "geometric" or "uniform"',
         ),
         ({"placement": "rya"}, 'placement: "rya" is not a known value (did you mean "ray"?): write "process" or '),
-        ({"placement": 3}, 'placement: 3 is not a known value: write "process" or "inline" or "ray"'),
+        ({"placement": 3}, 'placement: 3 is not a known value: write "process" or "stream" or "inline" or "ray"'),
         ({"branches": "Auto"}, 'branches must be a whole number, not "Auto"'),
         (
             {"backup": "n-gram"},

@@ -16,16 +16,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"cores"},
     "counters": {"messages"},
     "algorithm": {"messages"},
-    "drafting": {"algorithm", "messages"},
-    "placement": {"drafting", "messages", "counters"},
+    "kernels": {"algorithm"},
+    "device_messages": {"messages"},
+    "drafting": {"algorithm", "messages", "kernels", "device_messages"},
+    "placement": {"drafting", "messages", "counters", "device_messages"},
     "policy": {"algorithm", "messages", "counters"},
     "turn": {"policy", "messages"},
     "slots": {"placement", "messages"},
     "backups": {"turn", "policy", "placement", "messages", "counters"},
     "speculator": {"slots", "backups", "turn", "policy", "placement", "messages", "counters"},
+    "device_options": {"config"},
 }
 """What each room may import beside itself; `vllm_hooks` and `cli` may import everything."""
-LIGHT = ("__init__.py", "config.py", "cores.py", "messages.py", "counters.py")
+LIGHT = ("__init__.py", "config.py", "device_options.py", "cores.py", "messages.py", "counters.py")
 UNPICKLING = (
     "pickle",
     "_pickle",

@@ -28,7 +28,7 @@ WORLDS = {
     "few blocks": World(("hit", "no room for a table"), num_blocks=16),
     "all certain": World(("hit", "right draft, sampled"), method="greedy"),
     "small ring": World(("hit", "step refused"), num_blocks=26, ring_bytes=240, backup="ngram"),
-    "just in time": World(("hit", "backup: jit"), backup="jit", examples=15),
+    "just in time": World(("hit", "backup: jit", "late branch went on"), backup="jit", examples=15),
     "n-gram": World(("hit", "backup: ngram"), backup="ngram"),
     "restarts": World(("hit", "restart"), backup="auto", fate="restarts"),
     "dies": World(("hit", "death"), backup="jit", fate="dies"),

@@ -133,13 +133,22 @@ def apply_to_candidates(table: Tensor, classes: Tensor, rejected: Tensor, raw: T
     return _along(nodes, raw.flatten(0, 1), _TAIL[Event.BONUS]).view_as(raw)
 
 
-def _along(nodes: Tensor, raw: Tensor, tail: float) -> Tensor:
-    """The probabilities [R, M] of scores [R, M], each row along its own nodes [R, BINS]."""
+def between(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The nodes that scores `raw` [...] float32 lie between: `left` [...] int64 and the one after it.
+
+    And `share` [...], the weight of the second, and how far beyond the first node a score is (nats). Static.
+    """
     x = raw.clamp_min(_TINY).log() - torch.log1p(-raw.clamp_max(_ALMOST_ONE))
     beyond = x - _FIRST
     at = (beyond / _WIDTH).clamp(0, BINS - 1)
     left = at.long().clamp(0, BINS - 2)  # clamped once more: NaN becomes any integer
-    value = torch.lerp(nodes.gather(1, left), nodes.gather(1, left + 1), at - left)
+    return left, at - left, beyond
+
+
+def _along(nodes: Tensor, raw: Tensor, tail: float) -> Tensor:
+    """The probabilities [R, M] of scores [R, M], each row along its own nodes [R, BINS]."""
+    left, share, beyond = between(raw)
+    value = torch.lerp(nodes.gather(1, left), nodes.gather(1, left + 1), share)
     if tail:
         value = value + tail * beyond.clamp_max(0)
     return torch.sigmoid(value).clamp(LOWEST, HIGHEST)

@@ -12,6 +12,7 @@ import importlib.metadata
 import inspect
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, Final
 
 from vllm_saguaro.config import SaguaroConfigError
@@ -22,6 +23,16 @@ OLDEST_RAY: Final = (2, 50)
 
 FRONTEND: Final = "frontend"
 WORKER: Final = "worker"
+DEVICE_WORKER: Final = "device worker"
+
+
+class Runner(StrEnum):
+    """vLLM's two model runners."""
+
+    V1 = "V1"
+    """Outcomes are lists on the host. Served on the CPU."""
+    V2 = "V2"
+    """Outcomes stay on the device. Served on CUDA, and on a CPU that has a Triton."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,46 @@ SEAMS: Final = (
     ),
     Seam(WORKER, "vllm.v1.worker.gpu_worker", "Worker._make_model_runner", ("self",)),
     Seam(WORKER, "vllm.v1.worker.cpu_worker", "CPUWorker.init_device", ("self",)),
+    Seam(
+        DEVICE_WORKER,
+        "vllm.v1.worker.gpu.spec_decode.speculator",
+        "BaseSpeculator.propose",
+        (
+            "self",
+            "input_batch",
+            "attn_metadata",
+            "slot_mappings",
+            "last_hidden_states",
+            "aux_hidden_states",
+            "num_sampled",
+            "num_rejected",
+            "last_sampled",
+            "next_prefill_tokens",
+            "temperature",
+            "seeds",
+            "dp_sync_state",
+            "dummy_run",
+            "skip_attn_for_dummy_run",
+            "mm_inputs",
+            "is_profile",
+            "num_speculative_tokens",
+        ),
+    ),
+    Seam(
+        DEVICE_WORKER,
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler",
+        "RejectionSampler.__call__",
+        ("self", "logits", "input_batch", "draft_logits", "invalid_drafts"),
+    ),
+    Seam(
+        DEVICE_WORKER,
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.sample",
+        ("self", "hidden_states", "input_batch", "grammar_output"),
+    ),
+    Seam(DEVICE_WORKER, "vllm.v1.worker.gpu_worker", "Worker.init_device", ("self",)),
+    Seam(DEVICE_WORKER, "vllm.v1.worker.gpu_worker", "Worker.initialize_from_config", ("self", "kv_cache_config")),
+    Seam(DEVICE_WORKER, "vllm.v1.worker.gpu_worker", "Worker.execute_model", ("self", "scheduler_output")),
 )
 
 
@@ -117,27 +168,45 @@ def check_seams(where: str, seams: tuple[Seam, ...] = SEAMS) -> None:
             )
 
 
-def check_platform() -> None:
-    """Refuse what this release has no runner for: anything but vLLM's CPU backend with model runner V1."""
+def check_platform() -> Runner:
+    """Which model runner vLLM will take here; refuse the platforms and runners that this release has nothing for.
+
+    vLLM takes V2 where it is told to, and by default where it has a Triton. The worker asks again, when all that may
+    decide for the other runner is known.
+    """
     from vllm import envs
     from vllm.platforms import current_platform
     from vllm.triton_utils import HAS_TRITON
 
+    wish = envs.VLLM_USE_V2_MODEL_RUNNER
+    if current_platform.is_cuda():
+        if wish is False:
+            raise SaguaroConfigError(
+                "vllm_saguaro runs on model runner V2 on a GPU: unset the environment variable "
+                "VLLM_USE_V2_MODEL_RUNNER, or set it to 1"
+            )
+        if not HAS_TRITON:
+            raise SaguaroConfigError(
+                "vllm_saguaro runs on model runner V2 on a GPU, which needs Triton, and vLLM finds none: install the "
+                "triton that belongs to this torch"
+            )
+        return Runner.V2
     if not current_platform.is_cpu():
         raise SaguaroConfigError(
-            f'this release of vllm_saguaro runs on vLLM\'s CPU backend only, this is "{current_platform.device_type}" '
-            '(the GPU runner is next): write method "draft_model" here until then'
+            f"this release of vllm_saguaro runs on CUDA and on vLLM's CPU backend, this is "
+            f'"{current_platform.device_type}": write method "draft_model" here'
         )
-    # vLLM takes runner V2 where it is told to, and by default where a Triton for the CPU is installed.
-    wish = envs.VLLM_USE_V2_MODEL_RUNNER
-    if wish or (wish is None and HAS_TRITON):
+    if wish is None and HAS_TRITON:
         raise SaguaroConfigError(
-            "this release of vllm_saguaro runs on vLLM's model runner V1: set the environment variable "
-            "VLLM_USE_V2_MODEL_RUNNER=0"
+            "vllm_saguaro runs on vLLM's model runner V1 on a CPU: set the environment variable "
+            "VLLM_USE_V2_MODEL_RUNNER=0 (with 1 it runs on V2, as its GPU path is tested)"
         )
+    return Runner.V2 if wish else Runner.V1
 
 
-def check_combination(engine_args: Any, parallel: Any, worker_class: str, placement: str) -> None:
+def check_combination(
+    engine_args: Any, parallel: Any, worker_class: str, placement: str, runner: Runner = Runner.V1
+) -> None:
     """Refuse what this version cannot be combined with."""
     for name in ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "nnodes"):
         if (size := getattr(parallel, name, 1)) > 1:
@@ -155,10 +224,26 @@ def check_combination(engine_args: Any, parallel: Any, worker_class: str, placem
             f'method "saguaro" brings its own worker class, worker_cls is {parallel.worker_cls!r} already: '
             "leave worker_cls out"
         )
-    if getattr(engine_args, "async_scheduling", None):
+    if runner is Runner.V2:
+        _check_v2_combination(engine_args, parallel)
+    elif getattr(engine_args, "async_scheduling", None):
         raise SaguaroConfigError(
             'method "saguaro" reads each outcome on the host and cannot go with async_scheduling: leave it out'
         )
+
+
+def _check_v2_combination(engine_args: Any, parallel: Any) -> None:
+    if (size := parallel.tensor_parallel_size) > 1:
+        raise SaguaroConfigError(
+            f'method "saguaro" serves a target on one GPU, tensor_parallel_size is {size}: write tensor_parallel_size '
+            "1, or another method"
+        )
+    if parallel.use_ubatching:
+        raise SaguaroConfigError(
+            'method "saguaro" does not go with dual batch overlap: leave out enable_dbo and ubatch_size'
+        )
+    if getattr(engine_args, "watermark_config", None) is not None:
+        raise SaguaroConfigError('method "saguaro" does not go with watermark_config: leave it out')
 
 
 def check_placement(placement: str) -> None:

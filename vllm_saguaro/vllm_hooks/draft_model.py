@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,14 +55,18 @@ class DraftModelConfig:
     """How the draft is loaded and how large it may grow; plain values only, so that it travels as JSON.
 
     Lengths count tokens, `max_rows` the branches of all requests together. `kv_cache_bytes` is raised to what one text
-    needs. `vocab_size` is the target's: families pad it differently, and every draft must be a token of the target.
+    needs; `kv_cache_tokens`, where it is not 0, is the tokens that the KV is wanted for, as far as the bytes go.
+    `vocab_size` is the target's: families pad it differently, and every draft must be a token of the target.
+    `graph_rows`: rows of the forwards that will be captured as CUDA graphs.
     """
 
     model: str
     max_length: int
     max_rows: int
     kv_cache_bytes: int
+    kv_cache_tokens: int = 0
     max_tokens: int = 2048
+    graph_rows: Sequence[int] = ()
     vocab_size: int | None = None
     dtype: str = "auto"
     device: str = "cpu"
@@ -272,6 +277,7 @@ def _engine_config(config: DraftModelConfig) -> VllmConfig:
         max_num_seqs=config.max_rows,
         max_num_batched_tokens=max(config.max_tokens, config.max_rows),
         block_size=32 if config.device == "cpu" else None,  # CPU_ATTN takes multiples of 32 alone (AMX layout)
+        **({"compilation_config": _graph_config(config)} if config.graph_rows and config.device != "cpu" else {}),
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         # Sliding-window layers then keep their whole past like the others: one KV group, one block table a row.
@@ -280,6 +286,16 @@ def _engine_config(config: DraftModelConfig) -> VllmConfig:
     if vllm_config.model_config.uses_mrope:
         raise ValueError(f"{config.model} cannot draft: its rotary positions have several dimensions.")
     return vllm_config
+
+
+def _graph_config(config: DraftModelConfig) -> dict[str, Any]:
+    """Whole forwards are captured, and not by vLLM: its wrappers around pieces of a model would capture those again.
+
+    The backends size what they keep for graphs by the capture sizes, and choose kernels by them.
+    """
+    if config.enforce_eager:
+        return {}
+    return {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": sorted(set(config.graph_rows))}
 
 
 def _plan_kv_cache(vllm_config: VllmConfig, config: DraftModelConfig) -> KVCacheConfig:
@@ -294,7 +310,11 @@ def _plan_kv_cache(vllm_config: VllmConfig, config: DraftModelConfig) -> KVCache
     least = blocks * sum(spec.page_size_bytes for spec in specs.values())
     if least > config.kv_cache_bytes:
         logger.warning("Draft KV cache: %d bytes raised to %d, one text's worth.", config.kv_cache_bytes, least)
-    kv_config = get_kv_cache_configs(vllm_config, [specs], [max(least, config.kv_cache_bytes)])[0]
+    budget = config.kv_cache_bytes
+    if config.kv_cache_tokens:
+        wanted = -(-config.kv_cache_tokens // vllm_config.cache_config.block_size) + 1
+        budget = min(budget, wanted * sum(spec.page_size_bytes for spec in specs.values()))
+    kv_config = get_kv_cache_configs(vllm_config, [specs], [max(least, budget)])[0]
     if (count := len(kv_config.kv_cache_groups)) != 1:
         raise ValueError(f"{config.model} cannot draft: a branch has one block table, the model {count} KV groups.")
     vllm_config.cache_config.num_gpu_blocks = kv_config.num_blocks

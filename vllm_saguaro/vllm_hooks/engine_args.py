@@ -18,10 +18,14 @@ from typing import Any, Final
 
 from vllm_saguaro import cores
 from vllm_saguaro.config import METHOD, SaguaroConfig, SaguaroConfigError, split_options
+from vllm_saguaro.device_options import on_device, on_host
 from vllm_saguaro.vllm_hooks import compatibility
+from vllm_saguaro.vllm_hooks.compatibility import Runner
 from vllm_saguaro.vllm_hooks.draft_choice import check_vocabularies, choose_draft, read_vocab_size, resolve_folder
 
 WORKER_CLASS: Final = "vllm_saguaro.vllm_hooks.worker.SaguaroWorker"
+GPU_WORKER_CLASS: Final = "vllm_saguaro.vllm_hooks.gpu_worker.SaguaroGPUWorker"
+V2_CPU_WORKER_CLASS: Final = "vllm_saguaro.vllm_hooks.cpu_worker_v2.SaguaroV2CPUWorker"
 OPTIONS_ATTRIBUTE: Final = "saguaro"
 """Where our options travel: on the `SpeculativeConfig` object, which every process gets whole.
 
@@ -163,11 +167,14 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     logger = init_logger(f"vllm.{__name__}")  # below "vllm": only there has vLLM's logging a handler
     compatibility.check_version()
     compatibility.check_seams(compatibility.FRONTEND)
-    compatibility.check_platform()
+    runner = compatibility.check_platform()
+    worker_class = _worker_class(runner)
     arguments = inspect.signature(original).bind(engine_args, *args, **kwargs).arguments
     target, parallel = arguments["target_model_config"], arguments["target_parallel_config"]
-    config, passed = split_options(_gather(engine_args))
-    compatibility.check_combination(engine_args, parallel, WORKER_CLASS, config.placement)
+    written = _gather(engine_args)
+    config, passed = split_options(written)
+    config = on_device(config, written) if runner is Runner.V2 else on_host(config, written)
+    compatibility.check_combination(engine_args, parallel, worker_class, config.placement, runner)
     compatibility.check_placement(config.placement)
 
     if "model" in passed:
@@ -181,7 +188,8 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
 
     # A schedule for K also keeps vLLM's scheduler from padding a request's first step with draft ids of -1 (0.32, 0.33:
     # `v1/core/sched/scheduler.py`), which the CPU's rejection kernel now and then accepts at temperature > 0.
-    if not passed.get("num_speculative_tokens_per_batch_size"):
+    # Runner V2 marks them itself.
+    if runner is Runner.V1 and not passed.get("num_speculative_tokens_per_batch_size"):
         passed["num_speculative_tokens_per_batch_size"] = [(1, 1, config.num_speculative_tokens)]
     speculative = _translate(engine_args, original, target, parallel, passed, align=draft_size != target_size)
     draft = speculative.draft_model_config
@@ -194,14 +202,20 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     if plan is not None:
         logger.info("saguaro: %s", plan.describe())
 
-    if str(target.dtype) == "torch.bfloat16" and cores.bf16_is_slow(cores.processor_flags()):
+    if runner is Runner.V1 and str(target.dtype) == "torch.bfloat16" and cores.bf16_is_slow(cores.processor_flags()):
         logger.warning(
             "This processor emulates bfloat16 (no AVX-512 BF16, no AMX): --dtype float32 is about twice as fast."
         )
 
-    parallel.worker_cls = WORKER_CLASS
-    # Unpadded drafts need it off; said here so that vLLM does not warn of what the user cannot change.
-    engine_args.async_scheduling = False
+    parallel.worker_cls = worker_class
+    if runner is Runner.V1:
+        # Unpadded drafts need it off; said here so that vLLM does not warn of what the user cannot change.
+        engine_args.async_scheduling = False
+    else:
+        logger.warning(
+            "saguaro: the path through model runner V2 is tested without a GPU only; no GPU has run this release. "
+            "Outputs stay the target's own; please report what you see."
+        )
     options = {
         **config.to_dict(),
         "draft": _draft_options(engine_args, speculative, passed, config.draft_max_length),
@@ -214,13 +228,22 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     return speculative
 
 
+def _worker_class(runner: Runner) -> str:
+    """The worker door for this platform and runner."""
+    from vllm.platforms import current_platform
+
+    if runner is Runner.V1:
+        return WORKER_CLASS
+    return V2_CPU_WORKER_CLASS if current_platform.is_cpu() else GPU_WORKER_CLASS
+
+
 def _plan_cores(config: SaguaroConfig, ranks: int) -> cores.CorePlan | None:
     """The one call site of the core planner: all else is checked, and no worker process has started yet.
 
-    None where the draft has no process: it then works in the target's thread, on the target's cores.
+    None where the draft has no process: it then works in the target's thread, or on the target's device.
     """
     cores.undo_in_frontend()
-    if config.placement == "inline":
+    if config.placement in ("inline", "stream"):
         return None
     try:
         return cores.apply_in_frontend(config.draft_cpus, ranks=ranks, drafts=config.draft_replicas)

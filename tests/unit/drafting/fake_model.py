@@ -91,6 +91,10 @@ class FakeModel:
         last = self._prefix_hashes(np.asarray(tokens, dtype=np.int64))[-1:]
         return torch.from_numpy(self._logits(last))[0]
 
+    def state_after(self, tokens: np.ndarray) -> torch.Tensor:
+        """The hidden state [1, hidden_size] after this text."""
+        return _to_hidden(self._prefix_hashes(tokens.astype(np.int64))[-1:])
+
     def greedy_continuation(self, tokens: Sequence[int], count: int) -> list[int]:
         """The next `count` tokens of this text, from the list alone."""
         text = list(tokens)

@@ -35,6 +35,8 @@ class DrivenPolicy(Policy):
         self.rest_next = 0
         """From the next step on, so many steps without any drafts."""
         self._resting = 0
+        self.late_rows: list[float] = []
+        """Drafts gained a row, of every wait for the rest of late branches."""
 
     def observe_step(self, *measured: Any) -> None:
         pass
@@ -43,7 +45,7 @@ class DrivenPolicy(Policy):
         pass
 
     def observe_late(self, asked: int, gained: float, seconds: float) -> None:
-        pass
+        self.late_rows.append(gained)
 
     def observe_round(self, depth: int, seconds: float) -> None:
         pass

@@ -127,6 +127,7 @@ class TwoSides:
         found = {f"miss: {cause}": self.page.value(counter) for cause, counter in counters.MISSES.items()}
         found |= {"hit": self.page.value(counters.HITS), "late table": self.page.value(counters.LATE_TABLES)}
         found |= {f"backup: {kind}": self.page.value(counter) for kind, counter in counters.BACKUPS.items()}
+        found |= {"late branch went on": sum(gained > 0 for gained in self.policy.late_rows)}
         found |= {"step refused": self.channel.refused, "quiet step": self.page.value(counters.QUIET_STEPS)}
         return Counter({name: int(value) for name, value in found.items() if value})
 

@@ -8,7 +8,15 @@ import pytest
 
 from vllm_saguaro.config import SaguaroConfigError
 from vllm_saguaro.vllm_hooks import compatibility
-from vllm_saguaro.vllm_hooks.compatibility import Seam, check_placement, check_seams, check_version, one_line
+from vllm_saguaro.vllm_hooks.compatibility import (
+    Runner,
+    Seam,
+    check_placement,
+    check_platform,
+    check_seams,
+    check_version,
+    one_line,
+)
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1.dev3+cpu", "v0.33.0", "0.33"])
@@ -28,6 +36,52 @@ def test_the_installed_vllm_has_every_seam() -> None:
     check_version()
     check_seams(compatibility.FRONTEND)
     check_seams(compatibility.WORKER)
+    check_seams(compatibility.DEVICE_WORKER)
+
+
+def has_triton(monkeypatch: pytest.MonkeyPatch, has: bool, wish: str | None) -> None:
+    monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", has)
+    if wish is None:
+        monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", wish)
+
+
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.platforms.cpu.CpuPlatform.is_cuda", lambda self: True)
+
+
+@pytest.mark.parametrize(("has", "wish", "runner"), [(False, None, "V1"), (True, "0", "V1"), (True, "1", "V2")])
+def test_runners_on_a_cpu(monkeypatch: pytest.MonkeyPatch, has: bool, wish: str | None, runner: str) -> None:
+    has_triton(monkeypatch, has, wish)
+    assert check_platform() == runner
+
+
+def test_a_cpu_with_triton_is_asked_which_runner_is_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_triton(monkeypatch, True, None)
+    with pytest.raises(SaguaroConfigError, match="VLLM_USE_V2_MODEL_RUNNER=0") as caught:
+        check_platform()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wish", [None, "1"])
+def test_a_gpu_is_served_with_runner_v2(monkeypatch: pytest.MonkeyPatch, wish: str | None) -> None:
+    has_triton(monkeypatch, True, wish)
+    on_cuda(monkeypatch)
+    assert check_platform() is Runner.V2
+
+
+@pytest.mark.parametrize(
+    ("has", "wish", "line"), [(True, "0", "unset the environment variable"), (False, None, "needs Triton")]
+)
+def test_a_gpu_with_runner_v1_is_refused(
+    monkeypatch: pytest.MonkeyPatch, has: bool, wish: str | None, line: str
+) -> None:
+    has_triton(monkeypatch, has, wish)
+    on_cuda(monkeypatch)
+    with pytest.raises(SaguaroConfigError, match=line) as caught:
+        check_platform()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_changed_seam_is_named() -> None:

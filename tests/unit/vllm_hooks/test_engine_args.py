@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from vllm_saguaro import cores
 from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
 from vllm_saguaro.vllm_hooks.engine_args import (
     OPTIONS_ATTRIBUTE,
+    V2_CPU_WORKER_CLASS,
     WORKER_CLASS,
     CommandLineMethod,
     CommandLineOptions,
@@ -327,11 +329,68 @@ def test_another_vllm(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine(pair).create_engine_config().speculative_config is None, "the others are not asked"
 
 
-def test_another_platform_and_runner(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    assert "set the environment variable VLLM_USE_V2_MODEL_RUNNER=0" in refusal(pair, "saguaro")
+def test_another_platform(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm.platforms.cpu.CpuPlatform.is_cpu", lambda self: False)
-    assert "runs on vLLM's CPU backend only" in refusal(pair, "saguaro")
+    assert "runs on CUDA and on vLLM's CPU backend" in refusal(pair, "saguaro")
+
+
+# Model Runner V2
+
+
+@pytest.fixture
+def runner_v2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU that has a Triton, as vLLM is told."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr("vllm.config.vllm.HAS_TRITON", True)
+
+
+def test_runner_v2_gets_its_own_worker_and_stays_asynchronous(
+    pair: Path, runner_v2: None, planned: list[Planned]
+) -> None:
+    arguments = engine(pair, speculative_config="saguaro", async_scheduling=True)
+    config = arguments.create_engine_config()
+    assert config.parallel_config.worker_cls == V2_CPU_WORKER_CLASS
+    assert arguments.async_scheduling is True
+    options = options_of(config)
+    assert options["placement"] == "stream"
+    assert options["cores"] is None
+    assert planned == [], "no process needs cores"
+    assert config.speculative_config is not None
+    assert config.speculative_config.num_speculative_tokens_per_batch_size is None, "V2 marks padding itself"
+
+
+def test_a_process_beside_runner_v2_gets_cores(pair: Path, runner_v2: None, planned: list[Planned]) -> None:
+    config = engine(pair, speculative_config={"method": "saguaro", "placement": "process"}).create_engine_config()
+    assert options_of(config)["cores"] == PLAN.to_dict()
+    assert planned == [(None, 1, 1)]
+
+
+def test_runner_v2_says_that_no_gpu_has_run_it(pair: Path, runner_v2: None, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    try:
+        engine(pair, speculative_config="saguaro").create_engine_config()
+    finally:
+        logging.getLogger("vllm").removeHandler(caplog.handler)
+    assert sum("no GPU has run this release" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"tensor_parallel_size": 2}, "serves a target on one GPU, tensor_parallel_size is 2"),
+        ({"enable_dbo": True}, "does not go with dual batch overlap"),
+        ({"watermark_config": {}}, "does not go with watermark_config"),
+    ],
+)
+def test_what_runner_v2_cannot_be_combined_with(
+    pair: Path, runner_v2: None, arguments: dict[str, Any], line: str
+) -> None:
+    assert line in refusal(pair, "saguaro", **arguments)
+
+
+def test_a_stream_is_refused_on_a_plain_cpu(pair: Path) -> None:
+    line = refusal(pair, {"method": "saguaro", "placement": "stream"})
+    assert line.startswith('placement "stream" drafts on a GPU with model runner V2, this is vLLM\'s CPU backend')
 
 
 @pytest.mark.parametrize("options", [CommandLineOptions(method="saguaro", branches=0), CommandLineOptions()])

@@ -1,0 +1,159 @@
+"""Nothing in a step is read on the host: what would wait for a GPU raises here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.unit.drafting.device_driver import World
+from tests.unit.drafting.fake_device_model import FakeDeviceModel
+from vllm_saguaro.drafting.device_engine import DeviceEngine
+from vllm_saguaro.drafting.device_model import DecodeRows, Piece
+from vllm_saguaro.messages import Sampling
+
+PROMPT = [(7 * i + 3) % 40 for i in range(11)]
+READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2")
+
+
+class Waited(AssertionError):
+    """The host would have waited."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Operators whose result depends on what is in a tensor end the test, unless the model itself is at work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paused = False
+        self.operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += 1
+        if not self.paused and func.overloadpacket.__name__ in WAITS:
+            raise Waited(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class OnDevice(FakeDeviceModel):
+    """Its own arithmetic is not the engine's business."""
+
+    guard: NoWaiting | None = None
+
+    def decode(self, rows: DecodeRows) -> Tensor:
+        with self._outside():
+            return super().decode(rows)
+
+    def read(self, piece: Piece) -> None:
+        with self._outside():
+            super().read(piece)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with self._outside():
+            return super().logits(hidden)
+
+    @contextlib.contextmanager
+    def _outside(self) -> Iterator[None]:
+        if self.guard is None:
+            yield
+            return
+        self.guard.paused = True
+        try:
+            yield
+        finally:
+            self.guard.paused = False
+
+
+@contextlib.contextmanager
+def no_waiting(model: OnDevice) -> Iterator[NoWaiting]:
+    guard = NoWaiting()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in READS:
+            method = getattr(Tensor, name)
+
+            def refused(self: Tensor, *rest: Any, _method: Any = method, _name: str = name, **named: Any) -> Any:
+                if not guard.paused:
+                    raise Waited(_name)
+                return _method(self, *rest, **named)
+
+            patch.setattr(Tensor, name, refused)
+        model.guard = guard
+        try:
+            with guard:
+                yield guard
+        finally:
+            model.guard = None
+
+
+def driven(model: OnDevice) -> World:
+    world = World(model, slots=3, sampling_c=0.5)
+    world.admit(0, PROMPT)
+    world.admit(1, PROMPT[:6], Sampling(temperature=0.8, top_p=0.9))
+    world.step({0: (0, 5)})
+    return world
+
+
+def test_admitting_and_exchanging_wait_for_nothing() -> None:
+    model = OnDevice(max_tokens=16)
+    world = driven(model)
+    hit = world.table(0)[0][0]
+    outcomes = world.outcomes({0: hit, 1: (0, 3)})
+    logits = torch.zeros(3, 3, 40)
+    with no_waiting(model) as guard:
+        drafts = world.draft.exchange(outcomes)
+        world.draft.logits_into(outcomes, drafts, logits)
+        world.draft.admit(2, "late", PROMPT, Sampling(temperature=1.0))
+        world.draft.release(1, world.requests[1].name)
+    assert world.draft.alive
+    assert guard.operators > 100
+    assert drafts.ready.tolist() == [3, 0]
+
+
+def test_a_read_on_the_host_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = OnDevice()
+    world = driven(model)
+    outcomes = world.outcomes({0: (0, 3)})
+    make_room = DeviceEngine.make_room
+
+    def reading(self: DeviceEngine, told: Any) -> None:
+        told.accepted.tolist()
+        make_room(self, told)
+
+    monkeypatch.setattr(DeviceEngine, "make_room", reading)
+    with no_waiting(model):
+        world.draft.exchange(outcomes)
+    assert not world.draft.alive
+
+
+def test_shapes_of_a_round_do_not_depend_on_what_is_found() -> None:
+    """The same operators, in the same order, on the same shapes: what a CUDA graph needs."""
+
+    class Shapes(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[Any] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            shape = tuple(result.shape) if isinstance(result, Tensor) else None
+            self.seen.append((str(func), shape))
+            return result
+
+    world = driven(OnDevice())
+    bucket = world.engine.bucket(2)
+    world.step({0: (0, 8), 1: (0, 3)})  # the bucket's buffers are made
+    seen = []
+    for found in ({0: world.table(0)[0][0], 1: (0, 3)}, {0: None, 1: (0, 9)}, {1: None, 0: None}):
+        world.engine.take_in(world.outcomes(found), bucket)
+        with Shapes() as shapes:
+            world.engine.look_up(bucket)
+            world.engine.work(bucket)
+        seen.append(shapes.seen)
+    assert len(seen[0]) > 200
+    assert seen[0] == seen[1] == seen[2]

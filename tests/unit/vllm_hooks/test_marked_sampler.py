@@ -1,0 +1,69 @@
+"""Which rows of logits carry filler. That the sampler is exact with them is tested in tests/v2."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_saguaro.vllm_hooks.marked_sampler import MarkedSampler, install
+
+
+class NotedSampler:
+    """Notes what it is called with."""
+
+    enable_adaptive_verification = False
+
+    def __call__(self, logits: Any, input_batch: Any, draft_logits: Any, invalid_drafts: Any) -> Any:
+        self.draft_logits = draft_logits
+        self.invalid = invalid_drafts.tolist()
+        return "sampled"
+
+
+def batch(*drafts: tuple[int, int]) -> Any:
+    """Rows of (slot, drafts under verification)."""
+    slots = [slot for slot, count in drafts for _ in range(count + 1)]
+    positions = [at for _, count in drafts for at in range(count + 1)]
+    return SimpleNamespace(
+        expanded_idx_mapping=torch.tensor(slots), expanded_local_pos=torch.tensor(positions, dtype=torch.int32)
+    )
+
+
+READY = torch.tensor([0, 1, 3, 3], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("rows", "filler"),
+    [
+        ([(0, 3)], [False, True, True, True]),
+        ([(1, 3)], [False, False, True, True]),
+        ([(2, 3)], [False, False, False, False]),
+        ([(2, 0), (0, 0)], [False, False]),
+        ([(3, 1), (0, 2)], [False, False, False, True, True]),
+    ],
+)
+def test_drafts_beyond_the_real_ones_are_marked(rows: list[tuple[int, int]], filler: list[bool]) -> None:
+    inner: Any = NotedSampler()
+    assert MarkedSampler(inner, READY)(torch.empty(0), batch(*rows), "q") == "sampled"  # type: ignore[arg-type]
+    assert inner.invalid == filler
+    assert inner.draft_logits == "q"
+
+
+def test_vllms_own_marks_stay() -> None:
+    inner: Any = NotedSampler()
+    own = torch.tensor([False, True, False, False])
+    MarkedSampler(inner, READY)(torch.empty(0), batch((1, 3)), None, own)
+    assert inner.invalid == [False, True, True, True]
+    assert own.tolist() == [False, True, False, False], "not written to"
+
+
+def test_the_rest_of_the_sampler_is_reached() -> None:
+    assert MarkedSampler(NotedSampler(), READY).enable_adaptive_verification is False
+
+
+def test_only_vllms_own_sampler_is_wrapped() -> None:
+    runner: Any = SimpleNamespace(rejection_sampler=None)
+    with pytest.raises(RuntimeError, match="expected vLLM's own V2 rejection sampler, found"):
+        install(runner, READY)

@@ -1,0 +1,52 @@
+"""`placement: process` under an interpreted runner V2: a draft process whose tables the target's side reads itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.v2 import v2_plans
+from tests.v2.v2_runs import OPTIONS, V2Run, run_v2, saguaro
+
+pytestmark = [pytest.mark.slow, pytest.mark.engine]
+
+
+@pytest.fixture(scope="module")
+def runs() -> tuple[V2Run, V2Run]:
+    """Plain vLLM; and ours, a step ahead of what it knows."""
+    ours = [
+        v2_plans.greedy("greedy"),
+        v2_plans.greedy_among_sampled("among sampled"),
+        v2_plans.structured("structured"),
+        v2_plans.greedy("guarded", guarded=True),
+    ]
+    plain, beside = run_v2(
+        [
+            {"options": OPTIONS, "scripted": False, "scenarios": [v2_plans.greedy("greedy")]},
+            {
+                "options": OPTIONS | saguaro(placement="process", branches=8),
+                "scripted": False,
+                "async": True,
+                "scenarios": ours,
+            },
+        ]
+    )
+    return plain, beside
+
+
+def test_texts_are_those_of_plain_vllm(runs: tuple[V2Run, V2Run]) -> None:
+    plain, ours = runs
+    assert ours["greedy"].tokens == plain["greedy"].tokens
+    assert ours["among sampled"].tokens[::2] == plain["greedy"].tokens[::2]
+    assert ours["guarded"].tokens == plain["greedy"].tokens
+    assert [result["outputs"][0]["text"] for result in ours["structured"].results] == ["return self"] * 2
+
+
+def test_tables_arrive_and_their_drafts_are_accepted(runs: tuple[V2Run, V2Run]) -> None:
+    for name in ("greedy", "among sampled"):
+        assert runs[1][name].metrics["vllm:saguaro_hits"] > 0
+        assert runs[1][name].accepted > 0
+
+
+def test_nothing_is_read_on_the_host(runs: tuple[V2Run, V2Run]) -> None:
+    assert "synchronised" not in runs[1].answer
+    assert runs[1]["guarded"].guard["propose"] > 5

@@ -1,0 +1,108 @@
+"""`placement: stream` under an interpreted runner V2: vLLM's target and draft, and the texts of plain vLLM."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.e2e.exact import Contexts, rank_p
+from tests.e2e.harness import Scenario, run_engines
+from tests.v2 import v2_plans
+from tests.v2.v2_runs import OPTIONS, K, Scripted, V2Run, run_v2, saguaro
+
+pytestmark = [pytest.mark.slow, pytest.mark.engine]
+
+STREAM = saguaro(placement="stream", branches=8)
+CHANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def runs() -> tuple[V2Run, V2Run, V2Run]:
+    """Plain vLLM; ours in step with the host; and ours a step behind it, where requests come and go."""
+    ragged = OPTIONS | v2_plans.RAGGED
+    plain, ours, late = run_v2(
+        [
+            {
+                "options": ragged,
+                "scripted": False,
+                "scenarios": [v2_plans.ragged("ragged"), v2_plans.greedy("greedy")],
+            },
+            {
+                "options": OPTIONS | STREAM,
+                "scripted": False,
+                "scenarios": [
+                    v2_plans.greedy("greedy"),
+                    v2_plans.greedy_among_sampled("among sampled"),
+                    v2_plans.greedy("guarded", guarded=True),
+                    v2_plans.greedy_among_sampled("guarded, sampled", guarded=True),
+                ],
+            },
+            {
+                "options": ragged | saguaro(placement="stream", branches=8, max_model_len=v2_plans.LONGEST_DRAFT),
+                "scripted": False,
+                "async": True,
+                "scenarios": [v2_plans.ragged("ragged"), v2_plans.greedy("greedy")],
+            },
+        ]
+    )
+    return plain, ours, late
+
+
+@pytest.fixture(scope="module")
+def on_v1() -> Scenario:
+    """The host engine, synchronous: the same target and draft, the same prompts, as many branches."""
+    options = OPTIONS | saguaro(placement="inline", branches=8)
+    (run,) = run_engines([{"options": options, "scenarios": [v2_plans.greedy("greedy")]}])
+    return run["greedy"]
+
+
+def hit_rate(found: Scripted | Scenario) -> float:
+    hits = found.metrics["vllm:saguaro_hits"]
+    return hits / (hits + found.metrics["vllm:saguaro_misses{cause=not_predicted}"])
+
+
+def test_greedy_texts_are_those_of_plain_vllm(runs: tuple[V2Run, V2Run, V2Run]) -> None:
+    plain, ours, late = runs
+    assert ours["greedy"].tokens == plain["greedy"].tokens
+    assert late["greedy"].tokens == plain["greedy"].tokens
+    assert ours["among sampled"].tokens[::2] == plain["greedy"].tokens[::2]
+
+
+def test_nothing_is_read_on_the_host(runs: tuple[V2Run, V2Run, V2Run]) -> None:
+    _, ours, _ = runs
+    assert "synchronised" not in ours.answer
+    for name in ("guarded", "guarded, sampled"):
+        assert ours[name].guard["propose"] > 10
+    assert ours["guarded"].tokens == ours["greedy"].tokens
+
+
+def test_outcomes_are_hit_and_their_drafts_accepted_as_on_v1(runs: tuple[V2Run, V2Run, V2Run], on_v1: Scenario) -> None:
+    _, ours, late = runs
+    for found in (ours["greedy"], late["greedy"]):
+        assert hit_rate(found) > 0.8 * hit_rate(on_v1) > 0.3
+        each = found.accepted / found.metrics["vllm:saguaro_hits"]
+        on_host = on_v1.metrics["vllm:spec_decode_num_accepted_tokens"] / on_v1.metrics["vllm:saguaro_hits"]
+        assert each == pytest.approx(on_host, rel=0.2)
+        assert 0 < each <= K
+
+
+def test_requests_that_come_and_go_keep_their_texts(runs: tuple[V2Run, V2Run, V2Run]) -> None:
+    plain, _, late = runs
+    expected = {result["key"]: result for result in plain["ragged"].results}
+    for result in late["ragged"].results:
+        ours, theirs = result["outputs"][0]["token_ids"], expected[result["key"]]["outputs"][0]["token_ids"]
+        if result["key"] == "aborted":
+            assert ours[: len(theirs)] == theirs[: len(ours)]
+        else:
+            assert ours == theirs, result["key"]
+    assert late["ragged"].metrics["vllm:saguaro_hits"] > 0
+
+
+def test_samples_are_the_targets() -> None:
+    options = OPTIONS | {"max_num_seqs": 32} | saguaro(placement="stream", num_speculative_tokens=3, branches=8)
+    plan = {"options": options, "scripted": False, "async": True, "scenarios": [v2_plans.samples("samples", 128)]}
+    (run,) = run_v2([plan])
+    samples = run["samples"].tokens
+    assert run["samples"].accepted > 50
+    contexts = Contexts(v2_plans.SAMPLED_PROMPT, samples, v2_plans.SAMPLED)
+    assert rank_p(samples, contexts, range(1, len(samples[0])), np.random.default_rng(0)) > CHANCE

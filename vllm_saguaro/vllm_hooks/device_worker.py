@@ -1,0 +1,98 @@
+"""What a vLLM worker with Model Runner V2 does for the draft, on whatever device: a mixin before vLLM's own class.
+
+The worker sees everything in the right order: it makes the runner (`init_device`), loads the target and, after it, the
+draft (`load_model`; so the draft's weights and KV are there when memory is profiled), is told of each step before the
+forward (`execute_model`), and is shut down. vLLM 0.32 and 0.33, `v1/worker/gpu_worker.py`, `v1/worker/cpu_worker.py`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.utils.mem_utils import format_gib
+
+from vllm_saguaro import counters
+from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
+from vllm_saguaro.device_messages import DeviceDraft
+from vllm_saguaro.vllm_hooks import compatibility, marked_sampler, runner_v2
+from vllm_saguaro.vllm_hooks.device_counters import DeviceCounters
+from vllm_saguaro.vllm_hooks.device_drafts import open_device_draft
+from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
+from vllm_saguaro.vllm_hooks.metrics import attach_page
+from vllm_saguaro.vllm_hooks.runner_v2 import SaguaroSpeculator
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+else:
+    _Worker = object
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class DeviceDraftWorker(_Worker):
+    """To be inherited before vLLM's worker class."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        vllm_config = kwargs.get("vllm_config") or args[0]
+        compatibility.check_seams(compatibility.DEVICE_WORKER)
+        if not vllm_config.use_v2_model_runner:
+            raise SaguaroConfigError(
+                'method "saguaro" runs on model runner V2 here, and vLLM has chosen V1 for this configuration: set the '
+                "environment variable VLLM_USE_V2_MODEL_RUNNER=1, and vLLM will say what stands in the way"
+            )
+        self._options: dict[str, Any] = getattr(vllm_config.speculative_config, OPTIONS_ATTRIBUTE)
+        self._speculator: SaguaroSpeculator | None = None
+        super().__init__(*args, **kwargs)
+
+    def init_device(self) -> None:
+        """Make the runner, and put our speculator where its own was."""
+        super().init_device()
+        runner, config = self.model_runner, SaguaroConfig.from_dict(self._options)
+        self._page = attach_page(self._options.get("counters"))
+        self._speculator = SaguaroSpeculator(
+            runner.req_states,
+            config.num_speculative_tokens,
+            longest=config.draft_max_length,
+            certain=config.draft_sample_method == "greedy",
+            counters=DeviceCounters(self._page, runner.req_states.max_num_reqs, runner.device),
+        )
+        runner_v2.install(runner, self._speculator)
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        """Load the target, then the draft, and mark filler in the target's rejection sampler."""
+        super().load_model(load_dummy_weights=load_dummy_weights)
+        assert self._speculator is not None
+        marked_sampler.install(self.model_runner, self._speculator.ready)
+        draft = self._open_draft()
+        logger.info("Saguaro: the draft holds %s GiB of the target's device.", format_gib(draft.resident_bytes))
+        self._speculator.attach(draft)
+        if self._options["placement"] == "stream":  # a process counts its lives itself
+            self._page.set(counters.DRAFT_UP, 1)
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Make the target's KV cache; captures from here on are for good."""
+        super().initialize_from_config(kv_cache_config)
+        if self._speculator is not None:
+            self._speculator.cache_is_there()
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Tell the draft who left, run the target, and tell the draft who came, by the slots that the runner chose."""
+        assert self._speculator is not None
+        self._speculator.begin_step(scheduler_output)
+        output = super().execute_model(scheduler_output)
+        self._speculator.follow_step(scheduler_output)
+        return output
+
+    def shutdown(self) -> None:
+        """End the draft with the worker."""
+        if self._speculator is not None:
+            self._speculator.close()
+            self._speculator = None
+            if self._page.value(counters.HITS):
+                logger.info("Saguaro: hit rate %.3f.", self._page.hit_rate)
+        super().shutdown()
+
+    def _open_draft(self) -> DeviceDraft:
+        slots, longest = self.model_runner.max_num_reqs, self.model_config.max_model_len
+        return open_device_draft(self._options, slots, longest, self.device, self._page)

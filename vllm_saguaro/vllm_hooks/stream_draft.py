@@ -1,0 +1,137 @@
+"""`placement: stream` put together: vLLM's draft model, the device engine, and a stream for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_saguaro.drafting.buckets import Bucket, branches_for, buckets, default_branches
+from vllm_saguaro.drafting.device_blocks import private_blocks
+from vllm_saguaro.drafting.device_engine import DeviceEngine
+from vllm_saguaro.drafting.device_model import NO_PLACE, Piece
+from vllm_saguaro.kernels.operations import operations_for
+from vllm_saguaro.placement.side_stream import SideStream, side_stream
+from vllm_saguaro.placement.stream import StreamDraft
+from vllm_saguaro.vllm_hooks.device_draft_model import VllmDeviceModel
+from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+USUAL_LENGTH = 2048
+"""Tokens of a text that the draft's KV has room for in every slot, where its size is left to us."""
+
+MOST_OF_DEVICE = 0.1
+"""Of the device's memory, what the draft's KV takes at most, where its size is left to us."""
+
+_KV_BYTES_ON_CPU = 1 << 30
+_LARGEST_BLOCK = 32
+"""Tokens a block that the reckoning of a default goes by."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """What the stream placement is made from.
+
+    model: how the draft is loaded. `device` is the worker's, such as "cuda:0"; `kv_cache_bytes` is the draft's KV, 0
+    for a default (`default_kv_tokens`); `max_rows` and `graph_rows` are set here. slots: the runner's max_num_seqs.
+    branches: N, or None for `buckets.default_branches`. method: "probabilistic", or "greedy" for drafts without q
+    ("coupled" is the first: under runner V2 no noise is known beforehand). sampling_c: C of Saguaro sampling, 1 for
+    none. seed of the drafts' noise; None: a secret from the system.
+    """
+
+    model: DraftModelConfig
+    slots: int
+    num_speculative_tokens: int
+    branches: int | None = None
+    method: str = "probabilistic"
+    sampling_c: float = 1.0
+    seed: int | None = None
+
+
+def make_stream_draft(options: StreamOptions) -> StreamDraft:
+    """Load the draft and allocate all that it holds: weights, KV, tables, buffers.
+
+    To be called in the worker before vLLM measures memory (`determine_available_memory`), at best at the end of
+    `load_model`: what is allocated then is taken from the target's KV by vLLM itself. What a round needs for a while,
+    and its graphs later, is held back until the first request or the capture. ValueError, in one line, where the draft
+    cannot be used so.
+    """
+    device = torch.device(options.model.device)
+    branches = options.branches or default_branches(options.num_speculative_tokens)
+    found = buckets(options.slots, branches)
+    stream = side_stream(device)
+    with stream.entered():
+        model = VllmDeviceModel(_model_config(options, branches, found))
+        model.warm_up(rows=(found[-1].rows,))
+        engine = DeviceEngine(
+            model,
+            operations_for(device),
+            options.num_speculative_tokens,
+            options.slots,
+            branches,
+            stream.mark,
+            method=options.method,
+            sampling_c=options.sampling_c,
+            seed=options.seed,
+        )
+        let_go = _hold_back(engine, stream) if device.type == "cuda" else _nothing
+    logger.info(
+        "Saguaro: the draft drafts on a stream of %s, %s branches a request at most, %d blocks of KV.",
+        *(device, branches, model.num_blocks),
+    )
+    return StreamDraft(engine, stream, let_go)
+
+
+def default_kv_tokens(slots: int, branches: int, max_length: int, num_speculative_tokens: int) -> int:
+    """Tokens that the draft's KV is for where its size is left to us: a usual text in every slot, and its branches.
+
+    At least one text of the greatest length, and the branches of a request that is alone.
+    """
+    private = private_blocks(_LARGEST_BLOCK, num_speculative_tokens) * _LARGEST_BLOCK
+    usual = min(max_length, USUAL_LENGTH) + _LARGEST_BLOCK
+    many = slots * (usual + branches_for(slots, branches) * private)
+    return max(many, max_length + _LARGEST_BLOCK + branches * private)
+
+
+def _model_config(options: StreamOptions, branches: int, found: list[Bucket]) -> DraftModelConfig:
+    config = options.model
+    rows = sorted({bucket.rows for bucket in found} | {bucket.batch for bucket in found})
+    if not config.kv_cache_bytes:
+        tokens = default_kv_tokens(options.slots, branches, config.max_length, options.num_speculative_tokens)
+        on_cpu = torch.device(config.device).type == "cpu"
+        most = _KV_BYTES_ON_CPU if on_cpu else int(MOST_OF_DEVICE * torch.cuda.mem_get_info(config.device)[1])
+        config = replace(config, kv_cache_tokens=tokens, kv_cache_bytes=most)
+    return replace(config, max_rows=rows[-1], graph_rows=rows)
+
+
+def _nothing() -> None:
+    """Nothing is held back."""
+
+
+def _hold_back(engine: DeviceEngine, stream: SideStream) -> Callable[[], None]:
+    """Hold as much memory as the largest round and the longest piece of a prompt take; the call that lets it go.
+
+    vLLM empties torch's cache before it measures, and would give this memory to the target's KV. It is held for the
+    draft's stream, whose work then finds it in the cache.
+    """
+    device, model = engine.model.device, engine.model
+    assert stream.cuda is not None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    engine.idle()
+    for bucket in (engine.buckets[0], engine.buckets[-1]):
+        engine.look_up(bucket)
+        engine.work(bucket)
+    longest = min(model.max_tokens, model.max_length)
+    nowhere = torch.full((longest,), NO_PLACE, dtype=torch.int64, device=device)
+    model.read(Piece(torch.zeros_like(nowhere), 0, engine.state.main[engine.state.nobody], nowhere))
+    torch.cuda.synchronize(device)
+    kept = torch.cuda.memory_allocated(device) - before
+    peak = torch.cuda.max_memory_allocated(device) - before - kept
+    torch.cuda.empty_cache()
+    held = [torch.empty(max(peak, 1), dtype=torch.uint8, device=device)]
+    return held.clear

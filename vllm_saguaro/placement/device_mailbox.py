@@ -108,7 +108,6 @@ class MailboxDraft:
         self._requests: dict[int, _Request] = {}
         self._texts: dict[int, tuple[str, tuple[int, ...], Sampling]] = {}
         """By slot: requests of which no outcome was enqueued yet, so that the host knows their text."""
-        self._greedy: set[int] = set()
         self._unheard: list[Release] = []
         self._epoch = 0
         self._life: _Life | None = None
@@ -127,7 +126,6 @@ class MailboxDraft:
         self._notice_lives()
         text = tuple(token_ids)
         self._texts[slot] = request_id, text, sampling
-        (self._greedy.add if sampling.greedy else self._greedy.discard)(slot)
         former = self._requests.pop(slot, None)
         if former is not None:
             self._unheard.append(Release(former.stamp))
@@ -271,8 +269,8 @@ class MailboxDraft:
 
         Drafts whose q is not there, is torn or is no distribution count as certain, which is as exact.
         """
-        if draft_logits is None or self._greedy.issuperset(outcomes.slots_on_host.tolist()):
-            return  # vLLM does not look at rows of greedy requests
+        if draft_logits is None:
+            return
         given = self._given
         if given is None or given.outcomes is not outcomes or not self._with_q:
             write_certain(draft_logits, outcomes.slots, drafts.tokens.clamp(0, draft_logits.shape[-1] - 1))

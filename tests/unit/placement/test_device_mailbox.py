@@ -335,17 +335,26 @@ def test_certain_drafts_are_certain(sides: Sides) -> None:
         assert logits[slot].max(-1).values.tolist() == [0, 0, 0]
 
 
-def test_nobody_writes_q_for_greedy_requests_or_where_nobody_asks(sides: Sides) -> None:
+def test_q_is_written_only_where_somebody_asks(sides: Sides) -> None:
+    sides.draft.admit(1, "r", PROMPT, SAMPLED)
+    outcomes = outcomes_of([(1, 0, 5, 7)])
+    drafts = sides.draft.exchange(outcomes)
+    sides.draft.logits_into(outcomes, drafts, None)
+    logits = torch.full((4, 3, 40), 5.0)
+    sides.draft.logits_into(outcomes, drafts, logits)
+    assert not (logits[1] == 5).any()
+    assert (logits[[0, 2, 3]] == 5).all()
+
+
+def test_a_request_told_as_greedy_has_certain_rows(sides: Sides) -> None:
+    """The verifier may read them all the same: one with a grammar is told so, whatever its temperature."""
     sides.draft.admit(1, "r", PROMPT, GREEDY)
     outcomes = outcomes_of([(1, 0, 5, 7)])
     drafts = sides.draft.exchange(outcomes)
     logits = torch.full((4, 3, 40), 5.0)
     sides.draft.logits_into(outcomes, drafts, logits)
-    assert (logits == 5).all()
-    sides.draft.admit(1, "s", PROMPT, SAMPLED)
-    sides.draft.logits_into(outcomes, drafts, None)
-    sides.draft.logits_into(outcomes, drafts, logits)
-    assert not (logits[1] == 5).any()
+    assert logits[1].argmax(-1).tolist() == drafts.tokens[0].tolist()
+    assert logits[1].isfinite().sum(-1).tolist() == [1, 1, 1]
 
 
 def test_without_a_draft_side_rows_are_certain(sides: Sides) -> None:

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_saguaro.messages import GONE
 from vllm_saguaro.placement.layout import CELL_HEADER, CONTROL_WORDS, Q_HEADER, MailboxShape
 
 _SEQUENCE, _GENERATION, _ROUND, _BRANCHES, _DEPTH = range(5)
@@ -40,14 +39,12 @@ class DeviceTables:
     """The tables of B rows, each as far as it is the awaited one, with unused entries masked. All on the device.
 
     version [B] int64: tells tables of one stamp apart. awaited [B] bool: the table of this very round is there, whole.
-    gone [B] bool: the draft side says that it no longer has the request. accepted_keys [B, N] int32, -1 where there is
-    no branch; bonus_keys [B, N] int64; drafts [B, N, K] int64, not yet known to be tokens; depth [B] int32, 0 where not
-    awaited.
+    accepted_keys [B, N] int32, -1 where there is no branch; bonus_keys [B, N] int64; drafts [B, N, K] int64, not yet
+    known to be tokens; depth [B] int32, 0 where not awaited.
     """
 
     version: Tensor
     awaited: Tensor
-    gone: Tensor
     accepted_keys: Tensor
     bonus_keys: Tensor
     drafts: Tensor
@@ -83,13 +80,13 @@ class TableReader:
         possible &= depth <= shape.num_speculative_tokens
         awaited = whole & possible & (of_round == round_)
         there = awaited.unsqueeze(1) & (self._branch < branches.unsqueeze(1))
-        keys, drafts = body[:, : shape.branches], body[:, shape.branches :]
+        tokens = body & _TOKEN
+        bonus, drafts = tokens[:, : shape.branches], tokens[:, shape.branches :]
         return DeviceTables(
             version=before,
             awaited=awaited,
-            gone=whole & (of_round == GONE),
-            accepted_keys=torch.where(there, keys >> 32, -1).to(torch.int32),
-            bonus_keys=keys & _TOKEN,
+            accepted_keys=torch.where(there, body[:, : shape.branches] >> 32, -1).to(torch.int32),
+            bonus_keys=bonus,
             drafts=drafts.unflatten(1, (shape.num_speculative_tokens, shape.branches)).transpose(1, 2),
             depth=torch.where(awaited, depth, 0).to(torch.int32),
         )

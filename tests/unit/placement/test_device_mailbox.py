@@ -74,7 +74,7 @@ def test_a_table_that_is_not_there_yet_is_a_miss_and_one_that_grows_serves_what_
     sides.target.admit(0, PROMPT)
     assert sides.target.step().ready.tolist() == [0]  # not even the prompt was read
     sides.channel.work()
-    seen = set()
+    seen = set[int]()
     for _ in range(12):
         sides.channel.take_in()
         for _ in range(4):  # a forward more or less than a whole round

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.unit.placement.device_sides import lookup
-from vllm_saguaro.messages import GONE, Proposals, Stamp, Table
+from vllm_saguaro.messages import Proposals, Stamp, Table
 from vllm_saguaro.placement.device_tables import DeviceTables, TableReader
-from vllm_saguaro.placement.layout import CELL_HEADER, MailboxShape
+from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.mailbox import Mailbox
 
 SHAPE = MailboxShape(
@@ -96,7 +96,6 @@ def test_a_table_of_another_stamp_is_none(other: Stamp) -> None:
     memory = Memory()
     publish(memory.box)
     assert contents(read(memory.reader, other)) is None
-    assert not read(memory.reader, other).gone[0]
 
 
 def test_memory_that_nobody_wrote_is_no_table_of_nobody() -> None:
@@ -104,12 +103,11 @@ def test_memory_that_nobody_wrote_is_no_table_of_nobody() -> None:
     assert contents(read(memory.reader, Stamp(SLOT, 0, 0))) is None
 
 
-def test_a_request_that_is_gone_is_gone() -> None:
+def test_a_request_that_is_gone_has_no_table() -> None:
     memory = Memory()
+    publish(memory.box)
     memory.box.publish(Table(STAMP.gone(), [], [], []))
-    tables = read(memory.reader)
-    assert (contents(tables), tables.gone.tolist()) == (None, [True])
-    assert not read(memory.reader, Stamp(SLOT, 6, 0)).gone[0]
+    assert contents(read(memory.reader)) is None
 
 
 def test_each_row_is_of_its_slot() -> None:
@@ -198,7 +196,7 @@ def stores_of(memory: Memory, tables: Sequence[tuple[Stamp, int]]) -> list[tuple
         publish_word(word, value)
         note()
 
-    box._publish = noted  # type: ignore[method-assign]
+    box._publish = noted  # type: ignore[assignment, method-assign]
     for stamp, seed in tables:
         for _ in writes(box, stamp, seed):
             pass
@@ -380,8 +378,3 @@ def read_in_all_ways() -> None:
             steps = [0] * 7
             steps[gap], steps[other] = amount, more
             read_meanwhile(steps, 1, 1, ANEW)
-
-
-def test_the_shape_of_a_cell_is_what_the_reader_takes_it_for() -> None:
-    assert CELL_HEADER == 6
-    assert GONE == -1

@@ -1,0 +1,87 @@
+"""What the draft process of runner V2 is started with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
+from vllm_saguaro.counters import CounterPage
+from vllm_saguaro.vllm_hooks import process_draft
+from vllm_saguaro.vllm_hooks.process_draft import own_gpu
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def options(**changes: Any) -> dict[str, Any]:
+    config = dataclasses.replace(SaguaroConfig(draft_sample_method="probabilistic"), **changes)
+    draft = {"model": "draft", "max_model_len": 128}
+    return {**config.to_dict(), "draft": draft, "target_vocab_size": 500, "cores": {"draft": [3], "target": [1, 2]}}
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "target", "expected"),
+    [(None, 2, 0, "1"), (None, 4, 1, "0"), ("", 2, 0, "1"), ("5,7", 2, 0, "7"), ("GPU-a, GPU-b", 2, 1, "GPU-a")],
+)
+def test_the_draft_has_a_gpu_that_is_not_the_targets(
+    visible: str | None, count: int, target: int, expected: str
+) -> None:
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert own_gpu(environment, count, target) == expected
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_without_a_second_gpu_it_says_what_to_write(count: int) -> None:
+    with pytest.raises(SaguaroConfigError, match='"placement": "stream"') as error:
+        own_gpu({}, count, 0)
+    assert "\n" not in str(error.value)
+
+
+def test_the_draft_computes_on_its_own_device_and_chooses_no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = SaguaroConfig.from_dict(options())
+    told = process_draft._draft_options(config, options(), 300, CUDA)
+    assert (told["model"]["device"], told["model"]["max_rows"], told["model"]["max_length"]) == ("cuda:0", 300, 128)
+    assert (told["cpus"], told["draft_sample_method"], told["model"]["vocab_size"]) == ([3], "probabilistic", 500)
+    environment = process_draft._environment(config, options(), CUDA)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "6"
+    assert "VLLM_USE_V2_MODEL_RUNNER" not in environment
+    on_cpu = process_draft._draft_options(config, options(), 2, CPU)
+    assert on_cpu["model"]["device"] == "cpu"
+    assert process_draft._environment(config, options(), CPU)["CUDA_VISIBLE_DEVICES"] == "4,6"
+
+
+def test_ray_is_asked_for_a_gpu_unless_the_user_said_how_many() -> None:
+    config = SaguaroConfig(placement="ray", ray_options={"num_cpus": 2})
+    assert process_draft._with_gpu(config, CUDA).ray_options == {"num_gpus": 1, "num_cpus": 2}
+    asked = SaguaroConfig(placement="ray", ray_options={"num_gpus": 0.5})
+    assert process_draft._with_gpu(asked, CUDA).ray_options == {"num_gpus": 0.5}
+    assert process_draft._with_gpu(config, CPU) is config
+
+
+def test_a_draft_that_does_not_come_up_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+
+    class Channel:
+        alive, shards, max_length, resident_bytes = True, (range(2),), 0, 0
+
+        def __init__(self, *_: Any) -> None: ...
+
+        def epoch(self, slot: int) -> int:
+            return 1
+
+        def wait_until_ready(self) -> None:
+            raise RuntimeError("no model there")
+
+        def close(self) -> None:
+            closed.append(self)
+
+    monkeypatch.setattr(process_draft, "ProcessChannel", Channel)
+    with pytest.raises(RuntimeError, match="no model there"):
+        process_draft.open_process_draft(options(), 2, CPU, 256, CounterPage(), lambda *_: None)  # type: ignore[arg-type, return-value]
+    assert len(closed) == 1

@@ -165,7 +165,6 @@ class ForecastProbe:
         self._put(HIT_BINS, float(belief.ranked[: self._branches].sum()), hit)
 
     def _put(self, bins: str, predicted: float, happened: bool) -> None:
-        # The sum of several outcomes may be above 1: the maps know each candidate, not their sum.
         i = min(int(predicted * BINS), BINS - 1)
         self._counts[f"{bins}count_{i}"] += 1
         self._counts[f"{bins}predicted_{i}"] += predicted

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.v2 import v2_plans
-from tests.v2.scripted_drafts import M
 from tests.v2.v2_runs import OPTIONS, V2Run, run_v2, saguaro
 
 SCRIPTS = ("oracle", "none", "garbage", "mixed", "depths")
@@ -66,8 +65,7 @@ def ragged() -> tuple[V2Run, V2Run, V2Run]:
 @pytest.fixture(scope="session")
 def sampled() -> V2Run:
     """Samples over a small vocabulary, and what planted errors make of them; async."""
-    candidates = [*v2_plans.ALLOWED[: M - 2], 5, 6]
-    made_up = {"candidates": candidates}
+    made_up = {"candidates": v2_plans.CANDIDATES}
     planted = ("unmarked", "marked one late")
     (run,) = run_v2(
         [
@@ -75,7 +73,7 @@ def sampled() -> V2Run:
                 "options": OPTIONS | {"max_num_seqs": 32} | saguaro(num_speculative_tokens=3),
                 "async": True,
                 "scenarios": [
-                    v2_plans.samples("drawn", 128, script="drawn", **made_up),
+                    v2_plans.samples("drawn", 96, script="drawn", **made_up),
                     *(v2_plans.samples(script, 32, script=script, **made_up) for script in ("lie", "stale")),
                     *(v2_plans.samples(plant, 32, script="drawn", plant=plant, **made_up) for plant in planted),
                 ],

@@ -15,8 +15,8 @@ Scripts (R slots, K drafts, M candidates of a made-up q):
 
 and with an error in them:
 
-    lie       `drawn`, but another q is handed over than was drawn from
-    stale     `drawn`, but the tokens are those of the slot's round before, beside the q of this one
+    lie       K tokens drawn, but another q is handed over than was drawn from
+    stale     K tokens drawn, but the tokens are those of the slot's round before, beside the q of this one
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class ScriptedDraft:
         rows = outcomes.slots.shape[0]
         filler = outcomes.bonus.unsqueeze(-1).expand(-1, self._k)
         depth = torch.full((rows,), self._k, dtype=torch.int32)
-        if self.script in ("depths", "drawn", "lie", "stale"):
+        if self.script in ("depths", "drawn"):
             depth = torch.randint(0, self._k + 1, (rows,), generator=self._rng, dtype=torch.int32)
         if self.script == "none":
             tokens, depth = filler, torch.zeros_like(depth)

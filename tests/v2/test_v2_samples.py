@@ -23,7 +23,7 @@ def samples_p(run: V2Run, name: str) -> float:
 
 
 def test_samples_are_the_targets(sampled: V2Run) -> None:
-    assert sampled["drawn"].accepted > 100
+    assert sampled["drawn"].accepted > 60
     assert sampled["drawn"].metrics["vllm:saguaro_misses{cause=not_predicted}"] > 0
     assert samples_p(sampled, "drawn") > CHANCE
 

@@ -10,9 +10,11 @@ from tests.e2e.harness import Json, prompts, text_of, tokenize
 TOKENS = 24
 GREEDY = [tokenize(prompt) for prompt in prompts()[:4]]
 SAMPLED_PROMPT = tokenize(plans.SAMPLED_PROMPT)
-ALLOWED = list(range(300, 312))
-"""The small vocabulary of the sampled requests; some candidates of the made-up q lie outside."""
-SAMPLED: Json = {"temperature": 0.8, "max_tokens": 8, "ignore_eos": True, "allowed_token_ids": ALLOWED}
+ALLOWED = [302, 304, 305, 306, 308, 309, 310, 311]
+"""The small vocabulary of the sampled requests: which of them are likely changes from token to token."""
+CANDIDATES = [302, 304, 305, 308, 309, 310, 311, 5]
+"""Of a made-up q: one token is missing, and one is never allowed."""
+SAMPLED: Json = {"temperature": 1.2, "max_tokens": 8, "ignore_eos": True, "allowed_token_ids": ALLOWED}
 
 
 def greedy(name: str, **more: Any) -> Json:

@@ -62,6 +62,13 @@ PRIOR_LINES: dict[Event, dict[str, tuple[float, float]]] = {
     Event.BONUS: {"greedy": (1.5, 1.4), "certain": (1.0, 0.0), "sampled": (1.0, 0.0), "coupled": (1.0, 0.0)},
 }
 
+# The prior of that share, worth `strength` rounds. A greedy target nearly always takes one of a draft's first 64; where
+# drafts are sampled from q, a rejection leaves what of p lies outside of q.
+PRIOR_COVERAGE: dict[Event, dict[str, float]] = {
+    Event.RESIDUAL: {"greedy": 0.99, "certain": 0.9, "sampled": 0.6, "coupled": 0.98},
+    Event.BONUS: {"greedy": 0.99, "certain": 0.95, "sampled": 0.95, "coupled": 0.98},
+}
+
 BINS = 24
 """Bins of equal width over the log-odds from -9 to 9 nats, open at both ends."""
 _EDGE = 9.0
@@ -115,8 +122,8 @@ def class_name(cls: int) -> str:
 def apply(table: Tensor, classes: Tensor, what: Event, raw: Tensor) -> Tensor:
     """The probabilities [B, ...] float32 of events with the scores `raw` [B, ...] float32.
 
-    `table` [NUM_CLASSES, 3, BINS] float32 is `Calibration.table()`, on the device of the others; `classes` [B] int64 is
-    each row's class. Nothing waits for the device and every shape depends on the shapes of the arguments alone. A score
+    `table` [NUM_CLASSES, 3, BINS + 1] float32 is `Calibration.table()`, on the device of the others; `classes` [B]
+    int64 has each row's class. Nothing waits for the device and every shape depends on those of the arguments. A score
     that is NaN gives NaN; one of 0 still gives LOWEST, so impossible candidates are the caller's to mask.
     """
     nodes = table[:, what].index_select(0, classes)
@@ -133,6 +140,12 @@ def apply_to_candidates(table: Tensor, classes: Tensor, rejected: Tensor, raw: T
     return _along(nodes, raw.flatten(0, 1), _TAIL[Event.BONUS]).view_as(raw)
 
 
+def coverage(table: Tensor, classes: Tensor, rejected: Tensor) -> Tensor:
+    """How likely the bonus token is one of the candidates of each position, [B, P] float32; the rest as above."""
+    kind = torch.where(rejected, int(Event.RESIDUAL), int(Event.BONUS))
+    return table[classes.unsqueeze(1), kind, BINS]
+
+
 def between(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The nodes that scores `raw` [...] float32 lie between: `left` [...] int64 and the one after it.
 
@@ -146,7 +159,7 @@ def between(raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _along(nodes: Tensor, raw: Tensor, tail: float) -> Tensor:
-    """The probabilities [R, M] of scores [R, M], each row along its own nodes [R, BINS]."""
+    """The probabilities [R, M] of scores [R, M], each row along its own nodes, the first BINS of [R, BINS + 1]."""
     left, share, beyond = between(raw)
     value = torch.lerp(nodes.gather(1, left), nodes.gather(1, left + 1), share)
     if tail:
@@ -175,25 +188,29 @@ class Calibration:
         self._prior_trials = np.maximum(strength, np.minimum(memory, 1 / prior))
         self._prior_successes = self._prior_trials * prior
         self._log_odds = np.log(prior) - np.log1p(-prior)  # the nodes [NUM_CLASSES, 3, BINS]
+        # [NUM_CLASSES, 3, 2]: rounds in which a candidate was the bonus token, and all of them
+        self._covered = strength * np.stack((_prior_coverage(), np.ones((NUM_CLASSES, len(Event)))), axis=-1)
         self._stale: set[tuple[int, Event]] = set()
         self._table: Tensor | None = None
 
     def table(self) -> Tensor:
-        """The nodes of all maps: log-odds [NUM_CLASSES, 3, BINS] float32, on the CPU.
+        """[NUM_CLASSES, 3, BINS + 1] float32, on the CPU: the nodes of all maps (log-odds), then the coverage.
 
         Only maps that learnt something since the last call are made anew. A table that was given out never changes.
         """
         for cls, what in tuple(self._stale):
             self._nodes(cls, what)
         if self._table is None:
-            self._table = torch.from_numpy(self._log_odds.astype(np.float32))
+            covered = self._covered[..., :1] / self._covered[..., 1:]
+            self._table = torch.from_numpy(np.concatenate((self._log_odds, covered), axis=-1).astype(np.float32))
         return self._table
 
     def learn(self, cls: int, what: Event, raw: NDArray[np.floating], happened: NDArray[np.bool_]) -> None:
         """Learn that of the events with scores `raw`, those marked in `happened` (of the same shape) took place.
 
-        What the map said of them until now is scored first. Raises ValueError where the shapes differ or a score is not
-        in [0, 1] (but for rounding), IndexError for a class that does not exist.
+        Of candidates all those of one position belong in one call: whether any of them was the bonus token is learnt,
+        too. What the map said of them until now is scored first. Raises ValueError where the shapes differ or a score
+        is not in [0, 1] (but for rounding), IndexError for a class that does not exist.
         """
         if raw.shape != happened.shape:
             raise ValueError(f"{raw.shape} scores, but {happened.shape} events")
@@ -221,6 +238,10 @@ class Calibration:
             sums[row] += np.bincount(left, amount * (1 - weight), BINS)
             sums[row] += np.bincount(left + 1, amount * weight, BINS)
         sums *= self._memory / np.maximum(sums[_TRIALS], self._memory)
+        if what is not Event.ACCEPTANCE:
+            covered = self._covered[cls, what]
+            covered += happened.any(), 1.0
+            covered *= self._memory / max(covered[1], self._memory)
         self._stale.add((cls, what))
 
     def calibration_error(self, cls: int | None, what: Event) -> float:
@@ -274,6 +295,16 @@ def _prior() -> Floats:
     names = [name for row in greedy_first for name in row for _ in ORIGINS]
     lines = np.array([[PRIOR_LINES[what][name] for what in Event] for name in names])
     return 1 / (1 + np.exp(-(lines[..., :1] * _CENTRES + lines[..., 1:])))
+
+
+def _prior_coverage() -> Floats:
+    """[NUM_CLASSES, 3]; there is nothing to cover for the acceptance of a draft."""
+    shares: Floats = np.ones((NUM_CLASSES, len(Event)))
+    for cls in range(NUM_CLASSES):
+        warmth, rule = divmod(cls // len(ORIGINS), len(RULES))
+        for what, by_name in PRIOR_COVERAGE.items():
+            shares[cls, what] = by_name["greedy" if warmth == 0 else RULES[rule]]
+    return shares
 
 
 def _isotonic(mean: Floats, weight: Floats) -> Floats:

@@ -20,7 +20,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from vllm_saguaro.algorithm.calibration import Event, apply, apply_to_candidates
+from vllm_saguaro.algorithm.calibration import Event, apply, apply_to_candidates, coverage
 
 FanOut = Literal["ranked", "uncalibrated", "geometric", "uniform"]
 
@@ -119,15 +119,17 @@ def accepted_length_distribution(a: Tensor, n: Tensor) -> Tensor:
 def outcome_log_probabilities(beliefs: Beliefs, raw: Scores, table: Tensor) -> Tensor:
     """log P(k = j, t* = t) [B, K+1, M] of every candidate; -inf where it cannot be.
 
-    P(k = j) P(t* = t | k = j), each factor a raw score through its calibrated map (`table` of
-    `Calibration.table`).
+    P(k = j) P(t* = t | k = j): the first from raw scores through their calibrated map (`table` of `Calibration.table`),
+    the second likewise, in proportion: the candidates of a position add up to the chance that t* is one of them.
     """
     classes, n = beliefs.classes, beliefs.n
     length = accepted_length_distribution(apply(table, classes, Event.ACCEPTANCE, raw.accept), n)
     rejected = torch.arange(length.shape[1], device=n.device) < n.unsqueeze(-1)
-    token = apply_to_candidates(table, classes, rejected, raw.token)
-    length = length.unsqueeze(-1)
-    return torch.where((raw.token > 0) & (length > 0), length.log() + token.log(), -torch.inf)
+    possible = raw.token > 0
+    token = torch.where(possible, apply_to_candidates(table, classes, rejected, raw.token), 0.0)
+    of_all = token.sum(-1, keepdim=True).clamp_min(torch.finfo(token.dtype).tiny)
+    length = (length * coverage(table, classes, rejected)).unsqueeze(-1)
+    return torch.where(possible & (length > 0), length.log() + (token / of_all).log(), -torch.inf)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

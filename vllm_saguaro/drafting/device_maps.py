@@ -23,7 +23,8 @@ class AcceptanceMaps:
 
     def __init__(self, device: torch.device, memory: float = 2000.0, strength: float = 20.0) -> None:
         self._memory = memory
-        self._table = Calibration(memory, strength).table().to(device, copy=True)  # [NUM_CLASSES, 3, BINS]
+        # [NUM_CLASSES, 3, BINS]: the share of the candidates, which the host learns, is not looked at here
+        self._table = Calibration(memory, strength).table()[..., :BINS].to(device, copy=True)
         prior = torch.sigmoid(self._table[:, Event.ACCEPTANCE].double())
         self._prior_trials = (1 / prior).clamp(strength, max(memory, strength))
         self._prior_successes = self._prior_trials * prior

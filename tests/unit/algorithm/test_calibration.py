@@ -18,12 +18,14 @@ from vllm_saguaro.algorithm.calibration import (
     LOWEST,
     NUM_CLASSES,
     ORIGINS,
+    PRIOR_COVERAGE,
     PRIOR_LINES,
     Calibration,
     Event,
     apply,
     class_name,
     class_of,
+    coverage,
 )
 
 Array = NDArray[np.float64]
@@ -200,7 +202,7 @@ def test_a_known_map_is_recovered(what: Event) -> None:
     assert np.abs(got - steep(GRID)).max() < 0.05
     assert np.abs(got - steep(GRID)).mean() < 0.015
     assert (np.diff(got) >= 0).all()  # close to 1 float32 has no steps for the tilt of pooled bins
-    assert (maps.table()[SAMPLED, what].diff() > 0).all()
+    assert (maps.table()[SAMPLED, what, :BINS].diff() > 0).all()
 
 
 def test_the_map_follows_a_change() -> None:
@@ -269,13 +271,34 @@ def test_the_first_rounds_are_good_and_later_ones_better(what: Event, shape: Cal
         assert losses[2000] < prior + 0.01
 
 
+@pytest.mark.parametrize("what", [Event.RESIDUAL, Event.BONUS])
+def test_what_the_candidates_add_up_to_is_learnt_by_class_and_event(what: Event) -> None:
+    """Also where their scores say otherwise; what came before the last `memory` rounds fades."""
+    maps = Calibration(memory=100, strength=20)
+    raw, classes, rejected = np.array([0.6, 0.3]), torch.tensor([SAMPLED, GREEDY]), torch.tensor([[True, False]] * 2)
+    before = coverage(maps.table(), classes, rejected)
+    is_first, is_none = np.array([True, False]), np.zeros(2, dtype=bool)
+    for i in range(40):
+        maps.learn(SAMPLED, what, raw, is_first if i % 4 == 0 else is_none)
+    after = coverage(maps.table(), classes, rejected)
+    column = 0 if what is Event.RESIDUAL else 1
+    prior = PRIOR_COVERAGE[what]["sampled"]
+    assert before[0, column].item() == pytest.approx(prior)
+    assert after[0, column].item() == pytest.approx((20 * prior + 10) / 60)
+    assert after[1].tolist() == before[1].tolist()
+    assert after[0, 1 - column] == before[0, 1 - column]
+    for _ in range(2000):
+        maps.learn(SAMPLED, what, raw, is_first)
+    assert coverage(maps.table(), classes, rejected)[0, column].item() == pytest.approx(1, abs=1e-3)
+
+
 # --- tables and look-ups ---------------------------------------------------------------------------------------------
 
 
 def test_a_table_is_made_anew_only_after_learning_and_never_changes() -> None:
     maps = Calibration()
     tables, copies = [maps.table()], [maps.table().clone()]
-    assert (tables[0].shape, tables[0].dtype) == ((NUM_CLASSES, 3, BINS), torch.float32)
+    assert (tables[0].shape, tables[0].dtype) == ((NUM_CLASSES, 3, BINS + 1), torch.float32)
     for _ in range(3):
         assert maps.table() is tables[-1]
         for _ in range(2):  # the second finds the maps of the first one stale
@@ -342,7 +365,7 @@ def test_whatever_is_learnt_maps_are_monotone_and_within_range(
     for events_of_round in learnt:
         raw, happened = (np.repeat(np.array(column), repeated) for column in zip(*events_of_round, strict=True))
         maps.learn(cls, what, raw, happened)
-    nodes = maps.table()[cls, what]
+    nodes = maps.table()[cls, what, :BINS]
     assert nodes.isfinite().all()
     assert (nodes.diff() > 0).all()  # strictly: a top-k orders equal candidates as it likes
     p = estimate(maps, cls, what, 1 / (1 + np.exp(-np.linspace(-40, 20, 400))))

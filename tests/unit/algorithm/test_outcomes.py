@@ -28,8 +28,8 @@ RULES = ("ranked", "uncalibrated", "geometric", "uniform")
 SAMPLED = class_of(1.0, coupled=False, certain=False, backup=False)
 WIDTH = 18 / BINS
 CENTRES = [-9 + WIDTH * (b + 0.5) for b in range(BINS)]
-IDENTITY = torch.tensor(CENTRES).expand(NUM_CLASSES, len(Event), BINS).contiguous()
-"""Maps that take a score for the probability."""
+IDENTITY = torch.tensor([*CENTRES, 1.0]).expand(NUM_CLASSES, len(Event), BINS + 1).contiguous()
+"""Maps that take a score for the probability; the bonus token is always a candidate."""
 PRIOR = Calibration().table().clamp(max=7.0)
 """The prior, but with no acceptance so close to 1 that 1 - a is coarse in float32."""
 
@@ -71,7 +71,8 @@ def taught(seed: int) -> Tensor:
     """A table of maps that have learnt any rising relation."""
     g = torch.Generator().manual_seed(seed)
     rises = torch.empty(NUM_CLASSES, len(Event), BINS).uniform_(0.01, 0.6, generator=g)
-    return rises.cumsum(-1) - 9
+    covered = torch.empty(NUM_CLASSES, len(Event), 1).uniform_(0.2, 1, generator=g)
+    return torch.cat((rises.cumsum(-1) - 9, covered), dim=-1)
 
 
 def mapped(table: Tensor, cls: int, what: Event, raw: float) -> float:
@@ -103,7 +104,9 @@ def plain(beliefs: Beliefs, table: Tensor, row: int) -> dict[tuple[int, int], fl
             left = [max(p - d, 0) + 0.05 * p for p, d in zip(q, drawn, strict=True)]
             left = [0.0 if t == draft else w for t, w in zip(tokens, left, strict=True)]
             score = [w / max(sum(left), 1e-37) for w in left]
-        found |= {(k, t): stops * mapped(table, cls, what, s) for t, s in zip(tokens, score, strict=True) if s > 0}
+        weights = {t: mapped(table, cls, what, s) for t, s in zip(tokens, score, strict=True) if s > 0}
+        covered = float(table[cls, what, BINS])
+        found |= {(k, t): stops * covered * weight / sum(weights.values()) for t, weight in weights.items()}
     return found
 
 

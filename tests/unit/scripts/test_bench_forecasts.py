@@ -37,8 +37,9 @@ from vllm_saguaro.placement.mailbox import MailboxShape
 K = 3
 
 
-ACCEPTANCE, TOKEN = 0.5, 0.7
-"""What `flat_table` says of every draft and of every candidate."""
+ACCEPTANCE, COVERAGE = 0.5, 0.9
+"""What `flat_table` says of every draft, and of the three candidates of a position together."""
+TOKEN = COVERAGE / 3
 
 
 def make_forecast() -> Forecast:
@@ -49,10 +50,10 @@ def make_forecast() -> Forecast:
 
 
 def flat_table() -> torch.Tensor:
-    """Maps that say the same of every score: the outcomes of `make_forecast` have 0.0875, 0.35 and 0.35."""
-    chance = torch.full((NUM_CLASSES, len(Event), BINS), TOKEN)
-    chance[:, Event.ACCEPTANCE] = ACCEPTANCE
-    return torch.logit(chance)
+    """Maps that say the same of every score: the outcomes of `make_forecast` have 0.0375, 0.15 and 0.15."""
+    table = torch.full((NUM_CLASSES, len(Event), BINS + 1), torch.logit(torch.tensor(ACCEPTANCE)).item())
+    table[..., BINS] = COVERAGE
+    return table
 
 
 def make_forecaster(fan_out: str = "ranked") -> Forecaster:
@@ -114,9 +115,9 @@ def test_each_outcome_is_held_against_its_forecast() -> None:
 
 def test_predicted_is_what_the_table_says_of_the_first_n() -> None:
     predicted = forecasts.shares(watch(MIXED), PREDICTED)
-    assert predicted == pytest.approx({1: 0.0875, 2: 0.4375, 3: 0.7875})
+    assert predicted == pytest.approx({1: 0.0375, 2: 0.1875, 3: 0.3375})
     # More branches than there were outcomes to rank.
-    assert forecasts.shares(watch(MIXED, branches=4), PREDICTED)[4] == pytest.approx(0.7875)
+    assert forecasts.shares(watch(MIXED, branches=4), PREDICTED)[4] == pytest.approx(0.3375)
 
 
 def test_the_probabilities_are_those_of_the_choice() -> None:
@@ -138,7 +139,7 @@ def test_a_forecast_without_drafts_has_a_belief() -> None:
     tokens, raw = np.array([[5, 6]]), np.array([[0.9, 0.1]], dtype=np.float32)
     belief = Belief.of(Forecast(0, np.zeros(0, np.float32), tokens, raw, [(0, 6), (0, 5)], wanted=2), flat_table())
     assert belief.accept.size == 0
-    assert belief.ranked == pytest.approx([TOKEN, TOKEN])
+    assert belief.ranked == pytest.approx([COVERAGE / 2, COVERAGE / 2])
     assert Belief.of(Forecast(0, np.zeros(0), tokens, raw, [], wanted=0), flat_table()).ranked.size == 0
 
 
@@ -146,9 +147,9 @@ def test_errors_of_predictions_that_are_off_by_a_known_amount() -> None:
     counts = watch(MIXED)
     assert filled_bins(counts) == pytest.approx(
         {
-            "bin_count_7": 4,
-            "bin_predicted_7": 4 * 0.7875,
-            "bin_hits_7": 1,
+            "bin_count_3": 4,
+            "bin_predicted_3": 4 * 0.3375,
+            "bin_hits_3": 1,
             "accept_bin_count_5": 8,
             "accept_bin_predicted_5": 4,
             "accept_bin_hits_5": 4,
@@ -156,8 +157,8 @@ def test_errors_of_predictions_that_are_off_by_a_known_amount() -> None:
     )
     hits = CalibrationError.of(counts, HIT_BINS)
     assert hits is not None
-    assert hits.error == pytest.approx(0.7875 - 0.25)
-    assert hits.noise == pytest.approx(math.sqrt(2 / math.pi * 0.7875 * 0.2125 / 4))
+    assert hits.error == pytest.approx(0.3375 - 0.25)
+    assert hits.noise == pytest.approx(math.sqrt(2 / math.pi * 0.3375 * 0.6625 / 4))
     acceptance = CalibrationError.of(counts, ACCEPTANCE_BINS)
     assert acceptance is not None
     assert acceptance.error == pytest.approx(0)
@@ -169,7 +170,7 @@ def test_errors_of_predictions_that_are_off_by_a_known_amount() -> None:
 
 def test_errors_of_several_bins_do_not_cancel() -> None:
     low = {"bin_count_1": 10, "bin_predicted_1": 1.5, "bin_hits_1": 4}
-    high = {"bin_count_9": 10, "bin_predicted_9": 10.5, "bin_hits_9": 8}  # sums of candidates may be above 1
+    high = {"bin_count_9": 10, "bin_predicted_9": 10.5, "bin_hits_9": 8}
     error = CalibrationError.of(low | high, HIT_BINS)
     assert error is not None
     assert error.error == pytest.approx((2.5 + 2.5) / 20)
@@ -177,14 +178,16 @@ def test_errors_of_several_bins_do_not_cancel() -> None:
     assert CalibrationError.of({}, HIT_BINS) is None
 
 
-def test_more_than_certain_is_in_the_last_bin() -> None:
+def test_what_is_held_to_be_certain_is_in_the_last_bin() -> None:
+    certain = flat_table()
+    certain[..., :BINS], certain[..., BINS] = 40.0, 1.0
     forecaster = make_forecaster()
-    forecaster.calibration.table = lambda: torch.full_like(flat_table(), 9.0)  # type: ignore[method-assign]
+    forecaster.calibration.table = lambda: certain  # type: ignore[method-assign]
     sure = make_forecast()
     probe = ForecastProbe(forecaster, 3)
     sure.ranked[:] = [(K, 31), (K, 32), (K, 33)]
     probe.wrap(forecaster.learn)(sure, K, 32, K)
-    assert probe.counts()["bin_predicted_9"] == probe.counts()["predicted@3"] > 2
+    assert probe.counts()["bin_predicted_9"] == pytest.approx(1, abs=1e-4)
 
 
 def test_uncalibrated_is_judged_by_the_maps_that_it_chose_by() -> None:

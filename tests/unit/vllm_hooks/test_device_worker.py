@@ -1,0 +1,116 @@
+"""The order of things in a worker with runner V2, around a worker and a runner of vLLM that are not there."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_saguaro import counters
+from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
+from vllm_saguaro.vllm_hooks import device_worker
+from vllm_saguaro.vllm_hooks.device_worker import DeviceDraftWorker
+from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
+
+Happened = list[str]
+
+
+class FakeWorker:
+    """vLLM's side: says what it does."""
+
+    def __init__(self, vllm_config: Any, happened: Happened) -> None:
+        self.vllm_config, self.happened = vllm_config, happened
+        self.model_config = SimpleNamespace(max_model_len=32)
+        self.device = torch.device("cpu")
+
+    def init_device(self) -> None:
+        states = SimpleNamespace(max_num_reqs=2, vocab_size=8, device=self.device, req_id_to_index={})
+        self.model_runner = SimpleNamespace(req_states=states, device=self.device, max_num_reqs=2, speculator="vLLM's")
+        self.happened.append("runner")
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        self.happened.append("target")
+
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        self.happened.append("cache")
+
+    def execute_model(self, scheduler_output: Any) -> str:
+        self.happened.append("forward")
+        return "output"
+
+    def shutdown(self) -> None:
+        self.happened.append("worker ends")
+
+
+class WorkerUnderTest(DeviceDraftWorker, FakeWorker):  # type: ignore[misc]
+    """Ours before vLLM's."""
+
+
+class FakeDraft:
+    resident_bytes = 1 << 20
+
+    def __init__(self, happened: Happened) -> None:
+        self.happened = happened
+
+    def capture(self) -> None:
+        self.happened.append("capture")
+
+    def close(self) -> None:
+        self.happened.append("draft ends")
+
+
+def config(use_v2: bool = True) -> Any:
+    options = SaguaroConfig(placement="stream", draft_max_length=16).to_dict() | {"draft": {}, "target_vocab_size": 8}
+    speculative = SimpleNamespace(**{OPTIONS_ATTRIBUTE: options})
+    return SimpleNamespace(use_v2_model_runner=use_v2, speculative_config=speculative)
+
+
+@pytest.fixture
+def happened(monkeypatch: pytest.MonkeyPatch) -> Happened:
+    found: Happened = []
+
+    def open_draft(options: Any, slots: int, longest: int, device: Any, page: Any) -> FakeDraft:
+        assert (slots, longest) == (2, 32)
+        found.append("draft")
+        return FakeDraft(found)
+
+    monkeypatch.setattr(device_worker, "open_device_draft", open_draft)
+    monkeypatch.setattr(device_worker.marked_sampler, "install", lambda runner, ready: found.append("sampler"))
+    monkeypatch.setattr(device_worker.runner_v2, "install", lambda runner, ours: found.append("speculator"))
+    return found
+
+
+def test_from_the_start_to_the_end(happened: Happened) -> None:
+    worker: Any = WorkerUnderTest(config(), happened)
+    worker.init_device()
+    worker.load_model()
+    speculator = worker._speculator
+    speculator.capture()  # vLLM's trial, while it measures memory
+    worker.initialize_from_config(None)
+    speculator.capture()
+    speculator.begin_step = lambda output: happened.append("who leaves")
+    speculator.follow_step = lambda output: happened.append("who came")
+    assert worker.execute_model(None) == "output"
+    assert worker._page.value(counters.DRAFT_UP) == 1
+    worker.shutdown()
+    worker.shutdown()
+    assert happened == [
+        *("runner", "speculator", "target", "sampler", "draft", "cache", "capture"),
+        *("who leaves", "forward", "who came"),
+        *("draft ends", "worker ends", "worker ends"),
+    ]
+
+
+def test_a_worker_that_ends_before_it_began(happened: Happened) -> None:
+    worker: Any = WorkerUnderTest(config(), happened)
+    worker.shutdown()
+    assert happened == ["worker ends"]
+
+
+def test_runner_v1_is_refused_before_anything_is_made(happened: Happened) -> None:
+    with pytest.raises(SaguaroConfigError, match="vLLM has chosen V1 for this configuration") as caught:
+        WorkerUnderTest(config(use_v2=False), happened)
+    assert "\n" not in str(caught.value)
+    assert not happened

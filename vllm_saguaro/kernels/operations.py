@@ -1,0 +1,44 @@
+"""The operations of the device's round as one bundle: Triton kernels on a GPU, their twins in PyTorch elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_saguaro.algorithm import branch_step, branch_tables, outcome_lookup, outcome_ranking
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """What is done to the tables and keys of the device between passes of the draft model.
+
+    Each has the arguments, the results and the promises (static shapes, no waiting) of the function of the same name in
+    `algorithm/`.
+    """
+
+    outcome_lookup: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    ranked_outcomes: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor, Tensor]
+    ]
+    fork: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
+    adopt: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    branch_step: Callable[[Tensor, Tensor, Tensor, int, int, Tensor, Tensor, Tensor], None]
+
+
+TWINS = Operations(
+    outcome_lookup=outcome_lookup.outcome_lookup,
+    ranked_outcomes=outcome_ranking.ranked_outcomes,
+    fork=branch_tables.fork,
+    copy_blocks=branch_tables.copy_blocks,
+    adopt=branch_tables.adopt,
+    branch_step=branch_step.branch_step,
+)
+
+
+def operations_for(device: torch.device) -> Operations:
+    """The operations for tensors on that device."""
+    return TWINS

@@ -55,6 +55,8 @@ def copy_blocks(pages: Tensor, source: Tensor, destination: Tensor) -> None:
     source       [X] int32
     destination  [X] int32         none twice, and none of them a source of the same call
     """
+    if not source.shape[0]:
+        return
     real = source >= 0
     # Where there is nothing to do, one of the copies is done again; where there are none at all, block 0 to itself
     again = real.to(torch.int8).argmax(0, keepdim=True)

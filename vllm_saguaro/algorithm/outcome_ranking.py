@@ -42,7 +42,7 @@ def ranked_outcomes(
     k = torch.arange(positions, device=n.device)
     a = torch.where(k[:-1] < n, accept, 0.0).clamp(0.0, 1.0)
     edge = a.new_zeros(batch, 1)
-    length = torch.cat((edge, a.log().cumsum(1)), 1) + torch.cat(((-a).log1p(), edge), 1)
+    length = torch.cat((edge, a.log().cumsum(1)), 1) + torch.cat(((1.0 - a).log(), edge), 1)
 
     excluded = (candidates[:, :-1] == drafts.unsqueeze(-1)) & (k[:-1] < n).unsqueeze(-1)
     left = torch.cat((log_q[:, :-1].masked_fill(excluded, -torch.inf), log_q[:, -1:]), 1)

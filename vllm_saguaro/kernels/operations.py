@@ -20,9 +20,7 @@ class Operations:
     """
 
     outcome_lookup: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-    ranked_outcomes: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor, Tensor]
-    ]
+    ranked_outcomes: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor, Tensor]]
     fork: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
     adopt: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
@@ -40,5 +38,23 @@ TWINS = Operations(
 
 
 def operations_for(device: torch.device) -> Operations:
-    """The operations for tensors on that device."""
-    return TWINS
+    """The operations for tensors on that device.
+
+    Raises ImportError on a GPU where Triton is missing.
+    """
+    if device.type != "cuda":
+        return TWINS
+    # Here, not above: a machine without a GPU may have no Triton, and needs none
+    from vllm_saguaro.kernels import branch_step as step
+    from vllm_saguaro.kernels import branch_tables as tables
+    from vllm_saguaro.kernels import outcome_lookup as lookup
+    from vllm_saguaro.kernels import outcome_ranking as ranking
+
+    return Operations(
+        outcome_lookup=lookup.outcome_lookup,
+        ranked_outcomes=ranking.ranked_outcomes,
+        fork=tables.fork,
+        copy_blocks=tables.copy_blocks,
+        adopt=tables.adopt,
+        branch_step=step.branch_step,
+    )

@@ -1,0 +1,240 @@
+"""Random arguments for each operation of the device's round, and what makes two implementations of one agree.
+
+A case holds what its operation is called with. The numbers are chosen so that ties, misses, padding, impossible
+outcomes, the ends of tables and blocks, and values that must not be looked at (NaN in the padding) are all common.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vllm_saguaro.algorithm.outcome_ranking import ranked_outcomes
+
+Operation = Callable[..., Any]
+
+_NEAR = 1e-4
+"""Log probabilities are equal if they differ by no more: implementations sum in different orders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """The arguments that an operation is called with; it may change the tensors in them."""
+
+    operation: str
+    arguments: tuple[Any, ...]
+
+    def copied(self, device: torch.device | None = None) -> tuple[Any, ...]:
+        """The arguments anew, with the strides they have, on `device` if one is given."""
+        return tuple(_copied(a, device or a.device) if isinstance(a, Tensor) else a for a in self.arguments)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes that a case is made for; each operation uses those that concern it."""
+
+    slots: int = 4
+    rows: int = 3
+    branches: int = 5
+    drafts: int = 3
+    candidates: int = 8
+    width: int = 6
+    block_size: int = 4
+
+    @property
+    def owned(self) -> int:
+        """P, the blocks that a branch owns."""
+        return -(-(self.block_size - 1 + self.drafts) // self.block_size)
+
+
+def make_case(operation: str, sizes: Sizes, seed: int, *, strided: bool = False) -> Case:
+    """A random case; with `strided`, no tensor of more than one element is contiguous.
+
+    Raises ValueError for an operation that does not exist.
+    """
+    if operation not in MAKERS:
+        raise ValueError(f"there is no operation {operation!r}: it is one of {', '.join(MAKERS)}")
+    g = torch.Generator().manual_seed(seed)
+    arguments = MAKERS[operation](sizes, g)
+    if strided:
+        arguments = tuple(
+            _spread(a, keep_inner=operation == "copy_blocks") if isinstance(a, Tensor) else a for a in arguments
+        )
+    return Case(operation, arguments)
+
+
+def disagreement(case: Case, one: Operation, other: Operation, device: torch.device | None = None) -> str:
+    """What the two implementations do differently with the same arguments (each on a copy), in words; "" if nothing.
+
+    `device`: where `one` runs; what it gives and changes is compared on the CPU, where `other` runs.
+    """
+    mine, yours = case.copied(device), case.copied()
+    got, expected = one(*mine), other(*yours)
+    for place, (a, b) in enumerate(zip(mine, yours, strict=True)):
+        if isinstance(a, Tensor) and not torch.equal(_bits(a.cpu()), _bits(b)):
+            return f"argument {place} is afterwards {a.cpu()}, not {b}"
+    if case.operation == "ranked_outcomes":
+        return _ranking_disagreement(case, tuple(t.cpu() for t in got))
+    for place, (a, b) in enumerate(zip(got or (), expected or (), strict=True)):
+        if a.dtype != b.dtype or not torch.equal(a.cpu(), b):
+            return f"result {place} is {a.cpu()}, not {b}"
+    return ""
+
+
+def _ranking_disagreement(case: Case, got: tuple[Tensor, Tensor, Tensor]) -> str:
+    """As above, for the ranking: `got` may order outcomes of different k differently where they are nearly equal."""
+    candidates, log_q, drafts, n, accept, branches, room = case.arguments
+    batch, positions, per_position = candidates.shape
+    shapes = [(t.dtype, tuple(t.shape)) for t in got]
+    if shapes != [(dtype, (batch, branches)) for dtype in (torch.int32, torch.int64, torch.float32)]:
+        return f"results have types and shapes {shapes}"
+    every = ranked_outcomes(candidates, log_q, drafts, n, accept, max(branches, positions * per_position), room)
+    for b in range(batch):
+        ks, tokens, values = (t[b].tolist() for t in every)
+        order = [(k, t, p) for k, t, p in zip(ks, tokens, values, strict=True) if k >= 0]
+        best = {(k, t): p for k, t, p in order}
+        rows = list(zip(*(t[b].tolist() for t in got), strict=True))
+        for place, (k, token, value) in enumerate(rows):
+            if place >= len(order):
+                if (k, token, value) != (-1, 0, -math.inf):
+                    return f"row {b} has {k, token, value} in place {place}, where there are {len(order)} outcomes"
+            elif abs(value - order[place][2]) > _NEAR or abs(value - best.get((k, token), math.inf)) > _NEAR:
+                return f"row {b} has {k, token, value} in place {place}, not {order[place]}"
+        for k in range(positions):  # of one k, the order is that of exact numbers
+            mine = [token for j, token, _ in rows if j == k]
+            yours = [token for j, token, _ in order if j == k]
+            if mine != yours[: len(mine)]:
+                return f"row {b} has the bonus tokens {mine} at k = {k}, not {yours}"
+    return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _lookup(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    keys = _integers(-1, sizes.drafts + 1, (sizes.slots, sizes.branches), g).to(torch.int32)
+    bonus_keys = _integers(-1, 4, (sizes.slots, sizes.branches), g)
+    drafts = _integers(0, 1000, (sizes.slots, sizes.branches, sizes.drafts), g)
+    depth = _integers(0, sizes.drafts + 1, (sizes.slots,), g).to(torch.int32)
+    slots = _integers(0, sizes.slots, (sizes.rows,), g)
+    accepted = _integers(-1, sizes.drafts + 1, (sizes.rows,), g).to(torch.int32)
+    return keys, bonus_keys, drafts, depth, slots, accepted, _integers(-1, 4, (sizes.rows,), g)
+
+
+def _ranking(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    rows, positions, per_position = shape = sizes.rows, sizes.drafts + 1, sizes.candidates
+    vocabulary = 2 * per_position
+    candidates = torch.rand(rows, positions, vocabulary, generator=g).argsort(-1)[..., :per_position]
+    # Multiples of 1/16: equal ones are common and equal, others far apart
+    log_q = -_integers(0, 160, shape, g).to(torch.float32) / 16
+    log_q[torch.rand(shape, generator=g) < 0.1] = -torch.inf
+    log_q[torch.rand(shape[:2], generator=g) < 0.05] = -torch.inf
+    likely = candidates[:, :-1, 0]
+    drafts = torch.where(torch.rand(likely.shape, generator=g) < 0.7, likely, likely + vocabulary)
+    n = _integers(0, positions, (rows,), g).to(torch.int32)
+    accept = _integers(0, 9, (rows, sizes.drafts), g).to(torch.float32) / 8
+    padding = torch.arange(sizes.drafts) >= n.unsqueeze(1)
+    accept[padding] = torch.nan
+    log_q[:, 1:][padding] = torch.nan
+    drafts = torch.where(padding & (torch.rand(likely.shape, generator=g) < 0.5), -(2**40), drafts)
+    room = _integers(0, positions + 2, (rows,), g).to(torch.int32)
+    return candidates, log_q, drafts, n, accept, sizes.branches, room
+
+
+def _tables(sizes: Sizes, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The blocks of all slots, none twice."""
+    count = sizes.slots * (sizes.width + sizes.branches * sizes.owned)
+    blocks = torch.randperm(count, generator=g).to(torch.int32)
+    main = blocks[: sizes.slots * sizes.width].view(sizes.slots, sizes.width)
+    return main, blocks[main.numel() :].view(sizes.slots, sizes.branches, sizes.owned)
+
+
+def _fork(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    main, private = _tables(sizes, g)
+    slots = _integers(0, sizes.slots, (sizes.rows,), g)
+    lengths = _integers(0, (sizes.width + 1) * sizes.block_size + 1, (sizes.rows,), g).to(torch.int32)
+    accepted = _integers(-1, sizes.drafts + 1, (sizes.rows, sizes.branches), g).to(torch.int32)
+    return main, private, slots, lengths, accepted, sizes.block_size
+
+
+def _copies(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    count = sizes.rows * sizes.branches
+    blocks = 2 * count + 3
+    dtype = (torch.float32, torch.bfloat16, torch.uint8, torch.float64)[int(_integers(0, 4, (1,), g))]
+    # The halves of a layer together or apart, and tokens before heads or after them, as vLLM's backends have it
+    shape = (2, blocks, 2, sizes.block_size, sizes.candidates, 3)
+    pages = (100 * torch.rand(shape, generator=g)).to(dtype)
+    layout = int(_integers(0, 3, (1,), g))
+    if layout:
+        pages = pages.transpose(3, 4).contiguous().transpose(3, 4)
+    if layout == 2:
+        pages = pages.transpose(1, 2).contiguous().transpose(1, 2)
+    order = torch.randperm(blocks, generator=g).to(torch.int32)
+    destination = order[:count].clone()
+    source = order[count:][_integers(0, blocks - count, (count,), g)]
+    nothing = torch.rand(count, generator=g) < float(torch.rand(1, generator=g))
+    return pages, source.masked_fill(nothing, -1), destination.masked_fill(nothing, -1)
+
+
+def _adoption(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    main, private = _tables(sizes, g)
+    hits = min(sizes.rows, sizes.slots)
+    slots = _integers(0, sizes.slots, (sizes.rows,), g)
+    slots[:hits] = torch.randperm(sizes.slots, generator=g)[:hits]
+    branch = torch.full((sizes.rows,), -1, dtype=torch.int64)
+    branch[:hits] = _integers(-1, sizes.branches, (hits,), g)
+    return main, private, slots, branch, _integers(0, sizes.width + 2, (sizes.rows,), g)
+
+
+def _steps(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    count = sizes.rows * sizes.branches
+    tables = _integers(0, 2**31 - 1, (count, sizes.width), g).to(torch.int32)
+    limit = sizes.width * sizes.block_size - int(_integers(0, sizes.block_size, (1,), g))
+    positions = _integers(-1, limit + 3, (count,), g)
+    tokens = _integers(0, 2**40, (count,), g)
+    ids, slot_mapping = torch.full((2, count), -7).unbind()
+    lengths = torch.full((count,), -7, dtype=torch.int32)
+    return tokens, positions, tables, sizes.block_size, limit, ids, lengths, slot_mapping
+
+
+MAKERS: dict[str, Callable[[Sizes, torch.Generator], tuple[Any, ...]]] = {
+    "outcome_lookup": _lookup,
+    "ranked_outcomes": _ranking,
+    "fork": _fork,
+    "copy_blocks": _copies,
+    "adopt": _adoption,
+    "branch_step": _steps,
+}
+"""What makes the arguments of each operation."""
+
+
+def _integers(low: int, high: int, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    """Any of low .. high - 1."""
+    return torch.randint(low, high, shape, generator=g, dtype=torch.int64)
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same values with the same strides, in memory of its own."""
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return copy.copy_(tensor)
+
+
+def _spread(tensor: Tensor, *, keep_inner: bool) -> Tensor:
+    """The same values with gaps between them; with `keep_inner`, between those along the first two dimensions only."""
+    strides = list(tensor.stride())
+    if not keep_inner:
+        strides = [3 * s for s in strides]
+    elif tensor.dim() > 2:
+        strides[0] += 5 * max(strides)
+    copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
+    return copy.copy_(tensor)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The tensor, with NaN equal to NaN."""
+    return torch.nan_to_num(tensor, nan=12345.0) if tensor.is_floating_point() else tensor

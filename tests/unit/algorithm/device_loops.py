@@ -1,0 +1,107 @@
+"""The operations of the device's round as plain loops over numbers: slow, and obvious."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+
+def outcome_lookup(
+    accepted_keys: Tensor,
+    bonus_keys: Tensor,
+    drafts: Tensor,
+    depth: Tensor,
+    slots: Tensor,
+    accepted: Tensor,
+    bonus: Tensor,
+) -> tuple[list[int], list[list[int]], list[int]]:
+    branch, tokens, ready = [], [], []
+    num_drafts = drafts.shape[2]
+    for slot, k, token in zip(slots.tolist(), accepted.tolist(), bonus.tolist(), strict=True):
+        keys = list(zip(accepted_keys[slot].tolist(), bonus_keys[slot].tolist(), strict=True))
+        if k >= 0 and (k, token) in keys:
+            n = keys.index((k, token))
+            count = int(depth[slot])
+            branch.append(n)
+            tokens.append(drafts[slot, n].tolist()[:count] + [token] * (num_drafts - count))
+            ready.append(count)
+        else:
+            branch.append(-1)
+            tokens.append([token] * num_drafts)
+            ready.append(0)
+    return branch, tokens, ready
+
+
+def outcomes_in_order(
+    candidates: Tensor, log_q: Tensor, drafts: Tensor, n: Tensor, accept: Tensor, room: Tensor
+) -> list[list[tuple[int, int, float]]]:
+    """Each row's possible outcomes (k, t*, log P), the likeliest first."""
+    rows = []
+    for b in range(candidates.shape[0]):
+        outcomes = []
+        for k in range(min(int(n[b]), int(room[b]) - 1) + 1):
+            q = {int(t): math.exp(float(v)) for t, v in zip(candidates[b, k], log_q[b, k], strict=True)}
+            p = math.prod(float(a) for a in accept[b, :k])
+            if k < int(n[b]):
+                p *= 1 - float(accept[b, k])
+                q.pop(int(drafts[b, k]), None)
+            total = sum(q.values())
+            outcomes += [(k, t, math.log(p * v / total)) for t, v in q.items() if p * v > 0]
+        rows.append(sorted(outcomes, key=lambda outcome: -outcome[2]))
+    return rows
+
+
+def fork(
+    main: Tensor, private: Tensor, slots: Tensor, lengths: Tensor, accepted: Tensor, block_size: int
+) -> tuple[list[list[int]], list[int], list[int]]:
+    tables, source, destination = [], [], []
+    width = main.shape[1]
+    for slot, length, row in zip(slots.tolist(), lengths.tolist(), accepted.tolist(), strict=True):
+        for n, k in enumerate(row):
+            text, own = main[slot].tolist(), private[slot, n].tolist()
+            first, inside = divmod(length + k, block_size) if k >= 0 else (0, 0)
+            table = (text[:first] + own)[:width]
+            table += [own[-1]] * (width - len(table))
+            copied = inside > 0 and first < width
+            tables.append(table)
+            source.append(text[first] if copied else -1)
+            destination.append(own[0] if copied else -1)
+    return tables, source, destination
+
+
+def copy_blocks(pages: Tensor, source: Tensor, destination: Tensor) -> None:
+    before = pages.clone()
+    for layer in range(pages.shape[0]):
+        for a, b in zip(source.tolist(), destination.tolist(), strict=True):
+            if a >= 0:
+                pages[layer, b] = before[layer, a]
+
+
+def adopt(main: Tensor, private: Tensor, slots: Tensor, branch: Tensor, first: Tensor) -> None:
+    for slot, n, entry in zip(slots.tolist(), branch.tolist(), first.tolist(), strict=True):
+        for p in range(private.shape[2]):
+            if n >= 0 and entry + p < main.shape[1]:
+                mine, yours = int(private[slot, n, p]), int(main[slot, entry + p])
+                main[slot, entry + p], private[slot, n, p] = mine, yours
+
+
+def branch_step(
+    tokens: Tensor,
+    positions: Tensor,
+    tables: Tensor,
+    block_size: int,
+    limit: int,
+    input_ids: Tensor,
+    lengths: Tensor,
+    slot_mapping: Tensor,
+) -> None:
+    for x in range(tokens.shape[0]):
+        positions[x] += 1
+        position = int(positions[x])
+        input_ids[x] = tokens[x]
+        lengths[x] = min(position + 1, limit)
+        if position < limit:
+            slot_mapping[x] = int(tables[x, position // block_size]) * block_size + position % block_size
+        else:
+            slot_mapping[x] = -1

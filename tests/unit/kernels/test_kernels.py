@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from dataclasses import astuple
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from scripts.gpu_checking.kernel_cases import MAKERS, Case, Sizes, disagreement, make_case
+from tests.unit.kernels.interpreted import MODULES, ROOT, Interpreted
+from vllm_saguaro.kernels.operations import TWINS
+
+SIZES = st.builds(
+    Sizes,
+    slots=st.integers(1, 5),
+    rows=st.integers(0, 4),
+    branches=st.integers(1, 9),
+    drafts=st.integers(1, 5),
+    candidates=st.integers(1, 12),
+    width=st.integers(1, 9),
+    block_size=st.sampled_from([1, 4, 16]),
+)
+LARGE = {
+    "outcome_lookup": Sizes(slots=3, rows=4, branches=64, drafts=16),
+    "ranked_outcomes": Sizes(rows=2, branches=64, drafts=16, candidates=64),
+    "fork": Sizes(slots=2, rows=2, branches=3, width=2500, block_size=16),
+    "copy_blocks": Sizes(rows=1, branches=3, candidates=100, block_size=16),
+    "adopt": Sizes(slots=4, rows=4, branches=64, drafts=16, width=200, block_size=1),
+    "branch_step": Sizes(rows=3, branches=64, width=40, block_size=16),
+}
+"""More than one program or tile wherever a kernel has several."""
+FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+NAMES = list(MAKERS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@FEW
+@given(sizes=SIZES, seed=st.integers(0, 2**32), strided=st.booleans())
+def test_kernel_does_what_its_twin_does(
+    name: str, interpreted: Interpreted, sizes: Sizes, seed: int, strided: bool
+) -> None:
+    case = make_case(name, sizes, seed, strided=strided)
+    assert disagreement(case, interpreted.operation(name), getattr(TWINS, name)) == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernel_does_what_its_twin_does_at_full_size(name: str, interpreted: Interpreted) -> None:
+    for seed in range(3):
+        case = make_case(name, LARGE[name], seed)
+        assert disagreement(case, interpreted.operation(name), getattr(TWINS, name)) == ""
+
+
+def test_more_branches_than_outcomes(interpreted: Interpreted) -> None:
+    case = make_case("ranked_outcomes", Sizes(rows=3, branches=30, drafts=2, candidates=5), 3)
+    assert disagreement(case, interpreted.operation("ranked_outcomes"), TWINS.ranked_outcomes) == ""
+
+
+def test_all_rows_miss(interpreted: Interpreted) -> None:
+    arguments = make_case("outcome_lookup", Sizes(), 1).copied()
+    arguments[0].fill_(-1)
+    arguments[5].fill_(-1)
+    branch, tokens, ready = interpreted.operation("outcome_lookup")(*arguments)
+    assert branch.tolist() == [-1] * 3
+    assert ready.tolist() == [0] * 3
+    assert torch.equal(tokens, arguments[6].unsqueeze(1).expand(-1, 3))
+
+
+def test_blocks_that_are_scattered_are_refused(interpreted: Interpreted) -> None:
+    pages = torch.zeros(1, 4, 6, 6, 6)[..., ::2, ::3, ::2]
+    with pytest.raises(RuntimeError, match="scattered over memory"):
+        interpreted.operation("copy_blocks")(pages, torch.tensor([0]), torch.tensor([1]))
+
+
+PLANTED = [
+    ("outcome_lookup", "(keys >= 0) & ", ""),
+    ("outcome_lookup", "& (last == token)", ""),
+    ("outcome_lookup", "tl.min(tl.where(same, n, branches), 0)", "tl.max(tl.where(same, n, -1), 0)"),
+    ("outcome_lookup", "tl.where(j < given, found, token)", "found"),
+    ("ranked_outcomes", "length += stopped", "length += 0.0"),
+    ("ranked_outcomes", "(other[None, :] < index[:, None])", "(other[None, :] > index[:, None])"),
+    ("ranked_outcomes", "& (k < tl.load(room + row * room_row))", ""),
+    ("ranked_outcomes", "tl.where(rejected, 0, BLOCK_M)", "BLOCK_M"),
+    ("ranked_outcomes", "- (most + tl.log(tl.sum(tl.exp(left - most), 0)))", ""),
+    ("ranked_outcomes", "mask=(j < positions - 1) & (j < n)", "mask=j < positions - 1"),
+    ("ranked_outcomes", "spare = entry < tl.where(k == 0, branches, 0)", "spare = entry < 0"),
+    ("fork", "tl.where(real, tl.load(lengths + row * lengths_row) + k, 0)", "tl.load(lengths + row * lengths_row) + k"),
+    ("fork", "start % BLOCK_SIZE != 0", "start % BLOCK_SIZE == 0"),
+    ("fork", "& (first < width)", ""),
+    ("fork", "tl.minimum(tl.maximum(own, 0), owned - 1)", "tl.where(own < owned, tl.maximum(own, 0), 0)"),
+    ("copy_blocks", "pages_piece\n        inside", "inner\n        inside"),
+    ("copy_blocks", "* BLOCK + tl.arange(0, BLOCK)", "+ tl.arange(0, BLOCK)"),
+    ("adopt", "tl.store(mine, of_text, mask=swapped)", "pass"),
+    ("adopt", "(p < owned) & (entry < width)", "(p < owned - 1) & (entry < width)"),
+    ("branch_step", "mask=there, other=0) + 1", "mask=there, other=0)"),
+    ("branch_step", "(position < limit)", "(position <= limit)"),
+    ("branch_step", "tl.minimum(position + 1, limit)", "tl.minimum(position, limit)"),
+]
+
+
+@pytest.mark.parametrize(("name", "right", "wrong"), PLANTED)
+def test_planted_error_is_found(name: str, right: str, wrong: str, interpreted: Interpreted, tmp_path: Path) -> None:
+    source = (ROOT / "vllm_saguaro" / "kernels" / f"{MODULES[name]}.py").read_text(encoding="utf-8")
+    assert source.count(right) == 1
+    planted = tmp_path / "planted.py"
+    planted.write_text(source.replace(right, wrong), encoding="utf-8")
+    sizes = [Sizes(), Sizes(branches=40, candidates=4), LARGE[name]]
+    cases = (make_case(name, sizes[seed % 3], seed, strided=True) for seed in range(30))
+    assert any(_differs(case, interpreted, planted) for case in cases)
+
+
+def _differs(case: Case, interpreted: Interpreted, planted: Path) -> bool:
+    return disagreement(case, interpreted.operation(case.operation, planted), getattr(TWINS, case.operation)) != ""
+
+
+def test_sizes_of_full_cases_are_those_promised() -> None:
+    assert astuple(LARGE["ranked_outcomes"])[2:5] == (64, 16, 64)

@@ -169,8 +169,10 @@ def _copies(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     # The halves of a layer together or apart, and tokens before heads or after them, as vLLM's backends have it
     shape = (2, blocks, 2, sizes.block_size, sizes.candidates, 3)
     pages = (100 * torch.rand(shape, generator=g)).to(dtype)
-    layout = int(_integers(0, 3, (1,), g))
-    if layout:
+    layout = int(_integers(0, 4, (1,), g))
+    if layout == 3:  # a block as so many bytes
+        pages = pages.flatten(2)
+    elif layout:
         pages = pages.transpose(3, 4).contiguous().transpose(3, 4)
     if layout == 2:
         pages = pages.transpose(1, 2).contiguous().transpose(1, 2)

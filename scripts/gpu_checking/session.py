@@ -1,0 +1,207 @@
+"""The check itself: one section after the other; what fails is noted, and the next one goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scripts.benchmark import provenance
+from scripts.benchmark.settings import allowed_cores
+from scripts.gpu_checking import judgement
+from scripts.gpu_checking.child import Child, ChildError
+from scripts.gpu_checking.settings import Settings
+from scripts.gpu_checking.shapes import PAIRS, default_source, write_folder
+
+Json = dict[str, Any]
+Say = Callable[[str], None]
+
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_ON_CPU = {"TRITON_INTERPRET": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+
+_LEAST = 5.0
+"""Seconds that must be left for another order to be begun."""
+
+
+@dataclass(slots=True)
+class Section:
+    """What came of one of the things to show. `answer` holds the numbers, as the engine gave them."""
+
+    name: str
+    complaints: list[str] = field(default_factory=list)
+    brief: str = ""
+    seconds: float = 0.0
+    answer: Json = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was shown."""
+        return not self.complaints
+
+
+class Session:
+    """One run. Each finished section is told to `say` in one line, and kept in `sections`."""
+
+    def __init__(self, settings: Settings, folder: Path, say: Say) -> None:
+        """`folder`: for logs, the profiler's trace and the models' configurations."""
+        settings.check()
+        self.settings, self.folder, self.sections = settings, folder, list[Section]()
+        self._say, self._end = say, time.monotonic() + settings.budget
+        self._environment = _ENVIRONMENT | (_ON_CPU if settings.on_cpu else {})
+        self._answers: dict[tuple[str, str], Json] = {}
+
+    def run(self) -> Json:
+        """Everything; the report, ready for JSON."""
+        about = provenance.collect(allowed_cores()) | {"gpu": gpu_state(), "host": platform.machine()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._kernels()
+        with self._section("models") as section:
+            pair = PAIRS[self.settings.pair]
+            target = write_folder(default_source("target"), pair.target, self.folder / "target")
+            draft = write_folder(default_source("draft"), pair.draft, self.folder / "draft")
+            section.brief = f"{self.settings.pair}: {pair.target.layers} and {pair.draft.layers} layers"
+        if section.passed:
+            for mode in self.settings.modes:
+                self._engine(mode, target, draft)
+            for mode in self.settings.modes:
+                if mode != "plain":
+                    self._compare(mode)
+        for name in ("target", "draft"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        return {
+            "provenance": about,
+            "settings": self.settings.to_json(),
+            "passed": all(section.passed for section in self.sections),
+            "sections": [asdict(section) for section in self.sections],
+        }
+
+    # ------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _left(self) -> float:
+        return self._end - time.monotonic()
+
+    @contextlib.contextmanager
+    def _section(self, name: str) -> Iterator[Section]:
+        """A section around a block; an exception in it is the section's complaint, and goes no further."""
+        section, begin = Section(name), time.monotonic()
+        try:
+            if self._left < _LEAST:
+                raise TimeoutError(f"left out: the budget of {self.settings.budget:.0f} s is spent")
+            yield section
+        except Exception as error:
+            section.complaints.append(_one_line(error))
+        section.seconds = round(time.monotonic() - begin, 1)
+        self.sections.append(section)
+        result = "ok    " if section.passed else "FAILED"
+        what = section.brief if section.passed else section.complaints[0]
+        self._say(f"{result} {section.seconds:6.1f} s  {name:34} {what[:600]}")
+
+    def _kernels(self) -> None:
+        settings = self.settings
+        arguments = [settings.device, str(settings.kernel_seeds)]
+        with self._section("kernels") as section:
+            log = self.folder / "kernels.log"
+            with Child("scripts.gpu_checking.kernels", arguments, self._environment, log) as child:
+                section.answer = child.ask(None, min(self._left, settings.budget / 4))
+            section.complaints += section.answer["disagreements"]
+            times = section.answer["microseconds"].items()
+            section.brief = f"{section.answer['cases']} cases equal" + "".join(f", {n} {t} us" for n, t in times)
+
+    def _engine(self, mode: str, target: Path, draft: Path) -> None:
+        """All orders of one engine; one that dies is started anew once, for the orders after the one it died of."""
+        waiting = self.settings.orders(mode, self.folder)
+        load = self.settings.load_order(mode, target, draft)
+        for _ in range(2):
+            with Child("scripts.gpu_checking.engine", [], self._environment, self.folder / f"{mode}.log") as child:
+                with self._section(f"{mode}: start") as section:
+                    section.answer = _answer(child.ask(load, self._left))
+                    section.complaints += judgement.started(section.answer)
+                    section.brief = f"{section.answer['start_seconds']} s, {section.answer['kv_blocks']} blocks of KV"
+                while waiting and child.alive and section.passed:
+                    self._order(mode, waiting.pop(0), child)
+            if not waiting or not section.passed:
+                break
+        for order in waiting:
+            self.sections.append(Section(_title(mode, order), [f"left out: {mode} was not there"]))
+
+    def _order(self, mode: str, order: Json, child: Child) -> None:
+        title, kind = _title(mode, order), order["order"]
+        warm_up = order.pop("title", None) == "warm-up"
+        with self._section(title) as section:
+            answer = section.answer = _answer(child.ask(order, self._left))
+            self._answers[mode, kind] = answer
+            if warm_up:
+                return
+            if kind == "speed":
+                section.complaints += judgement.speed(answer, mode)
+                section.brief = f"{answer['tokens'] / max(answer['seconds'], 1e-9):.0f} tokens/s"
+            elif kind in judgement.ALONE:
+                section.complaints += judgement.ALONE[kind](answer)
+                section.brief = ", ".join(f"{name} {value}" for name, value in answer.items())
+
+    def _compare(self, mode: str) -> None:
+        """Greedy texts and samples against plain vLLM's."""
+        with self._section(f"{mode}: greedy texts are plain's") as section:
+            plain, other = self._pair("texts", mode)
+            section.complaints, section.brief = judgement.texts(plain, other, self.settings.tie)
+        if any(order["order"] == "samples" for order in self.settings.orders(mode, self.folder)):
+            with self._section(f"{mode}: samples are plain's") as section:
+                section.complaints, section.brief = judgement.samples(*self._pair("samples", mode))
+
+    def _pair(self, kind: str, mode: str) -> tuple[Json, Json]:
+        for each in ("plain", mode):
+            if (each, kind) not in self._answers:
+                raise ChildError(f"{each} gave no {kind}")
+        return self._answers["plain", kind], self._answers[mode, kind]
+
+
+def gpu_state() -> list[str] | None:
+    """Name, driver, memory and clocks of each GPU; None where there is none."""
+    query = "name,driver_version,memory.total,memory.used,clocks.sm,power.limit"
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip().splitlines()
+
+
+def _answer(answer: Json) -> Json:
+    if "error" in answer:
+        raise ChildError(_end_of(answer["error"]))
+    return answer
+
+
+def _end_of(traceback: str, lines: int = 4) -> str:
+    """The last lines of a traceback in one, the error first."""
+    *before, error = [line.strip() for line in traceback.strip().splitlines()][-lines:]
+    return " | ".join([error, *before])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()) if not isinstance(error, ChildError) else str(error)
+
+
+def _title(mode: str, order: Json) -> str:
+    if order["order"] != "speed":
+        return f"{mode}: {order['order']}"
+    warm = " (warm-up)" if order.get("title") == "warm-up" else ""
+    return f"{mode}: batch {order['batch']}, T = {order['temperature']:g}{warm}"

@@ -91,15 +91,17 @@ class Session:
 
     @property
     def _left(self) -> float:
-        return self._end - time.monotonic()
+        """Seconds; raises ChildError where there are too few to begin anything."""
+        left = self._end - time.monotonic()
+        if left < _LEAST:
+            raise ChildError(f"left out: the budget of {self.settings.budget:.0f} s is spent")
+        return left
 
     @contextlib.contextmanager
     def _section(self, name: str) -> Iterator[Section]:
         """A section around a block; an exception in it is the section's complaint, and goes no further."""
         section, begin = Section(name), time.monotonic()
         try:
-            if self._left < _LEAST:
-                raise TimeoutError(f"left out: the budget of {self.settings.budget:.0f} s is spent")
             yield section
         except Exception as error:
             section.complaints.append(_one_line(error))

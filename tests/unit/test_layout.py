@@ -17,7 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "counters": {"messages"},
     "algorithm": {"messages"},
     "kernels": {"algorithm"},
-    "drafting": {"algorithm", "kernels", "messages"},
+    "drafting": {"algorithm", "messages"},
     "placement": {"drafting", "messages", "counters"},
     "policy": {"algorithm", "messages", "counters"},
     "turn": {"policy", "messages"},

@@ -3,7 +3,6 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-import math
 import os
 import random
 import subprocess
@@ -296,8 +295,9 @@ def test_everything_that_a_cpu_can_show_is_shown(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[3]
     from tests.e2e.harness import environment_at_start
 
+    few = ["--batch", "2", "--tokens", "8", "--texts", "2", "--samples", "8"]
     done = subprocess.run(
-        [sys.executable, "scripts/gpu_check.py", "--cpu", "--output", str(tmp_path)],
+        [sys.executable, "scripts/gpu_check.py", "--cpu", "--output", str(tmp_path), *few],
         cwd=root,
         env=environment_at_start(),
         capture_output=True,
@@ -312,7 +312,7 @@ def test_everything_that_a_cpu_can_show_is_shown(tmp_path: Path) -> None:
         accepted = judgement.acceptance(found[f"{mode}: batch 2, T = 0"]["answer"])
         assert accepted is not None
         assert accepted > 0
-    hits = judgement.hit_rate(found["saguaro: batch 1, T = 0"]["answer"])
+    hits = judgement.hit_rate(found["saguaro: batch 2, T = 0"]["answer"])
     assert hits is not None
-    assert not math.isnan(hits)
+    assert 0 < hits <= 1
     assert len(done.stdout) < 12_000

@@ -155,6 +155,7 @@ class ProcessChannel:
         self._mailbox.close()
         with contextlib.suppress(BufferError):  # lent: it goes with the last who has it
             self._memory.close()
+        del self._memory
         os.close(self._memory_fd)
         os.close(self._bell_fd)
 

@@ -91,15 +91,17 @@ class HostChannel:
         self.end()
 
 
-def outcomes_of(rows: Sequence[tuple[int, int, int, int]], temperature: float = 0.0) -> DeviceOutcomes:
+def outcomes_of(
+    rows: Sequence[tuple[int, int, int, int]], temperature: float = 0.0, device: torch.device = CPU
+) -> DeviceOutcomes:
     """Of rows (slot, accepted, bonus, length)."""
     slots, accepted, bonus, lengths = (list(column) for column in zip(*rows, strict=True))
     return DeviceOutcomes(
-        slots=torch.tensor(slots),
-        accepted=torch.tensor(accepted, dtype=torch.int32),
-        bonus=torch.tensor(bonus),
-        lengths=torch.tensor(lengths, dtype=torch.int32),
-        temperature=torch.full((len(rows),), temperature),
+        slots=torch.tensor(slots, device=device),
+        accepted=torch.tensor(accepted, dtype=torch.int32, device=device),
+        bonus=torch.tensor(bonus, device=device),
+        lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+        temperature=torch.full((len(rows),), temperature, device=device),
         request_ids=[f"r{slot}" for slot in slots],
         slots_on_host=np.array(slots),
     )
@@ -108,8 +110,14 @@ def outcomes_of(rows: Sequence[tuple[int, int, int, int]], temperature: float = 
 class SmallTarget:
     """Decodes greedily with the draft's own model, but every few tokens takes the second likeliest."""
 
-    def __init__(self, draft: DeviceDraft, k: int = SHAPE.num_speculative_tokens, surprise: int = 5) -> None:
-        self.draft, self.k, self.surprise = draft, k, surprise
+    def __init__(
+        self,
+        draft: DeviceDraft,
+        k: int = SHAPE.num_speculative_tokens,
+        surprise: int = 5,
+        device: torch.device = CPU,
+    ) -> None:
+        self.draft, self.k, self.surprise, self.device = draft, k, surprise, device
         self.model = FakeModel(max_length=4096)
         self.texts: dict[int, list[int]] = {}
         self.under_verification: dict[int, list[int]] = {}
@@ -143,7 +151,7 @@ class SmallTarget:
                 accepted += 1
             text.append(self.next_token(text))
             rows.append((slot, accepted, text[-1], len(text)))
-        drafts = self.draft.exchange(outcomes_of(rows))
+        drafts = self.draft.exchange(outcomes_of(rows, device=self.device))
         self.check(rows, drafts)
         for row, (slot, accepted, _, _) in enumerate(rows):
             if accepted >= 0:

@@ -1,7 +1,7 @@
 """A draft side without vLLM, in a process: the real `DraftEnd`, and by option `role` behind it
 
 `echo`     nothing heavy: a table of one branch for each request that is admitted
-`drafts`   the real `DraftLoop` over the fake model
+`drafts`   the real `serve` and `DraftLoop` over the fake model
 `dies`, `fails`    trouble while it starts
 `sleeps`   never comes up
 `hungry`   as `echo`, but it wants a lot of memory for each admission
@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from vllm_saguaro.messages import Step, Table
 from vllm_saguaro.placement.mailbox import DraftState, Mailbox
@@ -47,16 +48,18 @@ def hungry(mailbox: Mailbox) -> tuple[Callable[[Step], None], Callable[[], bool]
     return submit, advance
 
 
-def drafts(mailbox: Mailbox) -> tuple[Callable[[Step], None], Callable[[], bool]]:
+def drafts(end: DraftEnd) -> NoReturn:
     """The draft side as it is, but for the model."""
     from tests.unit.drafting.checks import make_engine
     from tests.unit.drafting.fake_model import FakeModel
     from vllm_saguaro.drafting.loop import DraftLoop
+    from vllm_saguaro.vllm_hooks.draft_process import serve
 
+    shape = end.mailbox.shape
     model = FakeModel(max_length=MAX_LENGTH, num_blocks=256)
-    engine = make_engine(model, mailbox.shape.num_speculative_tokens, mailbox.shape.branches)
-    loop = DraftLoop(engine, mailbox.publish)
-    return loop.submit, loop.advance
+    engine = make_engine(model, shape.num_speculative_tokens, shape.branches)
+    end.mailbox.announce(DraftState.READY, MAX_LENGTH)
+    serve(end, DraftLoop(engine, end.mailbox.publish))
 
 
 def main() -> None:
@@ -72,7 +75,9 @@ def main() -> None:
         raise SystemExit(1)
     if role != "deaf":
         end.end_with_parent()
-    submit, advance = {"drafts": drafts, "hungry": hungry}.get(role, echo)(end.mailbox)
+    if role == "drafts":
+        drafts(end)
+    submit, advance = {"hungry": hungry}.get(role, echo)(end.mailbox)
     end.mailbox.announce(DraftState.READY, MAX_LENGTH)
     busy_at = time.perf_counter()
     while True:

@@ -329,7 +329,7 @@ class Speculator:
 
     def _notice_lives(self) -> None:
         """Forget what a draft side that has ended knew; the next one learns it anew, a few texts a step."""
-        for shard, before, now in self._slots.look():
+        for shard, now in self._slots.look():
             self._unheard = [release for release in self._unheard if release.stamp.slot not in shard]
             for request_id in [r for r, request in self._requests.items() if request.stamp.slot in shard]:
                 stamp = self._requests.pop(request_id).stamp
@@ -338,8 +338,6 @@ class Speculator:
                     self._unheard.append(Release(stamp))
             self._given_up.clear()
             self._rest = self._refusals = 0
-            if before:
-                self._log.error("The draft side has ended: decoding goes on without drafts until it is back.")
             if now:
                 self.policy.begin_anew()
                 self._log.info("The draft side is back: running requests are told to it anew.")

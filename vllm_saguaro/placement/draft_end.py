@@ -11,6 +11,11 @@ from vllm_saguaro.placement.mailbox import DraftState
 class DraftMailbox(Protocol):
     """The draft side's half of a mailbox."""
 
+    @property
+    def dropped(self) -> int:
+        """How many steps did not decode, and were dropped."""
+        ...
+
     def receive(self) -> Step | None:
         """The oldest step not yet seen, or None."""
         ...

@@ -32,7 +32,7 @@ class Care:
     """From the end of a life to the start of the next one; twice as long each time, up to `longest_back_off`."""
     longest_back_off: float = 60.0
     good_life: float = 300.0
-    """A life that lasted so long has not failed: the restarts before it are forgotten."""
+    """A life that lasted so long makes up for the back-off, too: the next one is started after the shortest."""
     hang: float = 10.0
     """A step that waits unread for so long means a hang. Compiling is done before a life counts as begun; but one
     forward over a piece of a prompt may take a large draft on a slow core longer than this. So each hang doubles it, up
@@ -75,6 +75,12 @@ class RestartingChannel:
         self._began_at = self._looked_at = clock()
         self._again_at = 0.0
         self._failures = 0
+        """Lives in a row that were of no use."""
+        self._ends = 0
+        """Lives in a row that were not long."""
+        self._useful = False
+        self._last_read: dict[int, Table] = {}
+        """By slot, until the present life has been of use."""
         self._left_off = False
         self._said_up = False
         self._hung_for = 0.0
@@ -109,12 +115,17 @@ class RestartingChannel:
     def post(self, step: Step) -> bool:
         """Tell the present life."""
         with self._lock:
+            if not self._useful and step.outcomes:
+                self._note_hits(step)
             return self._present is not None and self._present.post(step)
 
     def read(self, slot: int) -> Table | None:
         """The present life's table."""
         with self._lock:
-            return None if self._present is None else self._present.read(slot)
+            table = None if self._present is None else self._present.read(slot)
+            if not self._useful and table is not None:
+                self._last_read[slot] = table
+            return table
 
     def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
         """The q that the present life told. Of a life before it there is none: those drafts count as certain."""
@@ -155,6 +166,15 @@ class RestartingChannel:
             present.close()
         self._say(up=False)
 
+    def _note_hits(self, step: Step) -> None:
+        """A life is of use from the first outcome on that its tables had drafts for; then no more is noted."""
+        for outcome in step.outcomes:
+            table = self._last_read.get(outcome.stamp.slot)
+            if table is not None and table.stamp == outcome.stamp and table.drafts:
+                self._useful = self._useful or table.find(outcome.accepted, outcome.bonus) is not None
+        if self._useful:
+            self._last_read.clear()
+
     def _say(self, up: bool) -> None:
         if up != self._said_up:
             self._said_up = up
@@ -194,8 +214,11 @@ class RestartingChannel:
             self._present = None
         self._say(up=False)
         self._close(present)
-        if self._clock() - self._began_at >= self._care.good_life:
+        good = self._clock() - self._began_at >= self._care.good_life
+        if good or self._useful:
             self._failures = 0
+        if good:
+            self._ends = 0
         self._plan(trouble)
 
     def _plan(self, trouble: str) -> None:
@@ -210,11 +233,13 @@ class RestartingChannel:
                 self._failures,
             )
             return
-        back_off = min(self._care.first_back_off * 2 ** min(self._failures, 30), self._care.longest_back_off)
+        back_off = min(self._care.first_back_off * 2 ** min(self._ends, 30), self._care.longest_back_off)
         self._failures += 1
+        self._ends += 1
         self._again_at = self._clock() + back_off
         self._log.warning(
-            "The draft side %s. It is started again in %g s (restart %d of %d in a row).",
+            "The draft side %s. Decoding goes on without drafts until it is back; it is started again in %g s (restart "
+            "%d of %d in a row).",
             trouble,
             back_off,
             self._failures,
@@ -244,6 +269,8 @@ class RestartingChannel:
                 return
             self._starting, self._present = None, channel
             self._life += 1
+            self._useful = False
+            self._last_read.clear()
         self.max_length = channel.max_length
         self._hung_for, self._began_at, self._looked_at = 0.0, self._clock(), self._clock()
         self._say(up=True)

@@ -119,11 +119,23 @@ def tell(engine: DraftEngine) -> None:
     logger.info("Saguaro: C of Saguaro sampling would be %.1f now.", engine.deflations.best(engine.pace.round_time))
 
 
+def tell_dropped(steps: int) -> None:
+    """Say that steps came that are none: memory or a link that is damaged, or two versions of this package."""
+    from vllm.logger import init_logger
+
+    init_logger("vllm.vllm_saguaro.draft").warning(
+        "Saguaro: the draft side dropped what was no step (%d so far); those requests are told to it anew.", steps
+    )
+
+
 def serve(end: DraftEnd, loop: DraftLoop) -> NoReturn:
     """Look into the mailbox between any two forwards; what is newest comes first."""
-    busy_at, outcomes = time.perf_counter(), 0
+    busy_at, outcomes, told = time.perf_counter(), 0, 0
     while True:
         step = end.mailbox.receive()
+        if end.mailbox.dropped > 2 * told:  # the first one, and then seldom: there may be one a step
+            told = end.mailbox.dropped
+            tell_dropped(told)
         if step is not None:
             loop.submit(step)
             before, outcomes = outcomes, outcomes + len(step.outcomes)

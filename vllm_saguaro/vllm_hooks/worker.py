@@ -100,7 +100,8 @@ class SaguaroWorker(CPUWorker):
         steps = config.num_speculative_tokens
         policy = Policy(steps, config.backup, config.chooses_itself)
         speculator = Speculator(self._channel, steps, self._page, logger, policy)
-        return SaguaroDrafter(speculator, self.model_runner, keys, guesses=config.backup in ("auto", "ngram"))
+        guesses, has_q = config.backup in ("auto", "ngram"), config.draft_sample_method != "greedy"
+        return SaguaroDrafter(speculator, self.model_runner, keys, guesses, has_q)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the target while the draft loads elsewhere."""

@@ -14,7 +14,7 @@ import pytest
 
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import Proposals, Release, Stamp, Step, Table
+from vllm_saguaro.messages import Outcome, Proposals, Release, Stamp, Step, Table
 from vllm_saguaro.placement import restarting
 from vllm_saguaro.placement.channel import Channel, DraftFailed
 from vllm_saguaro.placement.restarting import Care, RestartingChannel
@@ -35,6 +35,7 @@ class Life:
         self.alive, self.closed = True, 0
         self.stalled_seconds = 0.0
         self.taken: list[Step] = []
+        self.table: Table | None = None
         self.while_waiting: Callable[[], None] = lambda: None
 
     def epoch(self, slot: int) -> int:
@@ -47,7 +48,7 @@ class Life:
 
     def read(self, slot: int) -> Table | None:
         assert not self.closed, "read after its memory was given back"
-        return Table(Stamp(slot, 1, 0), [], [], [])
+        return self.table or Table(Stamp(slot, 1, 0), [], [], [])
 
     def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
         assert not self.closed
@@ -203,6 +204,42 @@ def test_after_so_many_restarts_in_a_row_it_is_left_off(
     assert f"After {restarts} restarts in a row it is left off" in line
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == restarts
     assert all(life.closed == 1 for _, life in ward.started)
+
+
+def serve(ward: Ward, hit: bool) -> None:
+    """A round whose outcome the newest life's table has, or has not."""
+    stamp = Stamp(0, 1, 0)
+    ward.newest.table = Table(stamp, [2], [7], [[5], [6]])
+    ward.channel.read(0)
+    ward.channel.post(Step(outcomes=[Outcome(stamp, 2 if hit else 1, 7, 9, (), 2)]))
+
+
+def test_a_life_that_was_of_use_has_not_failed_and_is_still_not_started_again_and_again_at_once(ward: Ward) -> None:
+    """As where an operator, or the machine, ends it from outside: useful in between, it must not be left off."""
+    for _ in range(12):
+        serve(ward, hit=True)
+        ward.newest.alive = False
+        ward.run(10)
+    assert ward.up() == (1, 12, 0)
+    gaps = [after - before for (before, _), (after, _) in zip(ward.started[-4:], ward.started[-3:], strict=False)]
+    assert min(gaps) > 5.9, "the back-off goes on: only a long life makes up for that"
+
+
+@pytest.mark.parametrize("how", ["no hit", "of another round", "of another life", "without drafts"])
+def test_what_was_no_hit_of_this_life_does_not_make_up_for_its_end(ward: Ward, how: str) -> None:
+    for _ in range(6):
+        serve(ward, hit=False)
+        if how == "of another round":
+            ward.channel.post(Step(outcomes=[Outcome(Stamp(0, 1, 1), 2, 7, 9, (), 2)]))
+        elif how == "without drafts":
+            ward.newest.table = Table(Stamp(0, 1, 0), [2], [7], [])
+            ward.channel.read(0)
+            ward.channel.post(Step(outcomes=[Outcome(Stamp(0, 1, 0), 2, 7, 9, (), 2)]))
+        ward.newest.alive = False
+        ward.run(10)
+        if how == "of another life":  # its table was read, and it has ended before the outcome was told
+            ward.channel.post(Step(outcomes=[Outcome(Stamp(0, 1, 0), 2, 7, 9, (), 2)]))
+    assert ward.up() == (0, 5, 1)
 
 
 def test_a_good_life_makes_up_for_the_failures_before_it(ward: Ward) -> None:

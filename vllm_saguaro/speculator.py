@@ -239,6 +239,8 @@ class Speculator:
         self._post(step)
 
     def _admit(self, request_id: str, tokens: Sequence[int], sampling: Sampling, step: Step) -> None:
+        if not self._slots.has_room:  # perhaps no draft side is there yet, and it is not known how much it can hold
+            return
         if not self._fits(len(tokens)):
             self._leave_out(request_id)
             return
@@ -271,9 +273,11 @@ class Speculator:
             if not self._may_try(row.request_id):
                 continue
             self._release(row.request_id, step)
+            if not self._slots.has_room:
+                continue
             if not self._fits(row.length):
                 self._leave_out(row.request_id)
-            elif self._slots.has_room:
+            else:
                 self._admit(row.request_id, row.tokens(), row.sampling(), step)
                 told += row.length
 

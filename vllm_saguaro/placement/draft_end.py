@@ -42,5 +42,28 @@ class DraftEnd(Protocol):
         ...
 
 
+class InvitedEnd(DraftEnd, Protocol):
+    """An end that came with an invitation, and may be one of several that one draft side looks after."""
+
+    def check(self) -> None:
+        """Raises `TargetGone` where that is known; it waits for nothing."""
+        ...
+
+    def lie_down(self) -> tuple[int, int] | None:
+        """Let the target side know that a step must wake us: the descriptor to poll, and for which events.
+
+        None where there is something to do at once. `get_up` must follow in either case.
+        """
+        ...
+
+    def get_up(self) -> None:
+        """Look at the steps again."""
+        ...
+
+    def close(self) -> None:
+        """Hang up, and give back what the link had."""
+        ...
+
+
 class TargetGone(Exception):
     """The target side has ended, or can no longer be reached: there is nobody to draft for."""

@@ -145,8 +145,7 @@ class PassedMemoryEnd:
 
     def idle(self, since: float) -> None:
         """Wait a little for the next step: at first by yielding, later asleep until the bell rings."""
-        if self._ended:
-            raise TargetGone("the target side hung up")
+        self.check()
         waited = time.perf_counter() - since
         if waited < _YIELD_SECONDS:
             os.sched_yield()
@@ -154,6 +153,22 @@ class PassedMemoryEnd:
             time.sleep(50e-6)
         else:
             self._sleep()
+
+    def check(self) -> None:
+        """Raises `TargetGone` once the other side has hung up."""
+        if self._ended:
+            raise TargetGone("the target side hung up")
+
+    def lie_down(self) -> tuple[int, int] | None:
+        """The bell, unless there is a step that was posted before the other side could see that we sleep."""
+        self.mailbox.fall_asleep(True)
+        return None if self.mailbox.has_step else (self._bell_fd, select.POLLIN)
+
+    def get_up(self) -> None:
+        """Look at the steps again, and no longer for the bell."""
+        self.mailbox.fall_asleep(False)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell_fd)
 
     def close(self) -> None:
         """Hang up, and let go of the memory."""
@@ -166,12 +181,9 @@ class PassedMemoryEnd:
         self._memory.close()
 
     def _sleep(self) -> None:
-        self.mailbox.fall_asleep(True)
-        if not self.mailbox.has_step:  # posted before the other side could see that we sleep
+        if self.lie_down() is not None:
             self._poll.poll(_SLEEP_MILLISECONDS)
-        self.mailbox.fall_asleep(False)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._bell_fd)
+        self.get_up()
 
     def _follow(self) -> None:
         with contextlib.suppress(OSError):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Proposals, Stamp, Step, Table
-from vllm_saguaro.placement.channel import Channel
+from vllm_saguaro.placement.channel import Channel, NotAdmitted
 
 _LONGEST_GAP = 1.0
 """Seconds between two looks that count as watched. A longer gap means that this process itself stood still, or the
@@ -82,6 +82,7 @@ class RestartingChannel:
         self._last_read: dict[int, Table] = {}
         """By slot, until the present life has been of use."""
         self._left_off = False
+        self._refused_for = ""
         self._said_up = False
         self._hung_for = 0.0
         self._hang = self._care.hang
@@ -136,12 +137,22 @@ class RestartingChannel:
         """Wait for the first life, and look after it from then on.
 
         Raises `DraftFailed` when it does not come up: what never worked is not tried again, it is a wrong setting.
+        Where a pool has no room that is none: it is asked again.
         """
-        assert self._present is not None
-        self._present.wait_until_ready()
-        self.max_length = self._present.max_length
-        self._began_at = self._looked_at = self._clock()
-        self._say(up=True)
+        present = self._present
+        assert present is not None
+        try:
+            present.wait_until_ready()
+            self.max_length = present.max_length
+            self._began_at = self._looked_at = self._clock()
+            self._say(up=True)
+        except NotAdmitted as refusal:
+            if refusal.disagrees:
+                raise
+            with self._lock:
+                self._present = None
+            self._close(present)
+            self._ask_again(refusal)
         # It knows this object weakly: one that is dropped without `close` goes, and its draft side with it.
         self._thread = threading.Thread(
             target=_look_after,
@@ -246,8 +257,19 @@ class RestartingChannel:
             self._restarts,
         )
 
+    def _ask_again(self, refusal: NotAdmitted) -> None:
+        """A pool does not take us: that is no failure of it. It is asked now and then, for as long as this lasts."""
+        self._again_at = self._clock() + self._care.longest_back_off
+        if str(refusal) != self._refused_for:
+            self._refused_for = str(refusal)
+            self._log.warning(
+                "The draft pool does not take this engine: %s. Decoding goes on without drafts, and it is asked again "
+                "every %g s.",
+                refusal,
+                self._care.longest_back_off,
+            )
+
     def _start_again(self) -> None:
-        self._page.count_in(counters.DRAFT_RESTARTS, 1)
         channel = None
         try:
             channel = self._start()
@@ -255,12 +277,19 @@ class RestartingChannel:
                 self._starting = channel
             if not self._closing.is_set():  # else `close` may have looked before there was anything to close
                 channel.wait_until_ready()
+        except NotAdmitted as refusal:
+            if channel is not None:
+                self._take_back(channel)
+            self._ask_again(refusal)
+            return
         except Exception as error:  # whatever it is, it must not end the thread that would try again
+            self._page.count_in(counters.DRAFT_RESTARTS, 1)
             if channel is not None:
                 self._take_back(channel)
             if not self._closing.is_set():
                 self._plan(f"did not come up ({error})")
             return
+        self._page.count_in(counters.DRAFT_RESTARTS, 1)
         if self._closing.is_set():
             self._take_back(channel)
             return
@@ -269,7 +298,7 @@ class RestartingChannel:
                 return
             self._starting, self._present = None, channel
             self._life += 1
-            self._useful = False
+            self._useful, self._refused_for = False, ""
             self._last_read.clear()
         self.max_length = channel.max_length
         self._hung_for, self._began_at, self._looked_at = 0.0, self._clock(), self._clock()

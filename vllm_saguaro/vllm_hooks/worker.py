@@ -181,7 +181,7 @@ class SaguaroWorker(CPUWorker):
 
         def start() -> Channel:
             if config.placement == "ray":
-                draft = ray_draft(config, options, {**plan, "draft": options["cpus"]}, os.environ)
+                draft = ray_draft(config, options, {**plan, "draft": options["cpus"]}, os.environ, shape.slots)
                 return RayChannel(draft, shape, environment)
             return ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment)
 
@@ -190,10 +190,13 @@ class SaguaroWorker(CPUWorker):
     def _draft_model_options(self) -> dict[str, Any]:
         """The fields of `DraftModelConfig`, as plain values."""
         draft: dict[str, Any] = dict(self._options["draft"])
+        # A pool that this engine starts has room for as many like it.
+        engines = self._options["draft_pool_engines"] if self._options["draft_pool"] else 1
+        slots = SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs
         return draft | {
             "max_length": draft.pop("max_model_len"),
-            "max_rows": max(MAX_ROWS_A_TREE, SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs),
-            "kv_cache_bytes": DRAFT_KV_BYTES,
+            "max_rows": max(MAX_ROWS_A_TREE, engines * slots),
+            "kv_cache_bytes": engines * DRAFT_KV_BYTES,
             "vocab_size": self._options["target_vocab_size"],
         }
 

@@ -137,7 +137,7 @@ def test_a_pool_that_serves_the_first_first_is_seen_to_starve_the_other() -> Non
 
 
 def test_rows_are_shared_so_that_who_needs_few_gets_them() -> None:
-    pool = make_pool(model())
+    pool = make_pool(model(num_blocks=4096))
     big, small = Engine(pool, ask("big", slots=64, branches=8)), Engine(pool, ask("small", slots=2, branches=8))
     many, few = [request(0, slot, 9) for slot in range(64)], [request(1, slot, 9) for slot in range(2)]
     big.post(admits=[r.admit() for r in many])

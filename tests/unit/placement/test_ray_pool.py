@@ -182,9 +182,9 @@ def test_one_that_is_refused_is_told_why_and_the_other_goes_on(
 
 
 def test_a_draft_that_cannot_load_is_told_to_all_that_wait_and_leaves_nothing(cluster: Any) -> None:
-    with opened(wanted(cluster, "broken", options={"role": "fails"})) as first:
-        with pytest.raises(DraftFailed, match="this draft cannot be loaded"):
-            first.wait_until_ready()
+    draft = wanted(cluster, "broken", options={"role": "fails"})
+    with opened(draft) as first, pytest.raises(DraftFailed, match="this draft cannot be loaded"):
+        first.wait_until_ready()
     assert until(lambda: named_actors(cluster) == [], 15)
 
 

@@ -16,7 +16,7 @@ from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Outcome, Proposals, Release, Stamp, Step, Table
 from vllm_saguaro.placement import restarting
-from vllm_saguaro.placement.channel import Channel, DraftFailed
+from vllm_saguaro.placement.channel import Channel, DraftFailed, NotAdmitted
 from vllm_saguaro.placement.restarting import Care, RestartingChannel
 
 STEP = Step(releases=[Release(Stamp(0, 1, 0))])
@@ -277,6 +277,66 @@ def test_the_first_life_that_does_not_come_up_is_an_error_and_not_tried_again() 
     ward.channel.close()
     assert len(ward.started) == 1
     assert ward.newest.closed == 1
+
+
+# ---- a pool that does not take us ---------------------------------------------------------------------------------
+
+
+def refused(why: str = "it is full", disagrees: bool = False) -> Life:
+    """The start of a life for which there is no place in a draft pool."""
+    life = Life()
+
+    def refuse() -> None:
+        raise NotAdmitted(why, disagrees)
+
+    life.while_waiting = refuse
+    return life
+
+
+def test_an_engine_without_a_place_in_the_pool_starts_and_asks_again(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    ward = watched(*[refused() for _ in range(9)], Life())
+    assert not ward.channel.alive
+    assert ward.channel.epoch(0) == 0
+    assert not ward.channel.post(STEP)
+    ward.run(8 * 6 + 4)
+    assert len(ward.started) == 9, "every six seconds"
+    assert not ward.channel.alive
+    ward.run(6)
+    assert ward.channel.alive
+    assert ward.channel.max_length == 40
+    assert ward.up() == (1, 1, 0)
+    assert all(life.closed == 1 for _, life in ward.started[:9])
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "does not take this engine: it is full. Decoding goes on without drafts, and it is asked again" in line
+
+
+def test_a_place_that_is_not_had_again_is_asked_for_as_long_as_it_takes(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where those who came first have other settings: they may leave."""
+    ward = watched(Life(), *[refused() for _ in range(7)], *[refused("K differs", True) for _ in range(7)], Life())
+    ward.newest.alive = False
+    ward.run(6 * 15 + 5)
+    assert ward.channel.alive
+    assert ward.up() == (1, 1, 0), "no refusal is a restart, nor a failure"
+    said = [record.getMessage() for record in caplog.records if "does not take" in record.getMessage()]
+    assert ["it is full" in line for line in said] == [True, False], "each reason once"
+
+
+def test_an_engine_whose_settings_are_not_the_pools_does_not_start() -> None:
+    ward = Ward(refused("K differs", disagrees=True))
+    with pytest.raises(DraftFailed, match="K differs"):
+        ward.channel.wait_until_ready()
+    ward.channel.close()
+
+
+def test_one_that_waits_for_a_place_can_be_closed(watched: Watched) -> None:
+    ward = watched(refused())
+    ward.channel.close()
+    assert ward.newest.closed == 1
+    assert ward.up() == (0, 0, 0)
 
 
 # ---- hangs ----------------------------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ logger = logging.getLogger("vllm_saguaro.ray")
 
 _LAST_WORDS_SECONDS = 2.0
 """For answers that are on their way when the actor ends itself."""
-_HANGS_SECONDS = 40.0
-"""So long in one forward, with an engine at the door: nobody could be drafted for meanwhile. It ends, and is followed
-by another one. (An engine comes to the door of a pool that it knows when a step of it was left unread for long.)"""
+_HANGS_SECONDS = 160.0
+"""So long in one forward, with an engine at the door: that is a hang (see `Care.longest_hang`). The pool ends, and is
+followed by another one. An engine comes again to a pool that it knows when a step of it was left unread for long."""
 
 
 class PoolActor:
@@ -74,11 +74,11 @@ class PoolActor:
 
     def _serve(self, pool: DraftPool, place: Place, ask: Ask, invitation: Mapping[str, Any]) -> str:
         from vllm_saguaro.placement.arrival import come
-        from vllm_saguaro.placement.meeting import Invitation, Refused
+        from vllm_saguaro.placement.meeting import Invitation
 
         try:
             end = come(Invitation.from_dict(invitation))
-        except (OSError, Refused, ValueError, KeyError) as error:
+        except Exception as error:  # whatever it is, its place is for others now
             pool.give_up(place, str(error))
             return place.reason
         pool.bring(place, end)

@@ -12,10 +12,10 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.util import get_node_ip_address
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -29,9 +29,11 @@ NAMESPACE = "saguaro"
 in which no other engine would find them."""
 _SPARE_CALLS = 32
 """Calls at once beyond one an engine: of those that ask where the pool is, wait for it to load, or are refused."""
-_TRIES = 20
 _BETWEEN_TRIES_SECONDS = 1.0
 _ANSWER_SECONDS = 30.0
+"""So long may a pool be silent that has a process."""
+_GIVEN_UP_SECONDS = 120.0
+"""From the first trouble on: then it is no pool that is about to be followed by another."""
 _PATIENCE_SECONDS = 20.0
 
 
@@ -58,24 +60,27 @@ def _ask(wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 def _find(wanted: Mapping[str, Any], parent: Parent) -> tuple[Any, str, int]:
     """The pool's actor, its node, and its process. One that is about to end, or hangs, is waited out or ended."""
-    trouble: Exception = TimeoutError()
-    for _ in range(_TRIES):
+    troubled_at = silent_at = None
+    while True:
         actor = _named(wanted)
         try:
             node, pid = _whereabouts(actor, wanted, parent)
             return actor, node, pid
-        except TimeoutError as silent:
-            trouble = silent
-            logger.warning('Saguaro\'s draft pool "%s" does not answer, and is ended.', wanted["pool"])
-            with contextlib.suppress(Exception):  # it may have ended meanwhile
-                ray.kill(actor, no_restart=True)
-        except RayTaskError as ending:
-            trouble = ending
-        except RayActorError as dead:
-            trouble = dead
+        except (TimeoutError, ActorUnavailableError) as silence:
+            now, trouble = time.monotonic(), cast(Exception, silence)
+            silent_at = now if silent_at is None else silent_at
+            if isinstance(silence, TimeoutError) or now - silent_at > _ANSWER_SECONDS:
+                logger.warning('Saguaro\'s draft pool "%s" does not answer, and is ended.', wanted["pool"])
+                with contextlib.suppress(Exception):  # it may have ended meanwhile
+                    ray.kill(actor, no_restart=True)
+                silent_at = None
+        except (RayTaskError, RayActorError) as ending:
+            now, trouble, silent_at = time.monotonic(), ending, None
+        troubled_at = now if troubled_at is None else troubled_at
+        if now - troubled_at > _GIVEN_UP_SECONDS:
+            raise trouble
         parent.check()
         time.sleep(_BETWEEN_TRIES_SECONDS)
-    raise trouble
 
 
 def _named(wanted: Mapping[str, Any]) -> Any:

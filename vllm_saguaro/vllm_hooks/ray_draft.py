@@ -15,6 +15,17 @@ _SETTINGS: Final = ("VLLM_", "HF_", "HUGGING_FACE_")
 _OF_THIS_PROCESS: Final = ("VLLM_HOST_IP", "VLLM_PORT", "VLLM_DP_", "VLLM_RPC_")
 
 
+def check_cluster(config: SaguaroConfig) -> str | None:
+    """The cluster to use; None: one of our own. Raises `SaguaroConfigError` for a pool without a cluster."""
+    address = cluster_address((config.ray_options or {}).get("address"))
+    if config.draft_pool is not None and address is None:
+        raise SaguaroConfigError(
+            f'draft_pool "{config.draft_pool}" is for the engines of one Ray cluster, and this one is in none: write '
+            '"ray_options": {"address": "auto"} or HOST:PORT of its head, or leave draft_pool out'
+        )
+    return address
+
+
 def ray_draft(
     config: SaguaroConfig,
     options: Mapping[str, Any],
@@ -26,12 +37,7 @@ def ray_draft(
     process. `slots`: requests that the draft may have. Raises `SaguaroConfigError` for a pool without a cluster.
     """
     asked = dict(config.ray_options or {})
-    address = cluster_address(asked.get("address"))
-    if config.draft_pool is not None and address is None:
-        raise SaguaroConfigError(
-            f'draft_pool "{config.draft_pool}" is for the engines of one Ray cluster, and this one is in none: write '
-            '"ray_options": {"address": "auto"} or HOST:PORT of its head, or leave draft_pool out'
-        )
+    address = check_cluster(config)
     cpus: list[int] = plan["draft"]
     cleaned = cores.draft_environment(dict(environment), cpus)
     return RayDraft(

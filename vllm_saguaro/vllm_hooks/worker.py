@@ -120,7 +120,7 @@ class SaguaroWorker(CPUWorker):
                 resident = self._channel.resident_bytes if self._channel is not None else 0
                 # A draft in an actor that takes no memory here is on another node.
                 if self._channel is not None and (resident or self._options["placement"] != "ray"):
-                    budget = DRAFT_KV_BYTES * self._options["draft_replicas"]
+                    budget = DRAFT_KV_BYTES * self._drafts
                     self.requested_cpu_memory -= budget + resident
             return super().determine_available_memory()
 
@@ -187,11 +187,15 @@ class SaguaroWorker(CPUWorker):
 
         return RestartingChannel(start, config.draft_restarts, self._page, logger)
 
+    @property
+    def _drafts(self) -> int:
+        """Times that the KV budget is there: once a replica; and a pool that this engine starts has room for many."""
+        return int(self._options["draft_pool_engines" if self._options["draft_pool"] else "draft_replicas"])
+
     def _draft_model_options(self) -> dict[str, Any]:
         """The fields of `DraftModelConfig`, as plain values."""
         draft: dict[str, Any] = dict(self._options["draft"])
-        # A pool that this engine starts has room for as many like it.
-        engines = self._options["draft_pool_engines"] if self._options["draft_pool"] else 1
+        engines = self._drafts if self._options["draft_pool"] else 1
         slots = SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs
         return draft | {
             "max_length": draft.pop("max_model_len"),

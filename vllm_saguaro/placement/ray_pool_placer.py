@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
@@ -60,14 +60,16 @@ def _ask(wanted: Mapping[str, Any]) -> dict[str, Any]:
 
 def _find(wanted: Mapping[str, Any], parent: Parent) -> tuple[Any, str, int]:
     """The pool's actor, its node, and its process. One that is about to end, or hangs, is waited out or ended."""
-    troubled_at = silent_at = None
+    trouble: Exception
+    troubled_at: float | None = None
+    silent_at: float | None = None
     while True:
         actor = _named(wanted)
         try:
             node, pid = _whereabouts(actor, wanted, parent)
             return actor, node, pid
         except (TimeoutError, ActorUnavailableError) as silence:
-            now, trouble = time.monotonic(), cast(Exception, silence)
+            now, trouble = time.monotonic(), silence
             silent_at = now if silent_at is None else silent_at
             if isinstance(silence, TimeoutError) or now - silent_at > _ANSWER_SECONDS:
                 logger.warning('Saguaro\'s draft pool "%s" does not answer, and is ended.', wanted["pool"])

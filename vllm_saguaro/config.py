@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -29,6 +30,7 @@ AUTO_MAX_BRANCHES: Final = 48
 INLINE_BRANCHES: Final = 12
 MAX_SPECULATIVE_TOKENS: Final = 16
 MAX_REPLICAS: Final = 16
+MAX_POOL_ENGINES: Final = 64
 
 OWN_KEYS: Final = (
     "branches",
@@ -37,6 +39,8 @@ OWN_KEYS: Final = (
     "draft_cpus",
     "draft_gpu_memory",
     "ray_options",
+    "draft_pool",
+    "draft_pool_engines",
     "backup",
     "sampling_c",
     "adaptive",
@@ -89,6 +93,8 @@ REFUSED_KEYS: Final[Mapping[str, str]] = {
     "fly_": "'fly' changes the output, saguaro never does; leave it out",
 }
 
+_POOL_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
 EXAMPLE: Final = '{"method": "saguaro", "model": "DRAFT", "num_speculative_tokens": 4}'
 
 
@@ -110,6 +116,8 @@ class SaguaroConfig:
     draft_cpus: str | None = None
     draft_gpu_memory: float | None = None
     ray_options: Mapping[str, Any] | None = None
+    draft_pool: str | None = None
+    draft_pool_engines: int = 4
     backup: str = AUTO
     sampling_c: float | str = AUTO
     adaptive: bool | None = None
@@ -149,6 +157,26 @@ class SaguaroConfig:
                     'ray_options go with placement "ray" alone: write "placement": "ray" too, or leave them out'
                 )
             _require_ray_options(self.ray_options)
+        _require_int("draft_pool_engines", self.draft_pool_engines, 1, MAX_POOL_ENGINES)
+        if self.draft_pool is not None:
+            self._check_pool(self.draft_pool)
+
+    def _check_pool(self, pool: object) -> None:
+        if not (isinstance(pool, str) and _POOL_NAME.fullmatch(pool)):
+            raise SaguaroConfigError(
+                f"draft_pool must be a name of letters, digits, '-', '_' and '.', not {_show(pool)}: write for example "
+                '"drafts"'
+            )
+        if self.placement != "ray":
+            raise SaguaroConfigError(
+                f'draft_pool goes with placement "ray" alone, not "{self.placement}": write "placement": "ray" too, or '
+                "leave it out"
+            )
+        if self.draft_replicas > 1:
+            raise SaguaroConfigError(
+                f"draft_replicas is {self.draft_replicas}, but a draft_pool is one draft: write draft_replicas 1, or "
+                "leave draft_pool out"
+            )
 
     @property
     def most_branches(self) -> int:

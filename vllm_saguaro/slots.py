@@ -30,8 +30,8 @@ class Slots:
         """Whether a slot can be taken."""
         return any(epoch and free for epoch, free in zip(self._epochs, self._free, strict=True))
 
-    def look(self) -> list[tuple[range, int, int]]:
-        """The shards whose draft side is another one than at the last look: (slots, epoch before, epoch now).
+    def look(self) -> list[tuple[range, int]]:
+        """The shards whose draft side is another one than at the last look: (slots, epoch now).
 
         What is taken between two looks counts as taken under the epoch of the first: a life that begins in between
         knows nothing of it.
@@ -40,7 +40,7 @@ class Slots:
         if now == self._epochs:
             return []
         before, self._epochs = self._epochs, now
-        return [(s, old, new) for s, old, new in zip(self._shards, before, now, strict=True) if old != new]
+        return [(s, new) for s, old, new in zip(self._shards, before, now, strict=True) if old != new]
 
     def take(self) -> Stamp | None:
         """Round 0 in a free slot of the living draft side that has the fewest requests; None where there is none."""

@@ -239,6 +239,8 @@ class Speculator:
         self._post(step)
 
     def _admit(self, request_id: str, tokens: Sequence[int], sampling: Sampling, step: Step) -> None:
+        if not self._slots.has_room:  # perhaps no draft side is there yet, and it is not known how much it can hold
+            return
         if not self._fits(len(tokens)):
             self._leave_out(request_id)
             return
@@ -271,9 +273,11 @@ class Speculator:
             if not self._may_try(row.request_id):
                 continue
             self._release(row.request_id, step)
+            if not self._slots.has_room:
+                continue
             if not self._fits(row.length):
                 self._leave_out(row.request_id)
-            elif self._slots.has_room:
+            else:
                 self._admit(row.request_id, row.tokens(), row.sampling(), step)
                 told += row.length
 
@@ -329,7 +333,7 @@ class Speculator:
 
     def _notice_lives(self) -> None:
         """Forget what a draft side that has ended knew; the next one learns it anew, a few texts a step."""
-        for shard, before, now in self._slots.look():
+        for shard, now in self._slots.look():
             self._unheard = [release for release in self._unheard if release.stamp.slot not in shard]
             for request_id in [r for r, request in self._requests.items() if request.stamp.slot in shard]:
                 stamp = self._requests.pop(request_id).stamp
@@ -338,8 +342,6 @@ class Speculator:
                     self._unheard.append(Release(stamp))
             self._given_up.clear()
             self._rest = self._refusals = 0
-            if before:
-                self._log.error("The draft side has ended: decoding goes on without drafts until it is back.")
             if now:
                 self.policy.begin_anew()
                 self._log.info("The draft side is back: running requests are told to it anew.")

@@ -11,6 +11,7 @@ A scenario has a `kind`:
     stops     greedy texts, then the same prompts again with stops that lie inside those texts
     arrivals  `requests` that come step by step through `llm.llm_engine`, with aborts, and `events` at given steps
 
+`sign`: the file that `await_sign` waits for: until it is there, the engine is between two steps.
 `care`: how the draft side is looked after, where that is not as usual: fields of `Care`.
 `end`: "shutdown" in order, "raise" an exception, or "wait" for a signal.
 """
@@ -61,6 +62,7 @@ def run_engine(spec: Json, answers: IO[str]) -> None:
         llm = LLM(**spec["options"])
     divided = spec["options"].get("tensor_parallel_size", 1) > 1
     engine = RankedEngine(llm) if divided else Engine(llm)
+    engine.sign = spec.get("sign", "")
     answer: Json = {"scenarios": {}, "draft_pid": engine.draft_pid, "pid": os.getpid()} | engine.facts()
     for scenario in spec["scenarios"]:
         before = engine.metrics()
@@ -107,6 +109,8 @@ def looked_after(care: Json | None) -> Iterator[None]:
 
 class Engine:
     """An `LLM` whose inside can be reached, since it runs in this process."""
+
+    sign = ""
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
@@ -354,6 +358,11 @@ def await_draft(engine: Engine) -> None:
     wait_for(lambda: engine.worker._channel.alive)
 
 
+def await_sign(engine: Engine) -> None:
+    """Until the test has done what it does between two scenarios."""
+    wait_for(lambda: os.path.exists(engine.sign))
+
+
 def await_left_off(engine: Engine) -> None:
     """Until no more draft process is started."""
     wait_for(lambda: engine.metrics()["vllm:saguaro_draft_left_off"] == 1)
@@ -374,6 +383,7 @@ EVENTS: dict[str, Callable[[Engine], None]] = {
     "starve_draft": starve_draft,
     "break_draft": break_draft,
     "await_draft": await_draft,
+    "await_sign": await_sign,
     "await_left_off": await_left_off,
 }
 

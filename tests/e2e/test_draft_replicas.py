@@ -42,7 +42,7 @@ def test_the_requests_of_the_other_draft_go_on_with_drafts(replicas: EngineRun) 
     found = replicas["one killed"]
     assert found.hits > 0
     assert found.metrics["vllm:saguaro_misses{cause=absent}"] > 0
-    assert len(replicas.log_lines("The draft side has ended: decoding goes on without drafts until")) == 1
+    assert len(replicas.log_lines("The draft side has ended. Decoding goes on without drafts until")) == 1
 
 
 def test_the_killed_one_comes_back(replicas: EngineRun) -> None:

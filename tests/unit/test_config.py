@@ -225,6 +225,36 @@ def test_a_number_of_drafts_that_cannot_be_is_refused(value: object) -> None:
         SaguaroConfig(draft_replicas=value)  # type: ignore[arg-type]
 
 
+def test_a_draft_pool_is_named() -> None:
+    config, passed = split_options({"placement": "ray", "draft_pool": "drafts-1.b", "draft_pool_engines": 8})
+    assert (config.draft_pool, config.draft_pool_engines) == ("drafts-1.b", 8)
+    assert passed.keys() == {"num_speculative_tokens"}
+    assert split_options({"placement": "ray"})[0].draft_pool is None
+    assert SaguaroConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"draft_pool": 3}, "draft_pool must be a name of letters, digits, '-', '_' and '.', not 3: write"),
+        ({"draft_pool": ""}, 'and \'.\', not "": write for example "drafts"'),
+        ({"draft_pool": "two words"}, 'not "two words": write'),
+        ({"draft_pool": "x" * 65}, "draft_pool must be a name"),
+        ({"draft_pool": "a", "placement": "process"}, 'draft_pool goes with placement "ray" alone, not "process"'),
+        ({"draft_pool": "a", "placement": "inline"}, 'draft_pool goes with placement "ray" alone, not "inline"'),
+        ({"draft_pool": "a", "draft_replicas": 2}, "draft_replicas is 2, but a draft_pool is one draft"),
+        ({"draft_pool_engines": 0}, "draft_pool_engines is out of range: 0; write a number from 1 to 64"),
+        ({"draft_pool_engines": 65}, "draft_pool_engines is out of range: 65"),
+        ({"draft_pools": "a"}, 'unknown key "draft_pools" in the speculative config: did you mean "draft_pool"?'),
+    ],
+)
+def test_what_is_no_draft_pool_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(SaguaroConfigError) as found:
+        split_options({"placement": "ray", **options})
+    assert says in str(found.value)
+    assert "\n" not in str(found.value)
+
+
 def test_ray_options_pass_through() -> None:
     options = {
         "num_cpus": 4,

@@ -261,9 +261,7 @@ def test_after_many_refused_steps_no_slot_is_lost_or_given_twice() -> None:
     assert len(set(stamps)) == len(stamps)
 
 
-def test_with_the_draft_side_gone_all_go_on_without_drafts_and_one_line_says_so(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_with_the_draft_side_gone_all_go_on_without_drafts() -> None:
     bench = arrived(a=PROMPT, b=PROMPT)
     for admit in admitted(bench):
         bench.table(admit.stamp, (0, 31))
@@ -274,17 +272,20 @@ def test_with_the_draft_side_gone_all_go_on_without_drafts_and_one_line_says_so(
     bench.arrive("c")
     assert bench.propose(bench.row("c", 3)) == [[]]
     assert bench.count() == {"absent": 7}
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert bench.asked == []
 
 
-def test_a_draft_side_that_ends_between_requests_is_told_of_as_well(caplog: pytest.LogCaptureFixture) -> None:
+def test_where_no_draft_side_was_there_yet_no_request_counts_as_too_long(caplog: pytest.LogCaptureFixture) -> None:
+    """How much it can hold is not known, either: a pool may have had no room for this engine so far."""
     bench = Bench()
-    bench.channel.alive = False
+    bench.channel.alive, bench.channel.max_length = False, 0
+    bench.speculator._notice_lives()
     bench.arrive("a")
-    for token in (31, 32):
-        assert bench.propose(bench.row("a", token)) == [[]]
-    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert bench.propose(bench.row("a", 31)) == [[]]
+    bench.channel.alive, bench.channel.life, bench.channel.max_length = True, 2, 64
+    bench.propose(bench.row("a", 32))
+    assert [admit.token_ids for admit in admitted(bench)] == [(*PROMPT, 31, 32)]
+    assert "longer than the draft" not in caplog.text
 
 
 # ---- one life of the draft side after the other ---------------------------------------------------------------------
@@ -321,10 +322,10 @@ def test_a_life_that_ended_and_was_followed_between_two_looks_is_noticed_as_well
     assert bench.count() == {"absent": 1}
     assert released(bench) == [before]
     assert admitted(bench)[1].token_ids == (*PROMPT, 31)
-    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+    assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
-def test_each_end_and_each_return_has_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_return_has_one_line_and_the_end_is_told_by_what_starts_it_again(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     bench = arrived()
     for life in (2, 3):
@@ -337,10 +338,8 @@ def test_each_end_and_each_return_has_one_line(caplog: pytest.LogCaptureFixture)
             bench.speculator.begin_step([], [])
             bench.propose(bench.row("a", token))
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 4
-    assert lines[:2] == lines[2:]
-    assert "decoding goes on without drafts until it is back" in lines[0]
-    assert "is back" in lines[1]
+    assert len(lines) == 2
+    assert all("is back" in line for line in lines)
 
 
 def test_a_draft_side_that_comes_back_is_not_told_of_what_only_the_one_before_knew() -> None:

@@ -17,7 +17,7 @@ from vllm_saguaro.algorithm.noise import KeySeeds, NoiseSeeds
 from vllm_saguaro.drafting.deflations import Deflations
 from vllm_saguaro.drafting.drawing import Drawer
 from vllm_saguaro.drafting.forecast import Forecaster
-from vllm_saguaro.drafting.kv import BlockPool, blocks_for, branch_span, pad_blocks
+from vllm_saguaro.drafting.kv import BlockPool, Blocks, blocks_for, branch_span, pad_blocks
 from vllm_saguaro.drafting.model import Batch, DraftModel
 from vllm_saguaro.drafting.pace import Pace
 from vllm_saguaro.drafting.trunk import PLAIN, Branch, Deflation, Drawing, Tree, Trunk
@@ -37,15 +37,17 @@ class DraftEngine:
         seed: int | None = None,
         pace: Pace | None = None,
         deflations: Deflations | None = None,
+        pool: Blocks | None = None,
     ) -> None:
         """`branches`: N, at most. `fan_out`: see `outcomes.FanOut`. `method` and `seed`: see `Drawer`.
 
-        Without a `pace` N is always `branches`; without `deflations` C is 1.
+        Without a `pace` N is always `branches`; without `deflations` C is 1; without a `pool` all blocks of the model
+        are this engine's.
         """
         self.model = model
         self.num_speculative_tokens = num_speculative_tokens
         self.branches = branches
-        self.pool = BlockPool(model.num_blocks)
+        self.pool: Blocks = pool or BlockPool(model.num_blocks)
         self.drawer = Drawer(method, model, seed)
         self.forecaster = Forecaster(fan_out)
         self.pace = pace or Pace(num_speculative_tokens, branches, chooses=False)

@@ -8,8 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+
+
+class Blocks(Protocol):
+    """Where an engine takes its blocks from: a pool of its own, or its share of one (`shares.py`)."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Block ids are 0 .. num_blocks - 1."""
+        ...
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that may be taken now."""
+        ...
+
+    def take(self, count: int) -> list[int] | None:
+        """`count` blocks, or None when there are not enough: then nothing is taken."""
+        ...
+
+    def give(self, blocks: Iterable[int]) -> None:
+        """Take blocks back."""
+        ...
 
 
 class BlockPool:

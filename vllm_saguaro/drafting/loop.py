@@ -51,9 +51,18 @@ class DraftLoop:
         self._holding = False
         self._first_next = False
         self._few = engine.num_speculative_tokens + 1
+        self.rows = MAX_ROWS_A_TREE
+        """Branches of all requests together: less where other loops take turns with this one over the same model."""
+        self.alone = True
+        """Whether none does. Else the forward over a prompt is a piece, so that they do not wait for a whole one."""
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @property
+    def demand(self) -> int:
+        """Branches of all requests together, if each had as many as it may."""
+        return min(len(self._entries) * self.engine.branches, MAX_ROWS_A_TREE)
 
     # ---- one step of the loop ----------------------------------------------------------------------------------
 
@@ -144,7 +153,7 @@ class DraftLoop:
             entry.forked = True  # also where no block was left: this round goes without, the next one tries again
         if ready:
             pace = self.engine.pace
-            share = max(1, min(pace.branches(len(ready)), min(MAX_ROWS_A_TREE, model.max_rows) // len(ready)))
+            share = max(1, min(pace.branches(len(ready)), min(self.rows, model.max_rows) // len(ready)))
             self._tree = self.engine.fork([e.trunk for e in ready], share)
             self._growing = [e for e in ready if e.trunk.branches]
             self._publish_growing()
@@ -173,7 +182,7 @@ class DraftLoop:
             return False
         self._first_next = not self._first_next
         entry = waiting[0] if self._first_next else min(waiting, key=lambda e: e.trunk.lacking)
-        model, trunk, alone = self.engine.model, entry.trunk, len(self._entries) == 1
+        model, trunk, alone = self.engine.model, entry.trunk, self.alone and len(self._entries) == 1
         before = trunk.valid
         if self.engine.has_room_for(trunk):
             self.engine.extend([trunk], model.max_tokens if alone else min(PROMPT_PIECE, model.max_tokens))

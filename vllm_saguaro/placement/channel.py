@@ -88,3 +88,12 @@ class LendingChannel(Channel, Lender, Protocol):
 
 class DraftFailed(RuntimeError):
     """The draft side did not come up."""
+
+
+class NotAdmitted(DraftFailed):
+    """A draft pool is there, and does not take this engine; the message says why, in one line."""
+
+    def __init__(self, why: str, disagrees: bool = False) -> None:
+        """`disagrees`: the engine's settings are others than those of the pool. Else there is no room for it now."""
+        super().__init__(why)
+        self.disagrees = disagrees

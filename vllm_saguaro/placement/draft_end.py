@@ -16,6 +16,11 @@ class DraftMailbox(Protocol):
         """Whether outcomes come from a device, which rings no bell."""
         ...
 
+    @property
+    def dropped(self) -> int:
+        """How many steps did not decode, and were dropped."""
+        ...
+
     def receive(self) -> Step | None:
         """The oldest step not yet seen, or None."""
         ...
@@ -42,6 +47,29 @@ class DraftEnd(Protocol):
 
         `may_sleep`: a bell would ring for it. A device that writes records rings none.
         """
+        ...
+
+
+class InvitedEnd(DraftEnd, Protocol):
+    """An end that came with an invitation, and may be one of several that one draft side looks after."""
+
+    def check(self) -> None:
+        """Raises `TargetGone` where that is known; it waits for nothing."""
+        ...
+
+    def lie_down(self) -> tuple[int, int] | None:
+        """Let the target side know that a step must wake us: the descriptor to poll, and for which events.
+
+        None where there is something to do at once. `get_up` must follow in either case.
+        """
+        ...
+
+    def get_up(self) -> None:
+        """Look at the steps again."""
+        ...
+
+    def close(self) -> None:
+        """Hang up, and give back what the link had."""
         ...
 
 

@@ -6,6 +6,7 @@ returns, so every table is complete and the target waits for all of it.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 
 from vllm_saguaro.drafting.engine import DraftEngine
@@ -18,7 +19,8 @@ class InlineChannel:
     """A draft side that works when it is told something, and is done when the call returns."""
 
     def __init__(self, make_engine: Callable[[], DraftEngine], shape: MailboxShape) -> None:
-        self._mailbox = Mailbox(memoryview(bytearray(shape.total_bytes)), shape)
+        # Anonymous pages are there once they are used: the room for q costs nothing where there is none.
+        self._mailbox = Mailbox(memoryview(mmap.mmap(-1, shape.total_bytes)), shape)
         self._engine = make_engine()
         self._loop = DraftLoop(self._engine, self._mailbox.publish)
         self.alive = True

@@ -20,19 +20,16 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
 
-from vllm_saguaro.messages import Proposals, Stamp, Step, Table
+from vllm_saguaro.messages import Step
 from vllm_saguaro.placement import frames
-from vllm_saguaro.placement.channel import DraftFailed
 from vllm_saguaro.placement.frames import FrameError, FrameReader, Kind, TableFrames
 from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.mailbox import DraftState, Mailbox
+from vllm_saguaro.placement.mailbox_channel import MailboxChannel
 from vllm_saguaro.placement.meeting import Invitation, Listener, Refused
 from vllm_saguaro.placement.wire import encode
 
-START_TIMEOUT_SECONDS = 600.0
-"""Loading and compiling a large draft takes minutes on a cold cache."""
 _LOST_MILLISECONDS = 6000
 """How long the other end may leave sent bytes unanswered."""
 _READ_BYTES = 1 << 18
@@ -52,7 +49,7 @@ def watch_closely(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-class NetworkChannel:
+class NetworkChannel(MailboxChannel):
     """The target side of the link. It listens; the draft side comes with the `invitation`."""
 
     def __init__(self, address: str, shape: MailboxShape) -> None:
@@ -64,7 +61,7 @@ class NetworkChannel:
         self._shape = shape
         memory = dataclasses.replace(shape, ring_bytes=8)  # steps do not go through it
         # Anonymous pages are there once they are used: the room for q costs nothing where there is none.
-        self._mailbox = Mailbox(memoryview(mmap.mmap(-1, memory.total_bytes)), memory)
+        super().__init__(Mailbox(memoryview(mmap.mmap(-1, memory.total_bytes)), memory))
         self._tables = TableFrames(shape)
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         # Each of these is written by one thread only: what was posted by the target's, what was taken by the receiver.
@@ -74,11 +71,6 @@ class NetworkChannel:
         """Size of each step that the draft side has not taken yet, and when it was posted."""
         self._connection: socket.socket | None = None
         self._trouble = "the draft side never connected"
-        self._max_length = 0
-        self._closed = False
-        self._closing = threading.Lock()
-        self.alive = True
-        self.shards: Sequence[range] = (range(shape.slots),)
         self._threads = [
             threading.Thread(target=self._receive, name="saguaro-link-receiver", daemon=True),
             threading.Thread(target=self._send, name="saguaro-link-sender", daemon=True),
@@ -91,26 +83,12 @@ class NetworkChannel:
         return self._listener.invitation
 
     @property
-    def max_length(self) -> int:
-        """Longest text, in tokens, that the draft can hold."""
-        return self._max_length
-
-    @property
-    def resident_bytes(self) -> int:
-        """Nothing on this node."""
-        return 0
-
-    @property
     def stalled_seconds(self) -> float:
         """How long the oldest step that the draft side has not taken has waited."""
         try:
             return time.monotonic() - self._untaken[0][1] if self.alive else 0.0
         except IndexError:  # taken meanwhile
             return 0.0
-
-    def epoch(self, slot: int) -> int:
-        """One draft side, one life."""
-        return int(self.alive)
 
     def post(self, step: Step) -> bool:
         """Hand the step to the sender thread; False when the draft side is too far behind."""
@@ -124,26 +102,6 @@ class NetworkChannel:
         self._posted_steps += 1
         self._outgoing.put(frames.pack(Kind.STEP, data))
         return True
-
-    def read(self, slot: int) -> Table | None:
-        """The table of a slot, as far as it has come."""
-        return self._mailbox.read(slot) if self.alive else None
-
-    def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
-        """The q of a branch's drafts; it stays readable when the draft side has ended."""
-        return None if self._closed else self._mailbox.proposals(stamp, version, branch, depth)
-
-    def wait_until_ready(self) -> None:
-        """Wait for the draft side to connect and to load its model. Raises `DraftFailed` when it does not."""
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        while (state := self._state()) == DraftState.STARTING:
-            if not self.alive:
-                raise DraftFailed(f"the draft ended while it started: {self._trouble}")
-            if time.monotonic() > deadline:
-                raise DraftFailed(f"the draft was not ready after {START_TIMEOUT_SECONDS:.0f} s")
-            time.sleep(0.01)
-        if state == DraftState.FAILED:
-            raise DraftFailed("the draft could not load its model: its own error is in its log")
 
     def hang_up(self, trouble: str) -> None:
         """End the stream, and with it the draft side and both threads. What has come stays readable."""
@@ -166,13 +124,6 @@ class NetworkChannel:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(_JOIN_SECONDS)
-
-    def _state(self) -> DraftState:
-        with self._closing:
-            if self._closed:
-                raise DraftFailed("the draft side was closed while it started")
-            self._max_length = self._mailbox.max_length
-            return self._mailbox.state
 
     # ---- the two threads ---------------------------------------------------------------------------------------
 

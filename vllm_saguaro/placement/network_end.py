@@ -89,10 +89,14 @@ class FarMailbox:
             self._unsent = self._unsent[sent:]
         return True
 
+    def awaited(self) -> tuple[int, int]:
+        """What to poll for: a step that comes, or room for what waits to be sent."""
+        return self._connection.fileno(), select.POLLIN | (0 if self.flush() else select.POLLOUT)
+
     def wait(self, milliseconds: int) -> None:
         """Sleep until a step comes, or until more can be sent where something waits."""
         poll = select.poll()
-        poll.register(self._connection, select.POLLIN | (0 if self.flush() else select.POLLOUT))
+        poll.register(*self.awaited())
         poll.poll(milliseconds)
 
     def close(self) -> None:
@@ -144,6 +148,16 @@ class NetworkEnd:
             os.sched_yield()
         else:
             self.mailbox.wait(_SLEEP_MILLISECONDS)
+
+    def check(self) -> None:
+        """The stream tells when its steps are read."""
+
+    def lie_down(self) -> tuple[int, int] | None:
+        """The stream."""
+        return self.mailbox.awaited()
+
+    def get_up(self) -> None:
+        """Nothing was put down."""
 
     def close(self) -> None:
         """Hang up."""

@@ -16,19 +16,15 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from pathlib import Path
 
-from vllm_saguaro.messages import Proposals, Stamp, Step, Table
-from vllm_saguaro.placement.channel import DraftFailed
+from vllm_saguaro.messages import Step
 from vllm_saguaro.placement.draft_end import TargetGone
 from vllm_saguaro.placement.layout import MailboxShape
-from vllm_saguaro.placement.mailbox import DraftState, Mailbox
+from vllm_saguaro.placement.mailbox import Mailbox
+from vllm_saguaro.placement.mailbox_channel import MailboxChannel
 from vllm_saguaro.placement.meeting import Invitation, Listener, Refused, knock, peer
 from vllm_saguaro.placement.memfd import sealed_memfd
 
-START_TIMEOUT_SECONDS = 600.0
-"""Loading and compiling a large draft takes minutes on a cold cache."""
 _YIELD_SECONDS = 2e-3
 _NAP_SECONDS = 50e-3
 _SLEEP_MILLISECONDS = 1000
@@ -36,7 +32,7 @@ _JOIN_SECONDS = 2.0
 _HANDOVER_SECONDS = 5.0
 
 
-class PassedMemoryChannel:
+class PassedMemoryChannel(MailboxChannel):
     """The target side. It listens on this machine only; the draft side comes with the `invitation`."""
 
     def __init__(self, shape: MailboxShape) -> None:
@@ -44,16 +40,11 @@ class PassedMemoryChannel:
         self._listener = Listener(shape)
         self._memory_fd = sealed_memfd("saguaro-mailbox", shape.total_bytes)
         self._memory = mmap.mmap(self._memory_fd, shape.total_bytes)
-        self._mailbox = Mailbox(memoryview(self._memory), shape)
+        super().__init__(Mailbox(memoryview(self._memory), shape))
         self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._connection: socket.socket | None = None
         self._pid = 0
         self._trouble = "the draft side never connected"
-        self._max_length = 0
-        self._closed = False
-        self._closing = threading.Lock()
-        self.alive = True
-        self.shards: Sequence[range] = (range(shape.slots),)
         self._thread = threading.Thread(target=self._follow, name="saguaro-draft-watch", daemon=True)
         self._thread.start()
 
@@ -67,29 +58,6 @@ class PassedMemoryChannel:
         """Process id of the draft side; 0 while it is not here, or where it cannot be seen."""
         return self._pid
 
-    @property
-    def max_length(self) -> int:
-        """Longest text, in tokens, that the draft can hold."""
-        return self._max_length
-
-    @property
-    def resident_bytes(self) -> int:
-        """Memory that the draft's process has now; 0 where the system does not tell."""
-        try:
-            pages = Path(f"/proc/{self._pid}/statm").read_text(encoding="ascii").split()[1] if self._pid else "0"
-        except OSError:
-            return 0
-        return int(pages) * mmap.PAGESIZE
-
-    @property
-    def stalled_seconds(self) -> float:
-        """How long the oldest step in the mailbox has waited."""
-        return self._mailbox.stalled_seconds if self.alive else 0.0
-
-    def epoch(self, slot: int) -> int:
-        """One draft side, one life."""
-        return int(self.alive)
-
     def post(self, step: Step) -> bool:
         """Put the step into the mailbox, and ring if the draft side sleeps."""
         if not self.alive or not self._mailbox.post(step):
@@ -100,30 +68,10 @@ class PassedMemoryChannel:
                 os.eventfd_write(self._bell_fd, 1)
         return True
 
-    def read(self, slot: int) -> Table | None:
-        """The table of a slot, as far as it is."""
-        return self._mailbox.read(slot) if self.alive else None
-
-    def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
-        """The q of a branch's drafts; it stays readable when the draft side has ended."""
-        return None if self._closed else self._mailbox.proposals(stamp, version, branch, depth)
-
     def lend(self) -> memoryview | None:
         """The mailbox, for a device; None once it is closed."""
         with self._closing:
             return None if self._closed else memoryview(self._memory)
-
-    def wait_until_ready(self) -> None:
-        """Wait for the draft side to come and to load its model. Raises `DraftFailed` when it does not."""
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        while (state := self._state()) == DraftState.STARTING:
-            if not self.alive:
-                raise DraftFailed(f"the draft ended while it started: {self._trouble}")
-            if time.monotonic() > deadline:
-                raise DraftFailed(f"the draft was not ready after {START_TIMEOUT_SECONDS:.0f} s")
-            time.sleep(0.01)
-        if state == DraftState.FAILED:
-            raise DraftFailed("the draft could not load its model: its own error is in its log")
 
     def hang_up(self, trouble: str) -> None:
         """End the draft side. What has come stays readable."""
@@ -149,13 +97,6 @@ class PassedMemoryChannel:
         del self._memory
         os.close(self._memory_fd)
         os.close(self._bell_fd)
-
-    def _state(self) -> DraftState:
-        with self._closing:  # another thread may close what is read here
-            if self._closed:
-                raise DraftFailed("the draft side was closed while it started")
-            self._max_length = self._mailbox.max_length
-            return self._mailbox.state
 
     def _follow(self) -> None:
         """Let the draft side in, hand the memory over, and notice when it ends."""
@@ -211,8 +152,7 @@ class PassedMemoryEnd:
 
     def idle(self, since: float, may_sleep: bool = True) -> None:
         """Wait a little for the next step: at first by yielding, later asleep until the bell rings."""
-        if self._ended:
-            raise TargetGone("the target side hung up")
+        self.check()
         waited = time.perf_counter() - since
         if waited < _YIELD_SECONDS:
             os.sched_yield()
@@ -220,6 +160,22 @@ class PassedMemoryEnd:
             time.sleep(50e-6)
         else:
             self._sleep()
+
+    def check(self) -> None:
+        """Raises `TargetGone` once the other side has hung up."""
+        if self._ended:
+            raise TargetGone("the target side hung up")
+
+    def lie_down(self) -> tuple[int, int] | None:
+        """The bell, unless there is a step that was posted before the other side could see that we sleep."""
+        self.mailbox.fall_asleep(True)
+        return None if self.mailbox.has_step else (self._bell_fd, select.POLLIN)
+
+    def get_up(self) -> None:
+        """Look at the steps again, and no longer for the bell."""
+        self.mailbox.fall_asleep(False)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._bell_fd)
 
     def close(self) -> None:
         """Hang up, and let go of the memory."""
@@ -232,12 +188,9 @@ class PassedMemoryEnd:
         self._memory.close()
 
     def _sleep(self) -> None:
-        self.mailbox.fall_asleep(True)
-        if not self.mailbox.has_step:  # posted before the other side could see that we sleep
+        if self.lie_down() is not None:
             self._poll.poll(_SLEEP_MILLISECONDS)
-        self.mailbox.fall_asleep(False)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._bell_fd)
+        self.get_up()
 
     def _follow(self) -> None:
         with contextlib.suppress(OSError):

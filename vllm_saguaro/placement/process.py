@@ -18,26 +18,24 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import IO, Any
 
-from vllm_saguaro.messages import Proposals, Stamp, Step, Table
-from vllm_saguaro.placement.channel import DraftFailed
+from vllm_saguaro.messages import Step
 from vllm_saguaro.placement.layout import MailboxShape
-from vllm_saguaro.placement.mailbox import DraftState, Mailbox
+from vllm_saguaro.placement.mailbox import Mailbox
+from vllm_saguaro.placement.mailbox_channel import MailboxChannel
 from vllm_saguaro.placement.memfd import sealed_memfd
 
-START_TIMEOUT_SECONDS = 600.0
-"""Loading and compiling a large draft takes minutes on a cold cache."""
 _END_TIMEOUT_SECONDS = 5.0
 """The system takes longer than a moment to end a killed process only where a device holds it. It ends later then."""
 _YIELD_SECONDS = 2e-3
 _NAP_SECONDS = 50e-3
-_PARENT_CHECK_SECONDS = 1.0
+_SLEEP_MILLISECONDS = 1000
+_PARENT_CHECK_MILLISECONDS = 1000
 
 
-class ProcessChannel:
+class ProcessChannel(MailboxChannel):
     """Starts the draft process at once; `wait_until_ready` returns when its model is loaded."""
 
     def __init__(
@@ -50,7 +48,7 @@ class ProcessChannel:
         """
         self._memory_fd = sealed_memfd("saguaro-mailbox", shape.total_bytes)
         self._memory = mmap.mmap(self._memory_fd, shape.total_bytes)
-        self._mailbox = Mailbox(memoryview(self._memory), shape)
+        super().__init__(Mailbox(memoryview(self._memory), shape))
         self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],  # -P: not what lies in the working directory
@@ -71,11 +69,6 @@ class ProcessChannel:
             self._process.stdin.flush()
         # Should this object be dropped without `close`, the end of the pipe still ends the child.
         self._finalizer = weakref.finalize(self, _close_quietly, self._process.stdin)
-        self.alive = True
-        self.shards: Sequence[range] = (range(shape.slots),)
-        self._closed = False
-        self._closing = threading.Lock()
-        self._max_length = 0
         threading.Thread(
             target=_watch, args=(self._process, weakref.ref(self)), name="saguaro-draft-watch", daemon=True
         ).start()
@@ -85,20 +78,6 @@ class ProcessChannel:
         """Process id of the draft side."""
         return self._process.pid
 
-    @property
-    def max_length(self) -> int:
-        """Longest text, in tokens, that the draft can hold."""
-        return self._max_length
-
-    @property
-    def stalled_seconds(self) -> float:
-        """How long the oldest step in the mailbox has waited."""
-        return self._mailbox.stalled_seconds if self.alive else 0.0
-
-    def epoch(self, slot: int) -> int:
-        """One process, one life."""
-        return int(self.alive)
-
     def post(self, step: Step) -> bool:
         """Put the step into the mailbox, and ring if the draft side sleeps."""
         if not self.alive or not self._mailbox.post(step):
@@ -107,37 +86,10 @@ class ProcessChannel:
             os.eventfd_write(self._bell_fd, 1)
         return True
 
-    def read(self, slot: int) -> Table | None:
-        """The table of a slot, as far as it is."""
-        return self._mailbox.read(slot) if self.alive else None
-
-    def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
-        """The q of a branch's drafts; it stays readable when the draft process has ended."""
-        return None if self._closed else self._mailbox.proposals(stamp, version, branch, depth)
-
     def lend(self) -> memoryview | None:
         """The mailbox, for a device; None once it is closed."""
         with self._closing:
             return None if self._closed else memoryview(self._memory)
-
-    def wait_until_ready(self) -> None:
-        """Wait for the model to load. Raises `DraftFailed` when it does not."""
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        while (state := self._state()) == DraftState.STARTING:
-            if not self.alive:
-                raise DraftFailed(f"the draft process ended while it started (exit status {self._process.returncode})")
-            if time.monotonic() > deadline:
-                raise DraftFailed(f"the draft process was not ready after {START_TIMEOUT_SECONDS:.0f} s")
-            time.sleep(0.01)
-        if state == DraftState.FAILED:
-            raise DraftFailed("the draft process could not load its model: its own error is in the log above")
-
-    def _state(self) -> DraftState:
-        with self._closing:  # another thread may close what is read here
-            if self._closed:
-                raise DraftFailed("the draft process was closed while it started")
-            self._max_length = self._mailbox.max_length
-            return self._mailbox.state
 
     def close(self) -> None:
         """End the process by force, which needs no consent of one that hangs or is stopped.
@@ -159,15 +111,6 @@ class ProcessChannel:
         os.close(self._memory_fd)
         os.close(self._bell_fd)
 
-    @property
-    def resident_bytes(self) -> int:
-        """Memory that the draft process has now; 0 where the system does not tell."""
-        try:
-            pages = Path(f"/proc/{self.pid}/statm").read_text(encoding="ascii").split()[1]
-        except OSError:
-            return 0
-        return int(pages) * mmap.PAGESIZE
-
 
 def _close_quietly(pipe: IO[bytes]) -> None:
     with contextlib.suppress(BrokenPipeError):  # what was still to be flushed to a child that has ended
@@ -178,6 +121,7 @@ def _watch(process: subprocess.Popen[bytes], channel: weakref.ref[ProcessChannel
     process.wait()
     owner = channel()
     if owner is not None:
+        owner._trouble = f"its process ended with exit status {process.returncode}"
         owner.alive = False
 
 
@@ -191,6 +135,8 @@ class DraftEnd:
         self.options: Mapping[str, Any] = start["options"]
         self._bell_fd: int = start["bell_fd"]
         self._parent: int = start["parent"]
+        self._poll = select.poll()  # and not `select`: an inherited descriptor may be above 1023
+        self._poll.register(self._bell_fd, select.POLLIN)
 
     def end_with_parent(self) -> None:
         """From now on this process ends as soon as its standard input does, whatever it is doing."""
@@ -213,15 +159,15 @@ class DraftEnd:
     def _sleep(self) -> None:
         self.mailbox.fall_asleep(True)
         if not self.mailbox.has_step:  # posted before the other side could see that we sleep
-            select.select([self._bell_fd], [], [], 1.0)
+            self._poll.poll(_SLEEP_MILLISECONDS)
         self.mailbox.fall_asleep(False)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._bell_fd)
 
     def _follow(self) -> None:
-        stdin = sys.stdin.fileno()
+        stdin, poll = sys.stdin.fileno(), select.poll()
+        poll.register(stdin, select.POLLIN)
         while os.getppid() == self._parent:  # a fork of the parent may still hold the pipe's other end
-            readable, _, _ = select.select([stdin], [], [], _PARENT_CHECK_SECONDS)
-            if readable and not os.read(stdin, 4096):
+            if poll.poll(_PARENT_CHECK_MILLISECONDS) and not os.read(stdin, 4096):
                 break
         os._exit(0)

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
 from vllm_saguaro.messages import Proposals, Stamp, Step, Table
-from vllm_saguaro.placement.channel import DraftFailed
+from vllm_saguaro.placement.channel import DraftFailed, NotAdmitted
 from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.network import NetworkChannel
 from vllm_saguaro.placement.passed_memory import PassedMemoryChannel
@@ -43,7 +43,8 @@ class RayDraft:
     """What Ray is asked for: which draft, with which resources, in which cluster. Plain values only."""
 
     module: str
-    """Has `serve_invited(start)`, which the actor calls with `options`, the invitation and its cores."""
+    """Has `serve_invited(start)`, which the actor calls with `options`, the invitation and its cores; of a pool
+    `open_pool(start)`."""
     options: Mapping[str, Any]
     cpus: Sequence[int]
     """Cores of this node that are the draft's, where it runs here."""
@@ -59,6 +60,14 @@ class RayDraft:
     """Cores that a local Ray's own processes may use; empty: those of this thread."""
     variables: Mapping[str, str] = field(default_factory=dict)
     """Environment variables that the draft's process gets, wherever it runs."""
+    pool: str | None = None
+    """Name of a draft pool in that cluster: joined, or started where it is not there. None: a draft for us alone."""
+    engines: int = 1
+    """How many engines a pool that we start has room for."""
+    slots: int = 0
+    """Requests that we may have in the pool."""
+    linger: float = 30.0
+    """Seconds after which a pool that we start ends without engines."""
 
 
 def cluster_address(asked: str | None) -> str | None:
@@ -81,6 +90,7 @@ class RayChannel:
         self._pid = 0
         self._over = self._closed = False
         self._trouble = "the process that speaks to Ray ended"
+        self._refusal: NotAdmitted | None = None
         self._closing = threading.Lock()
         self.shards: Sequence[range] = (range(shape.slots),)
         # A Ray of our own keeps its logs and sockets here; the path of a socket must be short.
@@ -146,7 +156,10 @@ class RayChannel:
         return self._link.lend() if isinstance(self._link, PassedMemoryChannel) else None
 
     def wait_until_ready(self) -> None:
-        """Wait for Ray to place the actor, and for that to load its model. Raises `DraftFailed` when it does not."""
+        """Wait for Ray to place the actor, and for that to load its model.
+
+        Raises `DraftFailed` when it does not, `NotAdmitted` where a pool does not take us.
+        """
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while self._link is None:
             if self._closed:
@@ -160,6 +173,8 @@ class RayChannel:
             self._link.wait_until_ready()
         except DraftFailed:
             self._thread.join(_REASON_SECONDS)  # Ray knows more, a moment later
+            if self._refusal is not None and not self._closed:
+                raise self._refusal from None
             if self._over and not self._closed:
                 raise DraftFailed(f"Ray could not start the draft: {self._trouble}") from None
             raise
@@ -191,7 +206,9 @@ class RayChannel:
             self._placer.stdin.flush()
 
     def _hear(self, said: Mapping[str, Any]) -> None:
-        if said["event"] == "ended":
+        if said["event"] == "refused":
+            self._refusal = NotAdmitted(str(said["reason"]), bool(said["disagrees"]))
+        if said["event"] in ("ended", "refused"):
             self._end(str(said["reason"]))
             return
         self._pid = int(said["pid"])

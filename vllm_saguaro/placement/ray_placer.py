@@ -12,76 +12,31 @@ import inspect
 import json
 import logging
 import os
-import queue
-import select
 import shutil
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util import get_node_ip_address, placement_group, remove_placement_group
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vllm_saguaro.placement.ray_actor import DraftActor
+from vllm_saguaro.placement.ray_parent import LOOK_SECONDS, Ended, Parent, result
+from vllm_saguaro.placement.ray_pool_placer import draft_in_pool
 
 logger = logging.getLogger("vllm_saguaro.ray")
 
 _OBJECT_STORE_BYTES = 80 << 20
 """Of a Ray of our own: nothing goes through it, and this is about the least that Ray takes."""
 _ANSWER_SECONDS = 10.0
-_LOOK_SECONDS = 0.5
-_PARENT_CHECK_SECONDS = 1.0
 _PATIENCE_SECONDS = 20.0
 """After so long without room the log says what is waited for."""
-
-
-class Ended(Exception):
-    """The target side has ended; there is nothing more to do."""
-
-
-class Parent:
-    """The target side's process: what it says, and when it ends."""
-
-    def __init__(self, stdin: IO[bytes]) -> None:
-        self._pid = os.getppid()
-        self._fd = stdin.fileno()
-        self._lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self.ended = threading.Event()
-        threading.Thread(target=self._read, name="saguaro-parent-watch", daemon=True).start()
-
-    def message(self) -> dict[str, Any]:
-        """The next line of JSON. Raises `Ended`."""
-        while True:
-            try:
-                return json.loads(self._lines.get(timeout=_LOOK_SECONDS))
-            except queue.Empty:
-                self.check()
-
-    def check(self) -> None:
-        """Raises `Ended` when it has."""
-        if self.ended.is_set():
-            raise Ended
-
-    def _read(self) -> None:
-        held = b""
-        while os.getppid() == self._pid:  # a fork of the parent may still hold the pipe's other end
-            readable, _, _ = select.select([self._fd], [], [], _PARENT_CHECK_SECONDS)
-            if not readable:
-                continue
-            piece = os.read(self._fd, 1 << 16)
-            if not piece:
-                break
-            *lines, held = (held + piece).split(b"\n")
-            for line in lines:
-                self._lines.put(line)
-        self.ended.set()
 
 
 def main() -> None:
@@ -102,8 +57,12 @@ def main() -> None:
     try:
         start = parent.message()
         wanted = start["draft"]
+        if wanted["pool"]:
+            with _cluster(wanted, start["folder"]):
+                draft_in_pool(wanted, parent, say)
+            return
         with _cluster(wanted, start["folder"]), _actor(wanted, parent) as actor:
-            node, pid = _result(actor.whereabouts.remote(), parent)
+            node, pid = result(actor.whereabouts.remote(), parent)
             beside = node == ray.get_runtime_context().get_node_id()
             where = "this node, over shared memory" if beside else f"another node ({node}), over the network"
             logger.info("Saguaro's draft runs in Ray on %s; process %d.", where, pid)
@@ -114,7 +73,7 @@ def main() -> None:
             draft["threads"] = len(cpus) or wanted["num_cpus"]
             niceness = os.getpriority(os.PRIO_PROCESS, 0)
             drafting = actor.serve.remote(wanted["module"], draft, wanted["variables"], niceness)
-            say(event="ended", reason=_result(drafting, parent))
+            say(event="ended", reason=result(drafting, parent))
     except Ended:
         pass
     except Exception as error:  # whatever Ray raises, in one line for the parent; all of it in the log
@@ -217,20 +176,11 @@ def _check_room(bundle: Mapping[str, float]) -> None:
 
 def _wait_for_room(group: PlacementGroup, bundle: Mapping[str, float], parent: Parent) -> None:
     waited = 0.0
-    while not group.wait(_LOOK_SECONDS):
+    while not group.wait(LOOK_SECONDS):
         parent.check()
-        waited += _LOOK_SECONDS
+        waited += LOOK_SECONDS
         if waited == _PATIENCE_SECONDS:
             logger.warning("Saguaro's draft waits for a node of the Ray cluster that has %s free.", dict(bundle))
-
-
-def _result(reference: Any, parent: Parent) -> Any:
-    """What a call gives, unless the target side ends before."""
-    while True:
-        try:
-            return ray.get(reference, timeout=_LOOK_SECONDS)
-        except GetTimeoutError:
-            parent.check()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Proposals, Stamp, Step, Table
-from vllm_saguaro.placement.channel import Channel, Lender
+from vllm_saguaro.placement.channel import Channel, Lender, NotAdmitted
 
 _LONGEST_GAP = 1.0
 """Seconds between two looks that count as watched. A longer gap means that this process itself stood still, or the
@@ -32,7 +32,7 @@ class Care:
     """From the end of a life to the start of the next one; twice as long each time, up to `longest_back_off`."""
     longest_back_off: float = 60.0
     good_life: float = 300.0
-    """A life that lasted so long has not failed: the restarts before it are forgotten."""
+    """A life that lasted so long makes up for the back-off, too: the next one is started after the shortest."""
     hang: float = 10.0
     """A step that waits unread for so long means a hang. Compiling is done before a life counts as begun; but one
     forward over a piece of a prompt may take a large draft on a slow core longer than this. So each hang doubles it, up
@@ -75,7 +75,14 @@ class RestartingChannel:
         self._began_at = self._looked_at = clock()
         self._again_at = 0.0
         self._failures = 0
+        """Lives in a row that were of no use."""
+        self._ends = 0
+        """Lives in a row that were not long."""
+        self._useful = False
+        self._last_read: dict[int, Table] = {}
+        """By slot, until the present life has been of use."""
         self._left_off = False
+        self._refused_for = ""
         self._said_up = False
         self._hung_for = 0.0
         self._hang = self._care.hang
@@ -109,12 +116,17 @@ class RestartingChannel:
     def post(self, step: Step) -> bool:
         """Tell the present life."""
         with self._lock:
+            if not self._useful and step.outcomes:
+                self._note_hits(step)
             return self._present is not None and self._present.post(step)
 
     def read(self, slot: int) -> Table | None:
         """The present life's table."""
         with self._lock:
-            return None if self._present is None else self._present.read(slot)
+            table = None if self._present is None else self._present.read(slot)
+            if not self._useful and table is not None:
+                self._last_read[slot] = table
+            return table
 
     def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
         """The q that the present life told. Of a life before it there is none: those drafts count as certain."""
@@ -130,12 +142,22 @@ class RestartingChannel:
         """Wait for the first life, and look after it from then on.
 
         Raises `DraftFailed` when it does not come up: what never worked is not tried again, it is a wrong setting.
+        Where a pool has no room that is none: it is asked again.
         """
-        assert self._present is not None
-        self._present.wait_until_ready()
-        self.max_length = self._present.max_length
-        self._began_at = self._looked_at = self._clock()
-        self._say(up=True)
+        present = self._present
+        assert present is not None
+        try:
+            present.wait_until_ready()
+            self.max_length = present.max_length
+            self._began_at = self._looked_at = self._clock()
+            self._say(up=True)
+        except NotAdmitted as refusal:
+            if refusal.disagrees:
+                raise
+            with self._lock:
+                self._present = None
+            self._close(present)
+            self._ask_again(refusal)
         # It knows this object weakly: one that is dropped without `close` goes, and its draft side with it.
         self._thread = threading.Thread(
             target=_look_after,
@@ -159,6 +181,15 @@ class RestartingChannel:
         if present is not None:
             present.close()
         self._say(up=False)
+
+    def _note_hits(self, step: Step) -> None:
+        """A life is of use from the first outcome on that its tables had drafts for; then no more is noted."""
+        for outcome in step.outcomes:
+            table = self._last_read.get(outcome.stamp.slot)
+            if table is not None and table.stamp == outcome.stamp and table.drafts:
+                self._useful = self._useful or table.find(outcome.accepted, outcome.bonus) is not None
+        if self._useful:
+            self._last_read.clear()
 
     def _say(self, up: bool) -> None:
         if up != self._said_up:
@@ -199,8 +230,11 @@ class RestartingChannel:
             self._present = None
         self._say(up=False)
         self._close(present)
-        if self._clock() - self._began_at >= self._care.good_life:
+        good = self._clock() - self._began_at >= self._care.good_life
+        if good or self._useful:
             self._failures = 0
+        if good:
+            self._ends = 0
         self._plan(trouble)
 
     def _plan(self, trouble: str) -> None:
@@ -215,19 +249,32 @@ class RestartingChannel:
                 self._failures,
             )
             return
-        back_off = min(self._care.first_back_off * 2 ** min(self._failures, 30), self._care.longest_back_off)
+        back_off = min(self._care.first_back_off * 2 ** min(self._ends, 30), self._care.longest_back_off)
         self._failures += 1
+        self._ends += 1
         self._again_at = self._clock() + back_off
         self._log.warning(
-            "The draft side %s. It is started again in %g s (restart %d of %d in a row).",
+            "The draft side %s. Decoding goes on without drafts until it is back; it is started again in %g s (restart "
+            "%d of %d in a row).",
             trouble,
             back_off,
             self._failures,
             self._restarts,
         )
 
+    def _ask_again(self, refusal: NotAdmitted) -> None:
+        """A pool does not take us: that is no failure of it. It is asked now and then, for as long as this lasts."""
+        self._again_at = self._clock() + self._care.longest_back_off
+        if str(refusal) != self._refused_for:
+            self._refused_for = str(refusal)
+            self._log.warning(
+                "The draft pool does not take this engine: %s. Decoding goes on without drafts, and it is asked again "
+                "every %g s.",
+                refusal,
+                self._care.longest_back_off,
+            )
+
     def _start_again(self) -> None:
-        self._page.count_in(counters.DRAFT_RESTARTS, 1)
         channel = None
         try:
             channel = self._start()
@@ -235,12 +282,19 @@ class RestartingChannel:
                 self._starting = channel
             if not self._closing.is_set():  # else `close` may have looked before there was anything to close
                 channel.wait_until_ready()
+        except NotAdmitted as refusal:
+            if channel is not None:
+                self._take_back(channel)
+            self._ask_again(refusal)
+            return
         except Exception as error:  # whatever it is, it must not end the thread that would try again
+            self._page.count_in(counters.DRAFT_RESTARTS, 1)
             if channel is not None:
                 self._take_back(channel)
             if not self._closing.is_set():
                 self._plan(f"did not come up ({error})")
             return
+        self._page.count_in(counters.DRAFT_RESTARTS, 1)
         if self._closing.is_set():
             self._take_back(channel)
             return
@@ -249,6 +303,8 @@ class RestartingChannel:
                 return
             self._starting, self._present = None, channel
             self._life += 1
+            self._useful, self._refused_for = False, ""
+            self._last_read.clear()
         self.max_length = channel.max_length
         self._hung_for, self._began_at, self._looked_at = 0.0, self._clock(), self._clock()
         self._say(up=True)

@@ -163,6 +163,7 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
 
     from vllm_saguaro.vllm_hooks import request_checks
     from vllm_saguaro.vllm_hooks.metrics import open_page
+    from vllm_saguaro.vllm_hooks.ray_draft import check_cluster
 
     logger = init_logger(f"vllm.{__name__}")  # below "vllm": only there has vLLM's logging a handler
     compatibility.check_version()
@@ -176,6 +177,7 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     config = on_device(config, written) if runner is Runner.V2 else on_host(config, written)
     compatibility.check_combination(engine_args, parallel, worker_class, config.placement, runner)
     compatibility.check_placement(config.placement)
+    check_cluster(config)
 
     if "model" in passed:
         passed["model"] = resolve_folder(passed["model"])

@@ -71,13 +71,24 @@ class SilentDrafter(DraftModelProposer):
 class SaguaroDrafter(SilentDrafter):
     """The drafter of a target's only or first rank: asks the speculator."""
 
-    def __init__(self, speculator: Speculator, runner: GPUModelRunner, keys: RequestKeys, guesses: bool) -> None:
-        """`guesses`: whether a request's own text may stand in after a miss."""
+    def __init__(
+        self,
+        speculator: Speculator,
+        runner: GPUModelRunner,
+        keys: RequestKeys,
+        guesses: bool,
+        has_q: bool = True,
+    ) -> None:
+        """`guesses`: whether a request's own text may stand in after a miss. `has_q`: whether a q may be asked for.
+
+        A draft side that takes the likeliest token at every temperature has none, and one that tells one lies.
+        """
         super().__init__()
         self.speculator = speculator
         self.runner = runner
         self.keys = keys
         self._guesses = guesses
+        self._has_q = has_q
 
     def load_model(self, target_model: Any) -> None:
         """The draft has been loading elsewhere while the target loaded here: wait for it."""
@@ -131,7 +142,7 @@ class SaguaroDrafter(SilentDrafter):
         verified depends on what they are: no q is right for those, but certain drafts are exact under any selection.
         """
         params = self.runner.requests[request_id].sampling_params
-        if params is None or params.structured_outputs is not None:
+        if not self._has_q or params is None or params.structured_outputs is not None:
             return None
         return self.speculator.proposals(request_id, count)
 

@@ -100,7 +100,8 @@ class SaguaroWorker(CPUWorker):
         steps = config.num_speculative_tokens
         policy = Policy(steps, config.backup, config.chooses_itself)
         speculator = Speculator(self._channel, steps, self._page, logger, policy)
-        return SaguaroDrafter(speculator, self.model_runner, keys, guesses=config.backup in ("auto", "ngram"))
+        guesses, has_q = config.backup in ("auto", "ngram"), config.draft_sample_method != "greedy"
+        return SaguaroDrafter(speculator, self.model_runner, keys, guesses, has_q)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the target while the draft loads elsewhere."""
@@ -119,7 +120,7 @@ class SaguaroWorker(CPUWorker):
                 resident = self._channel.resident_bytes if self._channel is not None else 0
                 # A draft in an actor that takes no memory here is on another node.
                 if self._channel is not None and (resident or self._options["placement"] != "ray"):
-                    budget = DRAFT_KV_BYTES * self._options["draft_replicas"]
+                    budget = DRAFT_KV_BYTES * self._drafts
                     self.requested_cpu_memory -= budget + resident
             return super().determine_available_memory()
 
@@ -180,19 +181,26 @@ class SaguaroWorker(CPUWorker):
 
         def start() -> Channel:
             if config.placement == "ray":
-                draft = ray_draft(config, options, {**plan, "draft": options["cpus"]}, os.environ)
+                draft = ray_draft(config, options, {**plan, "draft": options["cpus"]}, os.environ, shape.slots)
                 return RayChannel(draft, shape, environment)
             return ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment)
 
         return RestartingChannel(start, config.draft_restarts, self._page, logger)
 
+    @property
+    def _drafts(self) -> int:
+        """Times that the KV budget is there: once a replica; and a pool that this engine starts has room for many."""
+        return int(self._options["draft_pool_engines" if self._options["draft_pool"] else "draft_replicas"])
+
     def _draft_model_options(self) -> dict[str, Any]:
         """The fields of `DraftModelConfig`, as plain values."""
         draft: dict[str, Any] = dict(self._options["draft"])
+        engines = self._drafts if self._options["draft_pool"] else 1
+        slots = SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs
         return draft | {
             "max_length": draft.pop("max_model_len"),
-            "max_rows": max(MAX_ROWS_A_TREE, SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs),
-            "kv_cache_bytes": DRAFT_KV_BYTES,
+            "max_rows": max(MAX_ROWS_A_TREE, engines * slots),
+            "kv_cache_bytes": engines * DRAFT_KV_BYTES,
             "vocab_size": self._options["target_vocab_size"],
         }
 

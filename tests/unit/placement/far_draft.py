@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import threading
@@ -19,12 +20,15 @@ from typing import Any
 
 from tests.unit.drafting.checks import make_engine
 from tests.unit.drafting.fake_model import FakeModel
+from vllm_saguaro.drafting.engine import DraftEngine
+from vllm_saguaro.drafting.kv import Blocks
 from vllm_saguaro.drafting.loop import DraftLoop
+from vllm_saguaro.placement.admission import Ask
+from vllm_saguaro.placement.arrival import come
 from vllm_saguaro.placement.draft_end import TargetGone
 from vllm_saguaro.placement.mailbox import DraftState, MailboxShape
 from vllm_saguaro.placement.meeting import Invitation
-from vllm_saguaro.placement.network_end import NetworkEnd
-from vllm_saguaro.placement.passed_memory import PassedMemoryEnd
+from vllm_saguaro.placement.pool import DraftPool
 
 MAX_LENGTH = 200
 VOCABULARY = 40
@@ -35,10 +39,6 @@ SHAPE = MailboxShape(
 
 def model() -> FakeModel:
     return FakeModel(num_blocks=512, max_length=MAX_LENGTH, vocab_size=VOCABULARY)
-
-
-def come(invitation: Invitation) -> NetworkEnd | PassedMemoryEnd:
-    return NetworkEnd(invitation) if invitation.port else PassedMemoryEnd(invitation)
 
 
 def draft(invitation: Invitation, method: str = "coupled") -> None:
@@ -72,6 +72,22 @@ def serve_invited(start: Mapping[str, Any]) -> str:
         raise RuntimeError("this draft cannot be loaded")
     draft(Invitation.from_dict(start["invitation"]))
     return "the target side hung up"
+
+
+def open_pool(start: Mapping[str, Any]) -> DraftPool:
+    """As `vllm_hooks.draft_process.open_pool`. Option `role`: "fails" while it loads, "slow" to load."""
+    first = Ask(**start["ask"])
+    role = first.options.get("role")
+    if role == "fails":
+        raise RuntimeError("this draft cannot be loaded")
+    if role == "slow":
+        time.sleep(2)
+    of = model()
+
+    def make(ask: Ask, blocks: Blocks) -> DraftEngine:
+        return make_engine(of, SHAPE.num_speculative_tokens, SHAPE.branches, pool=blocks)
+
+    return DraftPool(of, make, first, start["engines"], logging.getLogger("test"), start["linger"])
 
 
 @contextlib.contextmanager

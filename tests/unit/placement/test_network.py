@@ -248,7 +248,7 @@ def test_a_draft_that_could_not_load_is_a_failed_draft(channel: NetworkChannel) 
 
 
 def test_a_draft_that_never_gets_ready_is_given_up(channel: NetworkChannel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_saguaro.placement.network.START_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr("vllm_saguaro.placement.mailbox_channel.START_TIMEOUT_SECONDS", 0.05)
     with knock(channel.invitation), pytest.raises(DraftFailed, match="not ready"):
         channel.wait_until_ready()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -18,6 +19,7 @@ from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.placement.echo_child import DRAFTS, MAX_LENGTH
 from tests.unit.placement.parent import ROOT, open_channel
 from vllm_saguaro.messages import Admit, Outcome, Release, Sampling, Stamp, Step, Table
+from vllm_saguaro.placement import mailbox_channel
 from vllm_saguaro.placement import process as process_module
 from vllm_saguaro.placement.channel import Channel, DraftFailed
 from vllm_saguaro.placement.process import ProcessChannel
@@ -178,6 +180,22 @@ def test_a_sleeping_child_wakes_for_a_step(channel: ProcessChannel) -> None:
     assert min(waited) < 0.5  # woken, and not found by the look once a second
 
 
+def test_a_child_whose_descriptors_have_high_numbers_sleeps_and_wakes() -> None:
+    """As in a server with a thousand connections: `select` takes no number above 1023."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1100:
+        pytest.skip("this system allows too few descriptors")
+    others = [os.dup(0) for _ in range(1030)]
+    opened = open_channel()
+    for fd in others:
+        os.close(fd)
+    opened.wait_until_ready()
+    assert until(lambda: opened._mailbox.asleep)
+    assert opened.post(ADMIT)
+    finished(opened, Stamp(2, 1, 0))
+    opened.close()
+
+
 def test_a_child_that_dies_while_it_starts_is_a_failed_draft() -> None:
     opened = open_channel("dies")
     with pytest.raises(DraftFailed, match="exit status 3"):
@@ -199,7 +217,7 @@ def test_a_child_that_cannot_be_imported_is_a_failed_draft() -> None:
 
 
 def test_a_child_that_never_gets_ready_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_module, "START_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(mailbox_channel, "START_TIMEOUT_SECONDS", 0.05)
     opened = open_channel()
     with pytest.raises(DraftFailed, match="not ready"):
         opened.wait_until_ready()

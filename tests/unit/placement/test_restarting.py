@@ -14,9 +14,9 @@ import pytest
 
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import Proposals, Release, Stamp, Step, Table
+from vllm_saguaro.messages import Outcome, Proposals, Release, Stamp, Step, Table
 from vllm_saguaro.placement import restarting
-from vllm_saguaro.placement.channel import Channel, DraftFailed
+from vllm_saguaro.placement.channel import Channel, DraftFailed, NotAdmitted
 from vllm_saguaro.placement.restarting import Care, RestartingChannel
 
 STEP = Step(releases=[Release(Stamp(0, 1, 0))])
@@ -35,6 +35,7 @@ class Life:
         self.alive, self.closed = True, 0
         self.stalled_seconds = 0.0
         self.taken: list[Step] = []
+        self.table: Table | None = None
         self.while_waiting: Callable[[], None] = lambda: None
 
     def epoch(self, slot: int) -> int:
@@ -47,7 +48,7 @@ class Life:
 
     def read(self, slot: int) -> Table | None:
         assert not self.closed, "read after its memory was given back"
-        return Table(Stamp(slot, 1, 0), [], [], [])
+        return self.table or Table(Stamp(slot, 1, 0), [], [], [])
 
     def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
         assert not self.closed
@@ -205,6 +206,42 @@ def test_after_so_many_restarts_in_a_row_it_is_left_off(
     assert all(life.closed == 1 for _, life in ward.started)
 
 
+def serve(ward: Ward, hit: bool) -> None:
+    """A round whose outcome the newest life's table has, or has not."""
+    stamp = Stamp(0, 1, 0)
+    ward.newest.table = Table(stamp, [2], [7], [[5], [6]])
+    ward.channel.read(0)
+    ward.channel.post(Step(outcomes=[Outcome(stamp, 2 if hit else 1, 7, 9, (), 2)]))
+
+
+def test_a_life_that_was_of_use_has_not_failed_and_is_still_not_started_again_and_again_at_once(ward: Ward) -> None:
+    """As where an operator, or the machine, ends it from outside: useful in between, it must not be left off."""
+    for _ in range(12):
+        serve(ward, hit=True)
+        ward.newest.alive = False
+        ward.run(10)
+    assert ward.up() == (1, 12, 0)
+    gaps = [after - before for (before, _), (after, _) in zip(ward.started[-4:], ward.started[-3:], strict=False)]
+    assert min(gaps) > 5.9, "the back-off goes on: only a long life makes up for that"
+
+
+@pytest.mark.parametrize("how", ["no hit", "of another round", "of another life", "without drafts"])
+def test_what_was_no_hit_of_this_life_does_not_make_up_for_its_end(ward: Ward, how: str) -> None:
+    for _ in range(6):
+        serve(ward, hit=False)
+        if how == "of another round":
+            ward.channel.post(Step(outcomes=[Outcome(Stamp(0, 1, 1), 2, 7, 9, (), 2)]))
+        elif how == "without drafts":
+            ward.newest.table = Table(Stamp(0, 1, 0), [2], [7], [])
+            ward.channel.read(0)
+            ward.channel.post(Step(outcomes=[Outcome(Stamp(0, 1, 0), 2, 7, 9, (), 2)]))
+        ward.newest.alive = False
+        ward.run(10)
+        if how == "of another life":  # its table was read, and it has ended before the outcome was told
+            ward.channel.post(Step(outcomes=[Outcome(Stamp(0, 1, 0), 2, 7, 9, (), 2)]))
+    assert ward.up() == (0, 5, 1)
+
+
 def test_a_good_life_makes_up_for_the_failures_before_it(ward: Ward) -> None:
     for _ in range(4):
         ward.newest.alive = False
@@ -240,6 +277,66 @@ def test_the_first_life_that_does_not_come_up_is_an_error_and_not_tried_again() 
     ward.channel.close()
     assert len(ward.started) == 1
     assert ward.newest.closed == 1
+
+
+# ---- a pool that does not take us ---------------------------------------------------------------------------------
+
+
+def refused(why: str = "it is full", disagrees: bool = False) -> Life:
+    """The start of a life for which there is no place in a draft pool."""
+    life = Life()
+
+    def refuse() -> None:
+        raise NotAdmitted(why, disagrees)
+
+    life.while_waiting = refuse
+    return life
+
+
+def test_an_engine_without_a_place_in_the_pool_starts_and_asks_again(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    ward = watched(*[refused() for _ in range(9)], Life())
+    assert not ward.channel.alive
+    assert ward.channel.epoch(0) == 0
+    assert not ward.channel.post(STEP)
+    ward.run(8 * 6 + 4)
+    assert len(ward.started) == 9, "every six seconds"
+    assert not ward.channel.alive
+    ward.run(6)
+    assert ward.channel.alive
+    assert ward.channel.max_length == 40
+    assert ward.up() == (1, 1, 0)
+    assert all(life.closed == 1 for _, life in ward.started[:9])
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "does not take this engine: it is full. Decoding goes on without drafts, and it is asked again" in line
+
+
+def test_a_place_that_is_not_had_again_is_asked_for_as_long_as_it_takes(
+    watched: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where those who came first have other settings: they may leave."""
+    ward = watched(Life(), *[refused() for _ in range(7)], *[refused("K differs", True) for _ in range(7)], Life())
+    ward.newest.alive = False
+    ward.run(6 * 15 + 5)
+    assert ward.channel.alive
+    assert ward.up() == (1, 1, 0), "no refusal is a restart, nor a failure"
+    said = [record.getMessage() for record in caplog.records if "does not take" in record.getMessage()]
+    assert ["it is full" in line for line in said] == [True, False], "each reason once"
+
+
+def test_an_engine_whose_settings_are_not_the_pools_does_not_start() -> None:
+    ward = Ward(refused("K differs", disagrees=True))
+    with pytest.raises(DraftFailed, match="K differs"):
+        ward.channel.wait_until_ready()
+    ward.channel.close()
+
+
+def test_one_that_waits_for_a_place_can_be_closed(watched: Watched) -> None:
+    ward = watched(refused())
+    ward.channel.close()
+    assert ward.newest.closed == 1
+    assert ward.up() == (0, 0, 0)
 
 
 # ---- hangs ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from tests.unit.state_machine.surface import blocks_written, entries_of, growing
 from tests.unit.state_machine.target import Oracle, Request
 from vllm_saguaro.algorithm.sampling import SUPPORT
 from vllm_saguaro.drafting.engine import DraftEngine
+from vllm_saguaro.drafting.kv import BlockPool
 from vllm_saguaro.drafting.loop import DraftLoop
 from vllm_saguaro.drafting.trunk import Tree, Trunk
 from vllm_saguaro.messages import GONE, Stamp, Table
@@ -129,5 +130,6 @@ class DraftSide:
 
     def _check_tree(self, tree: Tree) -> None:
         """No block that the tree will still write into is free: who gets it next would find foreign tokens there."""
-        written = blocks_written(tree, self.model.block_size)
-        assert not written & set(self.engine.pool._free), "a block is free that a tree still writes into"
+        written, pool = blocks_written(tree, self.model.block_size), self.engine.pool
+        assert isinstance(pool, BlockPool)
+        assert not written & set(pool._free), "a block is free that a tree still writes into"

@@ -51,7 +51,7 @@ def vllms_own() -> DraftModelProposer:
 class Stage:
     """A runner with two requests in its batch, and our drafter in it."""
 
-    def __init__(self, keyed: bool = True, guesses: bool = True, max_model_len: int = 32) -> None:
+    def __init__(self, keyed: bool = True, guesses: bool = True, max_model_len: int = 32, has_q: bool = True) -> None:
         tokens = np.zeros((3, 32), dtype=np.int32)
         tokens[0, :8] = [1, 2, 3, 9, 8, 1, 2, 3]
         tokens[1, :5] = [4, 5, 6, 7, 8]
@@ -71,7 +71,7 @@ class Stage:
         self.listener = Listener()
         self.keys = RequestKeys(0, known=True, keyed=keyed)
         speculator: Any = self.listener
-        self.drafter = SaguaroDrafter(speculator, self.runner, self.keys, guesses)
+        self.drafter = SaguaroDrafter(speculator, self.runner, self.keys, guesses, has_q)
         install(self.runner, self.drafter)
 
     def propose(self, sampled: list[list[int]], tokens_in: int, most: int | None = None, **in_pass: int) -> Any:
@@ -269,3 +269,8 @@ def test_a_temperature_that_vllm_lets_through_nowadays_no_more_is_cut_to_what_a_
     params.temperature = 1e39
     stage.begin(("x", [1], params))
     assert stage.listener.arrived[0][2].temperature == 1e6
+
+
+def test_a_draft_side_that_takes_the_likeliest_token_is_not_asked_for_a_q() -> None:
+    """It has none: one that tells one would bias the sampled text."""
+    assert Stage(has_q=False).drafter.proposals("a", 2) is None

@@ -1,0 +1,43 @@
+"""What Ray is asked for, from what the user wrote."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
+from vllm_saguaro.vllm_hooks.ray_draft import check_cluster, ray_draft
+
+PLAN = {"draft": [3], "target": [0, 1, 2]}
+
+
+def pooled(**ray_options: Any) -> SaguaroConfig:
+    return SaguaroConfig(placement="ray", draft_pool="drafts", draft_pool_engines=7, ray_options=ray_options or None)
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_a_pool_is_asked_for_in_the_cluster_that_is_named() -> None:
+    draft = ray_draft(pooled(address="10.0.0.1:6379", namespace="ours"), {"branches": 4}, PLAN, {}, slots=12)
+    assert (draft.pool, draft.engines, draft.slots) == ("drafts", 7, 12)
+    assert (draft.address, draft.namespace, draft.num_cpus) == ("10.0.0.1:6379", "ours", 1)
+
+
+def test_without_a_pool_none_is_asked_for() -> None:
+    assert ray_draft(SaguaroConfig(placement="ray"), {}, PLAN, {}).pool is None
+
+
+def test_a_pool_without_a_cluster_is_refused_in_one_line() -> None:
+    with pytest.raises(SaguaroConfigError, match='draft_pool "drafts" is for the engines of one Ray cluster') as found:
+        check_cluster(pooled())
+    assert "\n" not in str(found.value)
+    assert check_cluster(SaguaroConfig(placement="ray")) is None
+
+
+def test_the_cluster_of_the_environment_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert check_cluster(pooled()) == "10.0.0.1:6379"

@@ -1,0 +1,146 @@
+"""The placer's part in a draft pool: finds the pool in the cluster, or starts it, and brings the engine to it.
+
+Which of several engines starts a pool is settled by Ray: a name is given once. The pool is not this process's own; it
+goes on when this ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.util import get_node_ip_address
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from vllm_saguaro.placement.ray_parent import LOOK_SECONDS, Parent, result
+from vllm_saguaro.placement.ray_pool import PoolActor
+
+logger = logging.getLogger("vllm_saguaro.ray")
+
+NAMESPACE = "saguaro"
+"""Where pools have their names, unless `ray_options` say otherwise: by default each Ray job has a namespace of its own,
+in which no other engine would find them."""
+_SPARE_CALLS = 32
+"""Calls at once beyond one an engine: of those that ask where the pool is, wait for it to load, or are refused."""
+_BETWEEN_TRIES_SECONDS = 1.0
+_ANSWER_SECONDS = 30.0
+"""So long may a pool be silent that has a process."""
+_GIVEN_UP_SECONDS = 120.0
+"""From the first trouble on: then it is no pool that is about to be followed by another."""
+_PATIENCE_SECONDS = 20.0
+
+
+def draft_in_pool(wanted: Mapping[str, Any], parent: Parent, say: Callable[..., None]) -> None:
+    """Join the pool that is `wanted` (`RayDraft`), and stay until either side has ended."""
+    actor, node, pid = _find(wanted, parent)
+    beside = node == ray.get_runtime_context().get_node_id()
+    where = "this node, over shared memory" if beside else f"another node ({node}), over the network"
+    logger.info('Saguaro\'s draft pool "%s" runs in Ray on %s; process %d.', wanted["pool"], where, pid)
+    say(event="placed", beside=beside, address=get_node_ip_address(), pid=pid)
+    invitation = parent.message()["invitation"]
+    answer = result(actor.draft_for.remote(_ask(wanted), invitation), parent)
+    if "refused" in answer:
+        say(event="refused", reason=answer["refused"], disagrees=answer["disagrees"])
+    else:
+        say(event="ended", reason=answer["ended"])
+
+
+def _ask(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What this engine asks for, as a dict of `admission.Ask`."""
+    engine = f"process {os.getppid()} at {get_node_ip_address()}"
+    return {"engine": engine, "options": wanted["options"], "slots": wanted["slots"]}
+
+
+def _find(wanted: Mapping[str, Any], parent: Parent) -> tuple[Any, str, int]:
+    """The pool's actor, its node, and its process. One that is about to end, or hangs, is waited out or ended."""
+    trouble: Exception
+    troubled_at: float | None = None
+    silent_at: float | None = None
+    while True:
+        actor = _named(wanted)
+        try:
+            node, pid = _whereabouts(actor, wanted, parent)
+            return actor, node, pid
+        except (TimeoutError, ActorUnavailableError) as silence:
+            now, trouble = time.monotonic(), silence
+            silent_at = now if silent_at is None else silent_at
+            if isinstance(silence, TimeoutError) or now - silent_at > _ANSWER_SECONDS:
+                logger.warning('Saguaro\'s draft pool "%s" does not answer, and is ended.', wanted["pool"])
+                with contextlib.suppress(Exception):  # it may have ended meanwhile
+                    ray.kill(actor, no_restart=True)
+                silent_at = None
+        except (RayTaskError, RayActorError) as ending:
+            now, trouble, silent_at = time.monotonic(), ending, None
+        troubled_at = now if troubled_at is None else troubled_at
+        if now - troubled_at > _GIVEN_UP_SECONDS:
+            raise trouble
+        parent.check()
+        time.sleep(_BETWEEN_TRIES_SECONDS)
+
+
+def _named(wanted: Mapping[str, Any]) -> Any:
+    """The actor of this name: the one that is there, else a new one."""
+    here, draft = ray.get_runtime_context().get_node_id(), wanted["options"]
+    spill = "_spill_on_unavailable"  # private to Ray: without it the actor waits for room on this node
+    near: dict[str, Any] = (
+        {spill: True} if spill in inspect.signature(NodeAffinitySchedulingStrategy).parameters else {}
+    )
+    options: dict[str, Any] = {
+        "name": f"saguaro-pool-{wanted['pool']}",
+        "namespace": wanted["namespace"] or NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "num_cpus": wanted["num_cpus"],
+        "num_gpus": wanted["num_gpus"],
+        "resources": wanted["resources"] or None,
+        "max_restarts": 0,  # new links are needed: the engines start it again
+        "max_task_retries": 0,
+        "max_concurrency": wanted["engines"] + _SPARE_CALLS,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True, **near),
+    }
+    if wanted["runtime_env"]:
+        options["runtime_env"] = wanted["runtime_env"]
+    start = {
+        "ask": {**_ask(wanted), "options": draft},
+        "engines": wanted["engines"],
+        "linger": wanted["linger"],
+        "node": here,
+        "cpus": wanted["cpus"],
+        "threads": wanted["num_cpus"],
+    }
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)
+    return ray.remote(PoolActor).options(**options).remote(wanted["module"], start, wanted["variables"], niceness)
+
+
+def _whereabouts(actor: Any, wanted: Mapping[str, Any], parent: Parent) -> tuple[str, int]:
+    """Where the pool is, once it is placed. Raises `TimeoutError` when one that is placed does not answer."""
+    asked, waited, since_placed = actor.whereabouts.remote(), 0.0, 0.0
+    while True:
+        try:
+            node, pid = result(asked, parent, LOOK_SECONDS)
+            return str(node), int(pid)
+        except TimeoutError:
+            waited += LOOK_SECONDS
+            since_placed += LOOK_SECONDS if _is_placed(actor) else 0.0
+            if since_placed > _ANSWER_SECONDS:
+                raise
+            if waited == _PATIENCE_SECONDS and not since_placed:
+                needs = {"CPU": wanted["num_cpus"], "GPU": wanted["num_gpus"], **wanted["resources"]}
+                logger.warning("Saguaro's draft pool waits for a node of the Ray cluster that has %s free.", needs)
+
+
+def _is_placed(actor: Any) -> bool:
+    """Whether the actor's process is up, as far as the cluster knows."""
+    from ray._private import state
+
+    try:  # private to Ray: where it is another, a pool that does not answer is waited for
+        return bool(state.actors(actor._actor_id.hex())["State"] == "ALIVE")
+    except Exception:
+        return False

@@ -40,6 +40,9 @@ class SoakServer:
         self.drafts_now: Callable[[], list[int]] = list
         self._hits = 0
 
+    def members(self) -> list[int]:
+        return self.drafts_now()
+
     def drafts(self) -> list[int]:
         return self.drafts_now()
 

@@ -218,6 +218,28 @@ def test_a_time_limit_stops_a_run(tmp_path: Path) -> None:
     assert "goes on" in report_text(SMALL, accounts, journal)
 
 
+def test_what_has_been_answered_can_be_compared_before_all_is(tmp_path: Path) -> None:
+    def stops(server: Served, plain: bool) -> None:
+        class Counting(type(server.asked)):  # type: ignore[misc]
+            def __setitem__(self, index: int, value: int) -> None:
+                super().__setitem__(index, value)
+                if len(self) == 40 and not plain:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        server.asked = Counting()
+
+    Served.plan = stops
+    before, _ = sat(SMALL, tmp_path / "state")
+    assert before.compared == 0
+    journal = Journal(tmp_path / "state", SMALL.to_json())
+    accounts = asyncio.run(sit(SMALL, journal, None, lambda text: None, compare_now=True))
+    journal.close()
+    assert [server.plain for server in Served.made] == [False, True]
+    assert accounts.fates == before.fates
+    assert accounts.equal == accounts.compared == accounts.comparable > 10
+    assert not accounts.finished
+
+
 def test_a_run_that_is_done_asks_nothing_more(tmp_path: Path) -> None:
     sat(SMALL, tmp_path / "state")
     before = len(Served.made)

@@ -133,7 +133,7 @@ async def _link(scene: Scene, pid: int) -> tuple[link.End, link.End] | None:
 
 def _find_link(server: Server, pid: int) -> tuple[link.End, link.End] | None:
     """Ray's own streams, to the process that speaks to it, are not the link."""
-    others = [member for member in server.members() if "ray" not in processes.command_line(member)]
+    others = [member for member in server.members() if processes.name_of(member) != "ray"]
     return link.between(pid, others)
 
 

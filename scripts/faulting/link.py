@@ -7,6 +7,7 @@ takes the rights of a debugger: the same user, or root.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
@@ -35,18 +36,15 @@ class End:
 
 def streams_of(pid: int) -> list[End]:
     """The TCP streams that a process has open now; none for one that is gone or not ours to look at."""
+    inodes = {}
     try:
-        inodes = {}
         for entry in Path(f"/proc/{pid}/fd").iterdir():
-            name = os.readlink(entry)
-            if name.startswith("socket:["):
-                inodes[name[len("socket:[") : -1]] = int(entry.name)
-        lines = [
-            line.split()
-            for table in ("tcp", "tcp6")
-            if (path := Path(f"/proc/{pid}/net/{table}")).exists()
-            for line in path.read_text().splitlines()[1:]
-        ]
+            with contextlib.suppress(FileNotFoundError):  # closed in the meantime
+                name = os.readlink(entry)
+                if name.startswith("socket:["):
+                    inodes[name[len("socket:[") : -1]] = int(entry.name)
+        tables = [Path(f"/proc/{pid}/net/{name}") for name in ("tcp", "tcp6")]
+        lines = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
     except OSError:
         return []
     return [

@@ -13,6 +13,8 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 DRAFT = "vllm_saguaro.vllm_hooks.draft_process"
 """What the command line of a draft process names."""
+_PLACER = "vllm_saguaro.placement.ray_placer"
+"""What that of the process names that speaks to Ray."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def name_of(pid: int) -> str:
         return line.removeprefix("VLLM::").split()[0]
     if "resource_tracker" in line:
         return "resource_tracker"
-    return "ray" if line.startswith("ray::") or "/ray/" in line else "server"
+    return "ray" if line.startswith("ray::") or "/ray/" in line or _PLACER in line else "server"
 
 
 def is_draft(line: str) -> bool:

@@ -115,9 +115,14 @@ def test_what_cannot_be_done_is_told_and_a_failure() -> None:
 
 
 def test_a_request_that_is_lost_in_a_window_is_counted_with_it() -> None:
-    server = FaultedServer()
-    server.flaws = dict.fromkeys(range(POOL + 40, POOL + 2000), "broken")
-    run = went_through(server, Kind.KILL)
+    server = FaultedServer(comes_back=False)
+
+    class OnceItWasKilled(dict[int, str]):
+        def get(self, index: int, default: str = "") -> str:  # type: ignore[override]
+            return "broken" if server.restarted else default
+
+    server.flaws = OnceItWasKilled()
+    run = went_through(server, Kind.KILL, patience=1.0)
     (found,) = run.episodes
     assert found.to_json(run.told)["lost"] == sum(each.lost for each in found.requests(run.told)) > 0
     assert any("requests were lost" in line for line in failures([run], compared(run)))

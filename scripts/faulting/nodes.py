@@ -26,6 +26,7 @@ from scripts.soaking.server import free_port
 _STARTED = "Ray runtime started."
 _START_SECONDS = 120.0
 _END_SECONDS = 20.0
+_GONE_SECONDS = 5.0
 _OBJECT_STORE_BYTES = 80 << 20
 """Nothing goes through it, and this is about the least that Ray takes."""
 _COUNT_GROUPS = """
@@ -87,6 +88,9 @@ class Node:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
+        deadline = time.monotonic() + _GONE_SECONDS
+        while any(map(processes.is_alive, found)) and time.monotonic() < deadline:
+            time.sleep(0.02)
         return len(found)
 
     def end(self) -> None:

@@ -79,6 +79,11 @@ def parser() -> argparse.ArgumentParser:
         "--state", type=Path, metavar="JSONL", help="go on with this run (default: a new one in results/)"
     )
     found.add_argument("--minutes", type=float, help="send nothing more after so long")
+    found.add_argument(
+        "--compare-now",
+        action="store_true",
+        help="send nothing more to saguaro this time: compare what has been answered with plain vLLM's answers",
+    )
     found.add_argument("--report", type=Path, metavar="JSON", help="(default: beside the state)")
     return found
 
@@ -117,7 +122,7 @@ def main(words: list[str] | None = None) -> None:
         say(f"soak.py: {error}")
         raise SystemExit(WRONG_OPTION) from error
     try:
-        accounts = asyncio.run(sit(settings, journal, arguments.minutes, say))
+        accounts = asyncio.run(sit(settings, journal, arguments.minutes, say, arguments.compare_now))
     except ServerError as error:
         raise SystemExit(f"soak.py: {error}") from error
     except (KeyboardInterrupt, asyncio.CancelledError):

@@ -12,12 +12,14 @@ CACHE_USAGE = "vllm:kv_cache_usage_perc"
 PREEMPTIONS = "vllm:num_preemptions_total"
 HITS = "vllm:saguaro_hits_total"
 DRAFT_UP = "vllm:saguaro_draft_up"
+DRAFT_RESTARTS = "vllm:saguaro_draft_restarts_total"
+DRAFT_LEFT_OFF = "vllm:saguaro_draft_left_off"
 COUNTED = {
     "hits": HITS,
     "misses": "vllm:saguaro_misses_total",
     "late_tables": "vllm:saguaro_late_tables_total",
     "backups": "vllm:saguaro_backups_total",
-    "draft_restarts": "vllm:saguaro_draft_restarts_total",
+    "draft_restarts": DRAFT_RESTARTS,
     "quiet_steps": "vllm:saguaro_quiet_steps_total",
     "accepted_drafts": "vllm:spec_decode_num_accepted_tokens_total",
     "generated_tokens": "vllm:generation_tokens_total",

@@ -40,7 +40,7 @@ class Feeder:
         self._done, self._fault_done = done, fault_done
         self._lost: set[int] = set()
         self._episodes: dict[Episode, asyncio.Task[None]] = {}
-        self._share = 0
+        self._share = self._sent = 0
 
     async def run(
         self, requests: Sequence[Asked], faults: Iterable[Planned] = (), seed: int = 0, patience: float = 60.0
@@ -53,13 +53,14 @@ class Feeder:
         try:
             async with asyncio.TaskGroup() as group:
                 for place, asked in enumerate(requests):
-                    while waiting and waiting[0].position <= asked.index and not self._stop.is_set():
-                        await self._fault_over(float("inf"))
-                        fault = waiting.pop(0)
-                        share = (waiting[0].position if waiting else requests[-1].index + 1) - fault.position
-                        self._begin(fault, share, seed, patience)
-                    next_fault = waiting[0].position - asked.index if waiting else len(requests) - place
-                    await self._until_it_may(asked, next_fault, patience)
+                    # One that is due while another is being done waits: without traffic that would have no end.
+                    if waiting and waiting[0].position <= asked.index and not (self._busy or self._stop.is_set()):
+                        self._begin(waiting.pop(0), seed, patience)
+                        until_next = waiting[0].position - asked.index if waiting else 0
+                        left = (len(requests) - place) / (len(waiting) + 1)
+                        # Where a run is gone on with, several may be due at once.
+                        self._share, self._sent = max(until_next, int(left) // 2), 0
+                    await self._until_it_may(asked, patience)
                     if self._stop.is_set() or not self._server.alive:
                         break
                     await self._places.acquire()
@@ -82,15 +83,22 @@ class Feeder:
         for episode in list(self._episodes):
             self._settle(episode)
 
-    async def _until_it_may(self, asked: Asked, next_fault: int, patience: float) -> None:
-        """The pauses of the request's mood; during a fault there are none. `next_fault`: requests until the next one.
+    @property
+    def _busy(self) -> bool:
+        """Whether a fault is being done."""
+        return any(not episode.over for episode in self._episodes)
 
-        Of the requests before it, the second half is spread over the time in which hits may come back: there must be
-        traffic for that.
+    async def _until_it_may(self, asked: Asked, patience: float) -> None:
+        """The pauses of the request's mood; during a fault there are none.
+
+        Of a fault's share of the requests, the second half is spread over the time in which hits may come back: there
+        must be traffic for that.
         """
-        if any(not episode.over for episode in self._episodes):
-            if next_fault < self._share / 2:
-                await self._fault_over(patience / max(1, next_fault))
+        if self._busy:
+            self._sent += 1
+            left = self._share - self._sent
+            if left < self._share / 2:
+                await self._fault_over(patience / max(1, left))
             return
         if asked.pause:
             await self._sleep(asked.pause)
@@ -101,7 +109,7 @@ class Feeder:
     async def _fault_over(self, seconds: float) -> None:
         """Wait so long at most for the end of the fault that is being done."""
         deadline = time.monotonic() + seconds
-        while any(not episode.over for episode in self._episodes) and time.monotonic() < deadline:
+        while self._busy and time.monotonic() < deadline:
             if self._stop.is_set():
                 return
             await asyncio.sleep(0.05)
@@ -112,8 +120,7 @@ class Feeder:
         except TimeoutError:
             return
 
-    def _begin(self, planned: Planned, share: int, seed: int, patience: float) -> None:
-        self._share = share
+    def _begin(self, planned: Planned, seed: int, patience: float) -> None:
         episode = Episode(planned, seed, patience, self.gaps, lambda: set(self.in_flight))
         self._episodes[episode] = asyncio.create_task(episode.run(self._session, self._server))
 

@@ -13,6 +13,10 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 DRAFT = "vllm_saguaro.vllm_hooks.draft_process"
 """What the command line of a draft process names."""
+_OF_RAY_ITSELF = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Workers without work, and the two agents of a node."""
+_PLACER = "vllm_saguaro.placement.ray_placer"
+"""What that of the process names that speaks to Ray."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def name_of(pid: int) -> str:
         return line.removeprefix("VLLM::").split()[0]
     if "resource_tracker" in line:
         return "resource_tracker"
-    return "ray" if line.startswith("ray::") or "/ray/" in line else "server"
+    return "ray" if line.startswith("ray::") or "/ray/" in line or _PLACER in line else "server"
 
 
 def is_draft(line: str) -> bool:
@@ -97,8 +101,8 @@ def is_draft(line: str) -> bool:
 
 
 def is_ray_actor(line: str) -> bool:
-    """Whether this is the command line of a Ray actor (Ray names them so); an idle worker is none."""
-    return line.startswith("ray::") and not line.startswith("ray::IDLE")
+    """Whether this is the command line of a Ray actor (Ray names them so); an idle worker is none, nor an agent."""
+    return line.startswith("ray::") and not line.startswith(_OF_RAY_ITSELF)
 
 
 def look_at(pid: int) -> Process | None:

@@ -18,7 +18,6 @@ import aiohttp
 
 from scripts.benchmark.client import ROOT
 from scripts.soaking import exposition, processes
-from scripts.soaking.settings import Settings
 
 START_SECONDS = 300.0
 END_SECONDS = 60.0
@@ -33,6 +32,14 @@ class ServerError(RuntimeError):
     """A server did not come up, or ended by itself; the message holds the end of its log."""
 
 
+class Served(Protocol):
+    """What is to be served, and how."""
+
+    def command(self, port: int, plain: bool) -> list[str]:
+        """The server's command line, with saguaro or plain."""
+        ...
+
+
 class Server(Protocol):
     """What the traffic needs of a server."""
 
@@ -41,6 +48,10 @@ class Server(Protocol):
     @property
     def alive(self) -> bool:
         """Whether it still runs."""
+        ...
+
+    def members(self) -> list[int]:
+        """Process ids of all that it is made of."""
         ...
 
     def drafts(self) -> list[int]:
@@ -71,10 +82,10 @@ class End:
 class VllmServer:
     """One `vllm serve`. Its log goes to `log`, which is appended to."""
 
-    def __init__(self, settings: Settings, plain: bool, log: Path) -> None:
+    def __init__(self, settings: Served, plain: bool, log: Path) -> None:
         self._shared_memory = processes.shared_memory()
         self.log = log
-        self.url = f"http://127.0.0.1:{(port := _free_port())}"
+        self.url = f"http://127.0.0.1:{(port := free_port())}"
         # A draft process does not look into its working directory for modules.
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = {"PYTHONPATH": path, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
@@ -88,7 +99,7 @@ class VllmServer:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                preexec_fn=_end_with_parent,
+                preexec_fn=end_with_parent,
             )
         self._seen: dict[int, int | None] = {}
         self._held: set[str] = set()
@@ -193,12 +204,13 @@ async def metrics(session: aiohttp.ClientSession, url: str) -> exposition.Table:
         return {}
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In the server, before it begins: SIGTERM when the soak ends, even by SIGKILL (Linux only, as is all here)."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens at now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -15,9 +15,12 @@ from scripts.soaking.stretch import Say, Stretch, differing
 from scripts.soaking.traffic import Traffic
 
 
-async def sit(settings: Settings, journal: Journal, minutes: float | None, say: Say) -> Accounts:
+async def sit(
+    settings: Settings, journal: Journal, minutes: float | None, say: Say, compare_now: bool = False
+) -> Accounts:
     """Go on with a soak: first all requests to saguaro, then those that can be compared to plain vLLM.
 
+    `compare_now`: nothing more to saguaro this time; what has been answered is compared, though more is to come.
     Ctrl-C, SIGTERM or the end of `minutes` let what is in flight come to its end; a second Ctrl-C does not wait.
     """
     traffic, stop = Traffic(settings), asyncio.Event()
@@ -25,13 +28,14 @@ async def sit(settings: Settings, journal: Journal, minutes: float | None, say: 
     logs = journal.path.with_suffix(".saguaro.log"), journal.path.with_suffix(".plain.log")
     with _stopping(stop, minutes, say):
         todo = unanswered(settings, journal)
-        if todo:
+        if todo and not compare_now:
             done = {record["number"] for record in journal.of("fault")}
             faults = [fault for fault in plan(settings) if fault.number not in done]
             say(f"{len(todo)} requests and {len(faults)} faults to saguaro; its log is {logs[0]}")
             await stretch.soak(logs[0], todo, faults)
         compare = unreferred(traffic, journal)
-        if not unanswered(settings, journal) and not stop.is_set() and (compare or differing(traffic, journal)):
+        ripe = compare_now or not unanswered(settings, journal)
+        if ripe and not stop.is_set() and (compare or differing(traffic, journal)):
             say(f"{len(compare)} of the requests to plain vLLM; its log is {logs[1]}")
             await stretch.refer(logs[1], compare)
     return examine(settings, traffic, journal)

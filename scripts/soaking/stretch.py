@@ -79,7 +79,7 @@ class Stretch:
                 self._fault_done,
             )
             await feeder.run(requests[:warm])
-            await _quiet(session, server)
+            await quiet(session, server)
             feeder.gaps = Gaps()  # what is compiled and cached once is not usual
             found["before"] = by_name(server.snapshot())
             found["memory"] = []
@@ -88,7 +88,7 @@ class Stretch:
                 await feeder.run(requests[warm:], faults, self._settings.seed, self._settings.hits_patience)
             finally:
                 watching.cancel()
-            found["idle"] = await _quiet(session, server)
+            found["idle"] = await quiet(session, server)
             found["counted"] = exposition.counted(await metrics(session, server.url))
             found["after"] = by_name(server.snapshot())
         found["seconds"] = round(time.monotonic() - begin, 1)
@@ -184,7 +184,7 @@ def differing(traffic: Traffic, journal: Journal) -> list[tuple[Asked, Answer, A
     return found
 
 
-async def _quiet(session: aiohttp.ClientSession, server: Server) -> dict[str, float]:
+async def quiet(session: aiohttp.ClientSession, server: Server) -> dict[str, float]:
     """Wait until the server says that it has nothing to do; what it says at last."""
     deadline = time.monotonic() + QUIET_SECONDS
     names = {"running": exposition.RUNNING, "waiting": exposition.WAITING, "cache_usage": exposition.CACHE_USAGE}

@@ -37,8 +37,12 @@ class SoakServer:
         self.piece_seconds = 0.0
         self.of_two_minds: set[int] = set()
         """Requests whose text is another one when they are not alone."""
+        self.hits_need_traffic = False
         self.drafts_now: Callable[[], list[int]] = list
         self._hits = 0
+
+    def members(self) -> list[int]:
+        return self.drafts_now()
 
     def drafts(self) -> list[int]:
         return self.drafts_now()
@@ -62,7 +66,7 @@ class SoakServer:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         drafts = self.drafts()
-        self._hits += len(drafts)
+        self._hits += len(drafts) if self.running or not self.hits_need_traffic else 0
         lines = [
             "# HELP something",
             f'vllm:num_requests_running{{engine="0"}} {self.running}.0',

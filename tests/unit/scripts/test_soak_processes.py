@@ -242,3 +242,18 @@ def test_a_server_that_does_not_listen_is_ended_by_force(tmp_path: Path, monkeyp
     assert end.status is None
     assert len(end.left) == 1
     assert not one.alive
+
+
+@pytest.mark.parametrize(
+    ("line", "actor"),
+    [
+        ("ray::DraftActor.serve", True),
+        ("ray::DraftActor", True),
+        ("ray::IDLE", False),
+        ("ray::DashboardAgent", False),
+        ("ray::RuntimeEnvAgent", False),
+        ("/usr/lib/ray/raylet --node", False),
+    ],
+)
+def test_of_rays_processes_only_actors_are_actors(line: str, actor: bool) -> None:
+    assert processes.is_ray_actor(line) == actor

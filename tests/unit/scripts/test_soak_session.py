@@ -18,7 +18,7 @@ from scripts import soak
 from scripts.benchmark import provenance
 from scripts.soaking import client, episode, stretch, traffic
 from scripts.soaking.accounts import Accounts
-from scripts.soaking.answers import Answer
+from scripts.soaking.answers import Answer, Fate
 from scripts.soaking.journal import Journal
 from scripts.soaking.report import report_json, report_text
 from scripts.soaking.server import End
@@ -218,6 +218,28 @@ def test_a_time_limit_stops_a_run(tmp_path: Path) -> None:
     assert "goes on" in report_text(SMALL, accounts, journal)
 
 
+def test_what_has_been_answered_can_be_compared_before_all_is(tmp_path: Path) -> None:
+    def stops(server: Served, plain: bool) -> None:
+        class Counting(type(server.asked)):  # type: ignore[misc]
+            def __setitem__(self, index: int, value: int) -> None:
+                super().__setitem__(index, value)
+                if len(self) == 40 and not plain:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+        server.asked = Counting()
+
+    Served.plan = stops
+    before, _ = sat(SMALL, tmp_path / "state")
+    assert before.compared == 0
+    journal = Journal(tmp_path / "state", SMALL.to_json())
+    accounts = asyncio.run(sit(SMALL, journal, None, lambda text: None, compare_now=True))
+    journal.close()
+    assert [server.plain for server in Served.made] == [False, True]
+    assert accounts.fates == before.fates
+    assert accounts.equal == accounts.compared == accounts.comparable > 10
+    assert not accounts.finished
+
+
 def test_a_run_that_is_done_asks_nothing_more(tmp_path: Path) -> None:
     sat(SMALL, tmp_path / "state")
     before = len(Served.made)
@@ -247,6 +269,28 @@ def test_faults_are_done_and_measured(tmp_path: Path, draft: Callable[[], list[i
     table = report_text(settings, accounts, journal)
     assert "SIGKILL" in table
     assert report_json(settings, accounts, journal)["faults_done"] == {"kill": 3}
+
+
+def test_faults_that_are_all_due_when_a_run_is_gone_on_with_have_traffic_each(
+    tmp_path: Path, draft: Callable[[], list[int]]
+) -> None:
+    def change(server: Served, plain: bool) -> None:
+        server.drafts_now = draft
+        server.hits_need_traffic = True
+        server.piece_seconds = 0.0 if plain else 0.02
+
+    Served.plan = change
+    settings = Settings(**(SMALL.__dict__ | {"faults": {"kill": 3}, "warm_up": 0}))
+    state = tmp_path / "state"
+    journal = Journal(state, settings.to_json())
+    for index in range(50):
+        journal.add("answer", **Answer(index, Fate.FINISHED).to_json())
+    journal.close()
+    _, journal = sat(settings, state)
+    faults = journal.of("fault")
+    assert all(fault["position"] < 80 for fault in faults)
+    assert [fault["number"] for fault in sorted(faults, key=lambda fault: fault["number"])] == [0, 1, 2]
+    assert all(fault["hits_back"] is not None for fault in faults)
 
 
 def test_a_request_that_a_fault_loses_is_counted_with_it(tmp_path: Path, draft: Callable[[], list[int]]) -> None:

@@ -1,0 +1,1 @@
+"""The parts of the table of faults: `scripts/faults.py` is a thin door to them."""

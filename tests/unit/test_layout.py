@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "algorithm": {"messages"},
     "drafting": {"algorithm", "messages"},
     "placement": {"drafting", "messages", "counters"},
+    "simulation": {"algorithm", "drafting"},
     "policy": {"algorithm", "messages", "counters"},
     "turn": {"policy", "messages"},
     "slots": {"placement", "messages"},

@@ -194,10 +194,8 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     if plan is not None:
         logger.info("saguaro: %s", plan.describe())
 
-    if str(target.dtype) == "torch.bfloat16" and cores.bf16_is_slow(cores.processor_flags()):
-        logger.warning(
-            "This processor emulates bfloat16 (no AVX-512 BF16, no AMX): --dtype float32 is about twice as fast."
-        )
+    if slow := slow_type(target.dtype):
+        logger.warning("%s", slow)
 
     parallel.worker_cls = WORKER_CLASS
     # Unpadded drafts need it off; said here so that vLLM does not warn of what the user cannot change.
@@ -212,6 +210,13 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     setattr(speculative, OPTIONS_ATTRIBUTE, options)
     request_checks.open_door()
     return speculative
+
+
+def slow_type(dtype: Any) -> str | None:
+    """What to know of a target in this torch type on this processor; None where all is well."""
+    if str(dtype) == "torch.bfloat16" and cores.bf16_is_slow(cores.processor_flags()):
+        return "This processor emulates bfloat16 (no AVX-512 BF16, no AMX): --dtype float32 is about twice as fast."
+    return None
 
 
 def _plan_cores(config: SaguaroConfig, ranks: int) -> cores.CorePlan | None:

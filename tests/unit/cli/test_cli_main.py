@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+from scripts.benchmark.client import ROOT
 from vllm_saguaro.cli import doctor_command, main, simulate_command, watch_command
 from vllm_saguaro.cli.usage import UsageError
 
@@ -48,6 +51,12 @@ def test_what_stands_after_two_dashes_reaches_doctor_alone(
     assert seen == [["--dtype", "float32", "--", "x"]]
     assert main.main(["watch", "http://localhost", "--", "--dtype"]) == 2
     assert "after --" in capsys.readouterr().err
+
+
+def test_the_package_installs_the_command() -> None:
+    text = (ROOT / "setup.py").read_text(encoding="utf-8")
+    (module, name) = re.search(r'"vllm-saguaro = ([\w.]+):(\w+)"', text).groups()  # type: ignore[union-attr]
+    assert getattr(importlib.import_module(module), name) is main.main
 
 
 def test_ctrl_c_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:

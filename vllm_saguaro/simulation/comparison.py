@@ -61,14 +61,16 @@ def best_k(world: World, plan: Plan) -> int:
     branches = min(plan.branches or 12, most)
     rows = each * branches
     base, slope = world.draft_pass.line(each, max(each + 1, rows))
+    # Both messages lie between two passes of a target that asks; one that does not has them on the draft's way.
+    asks = world.service + 2 * world.latency if plan.engine == "ssd" else 0.0
     return max(
         1,
         best_lookahead(
-            lambda k: world.target_pass.at(batch * (1 + k)),
+            lambda k: asks + world.target_pass.at(batch * (1 + k)),
             DraftTimes(world.fork + world.draft_pass.at(each), max(0.0, base), max(0.0, slope)),
             rows,
             world.reach,
-            service=world.service + 2 * world.latency,
+            service=world.service if asks else 2 * world.latency,
             hit_rate=world.hits.at(branches),
         ),
     )

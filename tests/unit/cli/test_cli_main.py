@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 import subprocess
@@ -46,7 +47,12 @@ def test_what_stands_after_two_dashes_reaches_doctor_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(doctor_command, "run", lambda arguments: seen.append(arguments.vllm_words) or 0)
+
+    def note(arguments: argparse.Namespace) -> int:
+        seen.append(arguments.vllm_words)
+        return 0
+
+    monkeypatch.setattr(doctor_command, "run", note)
     assert main.main(["doctor", "t", "--", "--dtype", "float32", "--", "x"]) == 0
     assert seen == [["--dtype", "float32", "--", "x"]]
     assert main.main(["watch", "http://localhost", "--", "--dtype"]) == 2

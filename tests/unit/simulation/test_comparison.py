@@ -53,6 +53,12 @@ def test_the_best_k_of_a_waiting_engine_fits_under_the_pass() -> None:
     assert best_k(WORLD, PLAN.replace(engine="plain")) == 1
 
 
+def test_messages_of_a_target_that_asks_give_the_draft_time_and_those_of_ours_take_it() -> None:
+    world = WORLD.replace(latency=0.1)
+    assert best_k(world, PLAN.replace(engine="ssd")) == 5
+    assert best_k(world, PLAN) == 3
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_every_sweep_runs_over_all_of_its_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def only_some(world: World, plan: Plan, k: int | None, engines: object) -> list[comparison.Compared]:

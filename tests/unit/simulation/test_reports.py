@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def drafted(rounds: int, *accepted: int) -> dict[str, float]:
     return {"vllm:spec_decode_num_drafts": float(rounds), **positions}
 
 
-def report(late: int = 10, **more: float) -> dict[str, Any]:
+def report(late: int = 10, more: Mapping[str, float] | None = None) -> dict[str, Any]:
     ours = {
         "vllm:saguaro_hits": 90.0,
         "vllm:saguaro_late_tables": float(late),
@@ -47,7 +48,7 @@ def report(late: int = 10, **more: float) -> dict[str, Any]:
         "vllm:spec_decode_num_draft_tokens": 200.0,
         "vllm:saguaro_draft_round_seconds.sum": 0.8,
         "vllm:saguaro_draft_round_seconds.count": 100.0,
-        **more,
+        **(more or {}),
     }
     return {
         "settings": {"tokens": 65, "target_layers": 12, "draft_layers": 6},
@@ -90,7 +91,7 @@ def test_the_plan_is_that_of_the_bench(tmp_path: Path) -> None:
     plan = plan_of(bench.ours[0])
     assert (plan.engine, plan.k, plan.branches, plan.batch, plan.tokens, plan.waves) == ("ours", 2, 6, 1, 64, True)
     assert not plan.adaptive, "a report from before K was adapted"
-    (bench,) = read_report(write(tmp_path / "new.json", report(**{"vllm:saguaro_quiet_steps": 0.0})))
+    (bench,) = read_report(write(tmp_path / "new.json", report(more={"vllm:saguaro_quiet_steps": 0.0})))
     assert plan_of(bench.ours[0]).adaptive
     assert plan_of(bench.plain).engine == "plain"
 

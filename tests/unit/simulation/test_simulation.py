@@ -135,8 +135,7 @@ def test_with_a_latency_as_long_as_a_pass_nothing_is_in_time() -> None:
 
 def test_more_drafts_share_the_rows_of_a_batch() -> None:
     world = WORLD.replace(draft_pass=PassTime.linear(0.05, 0.001))
-    load = {"batch": 32, "requests": 64, "tokens": 300}
-    one, four = run("ours", world, **load), run("ours", world, drafts=4, **load)
+    one, four = (run("ours", world, drafts=drafts, batch=32, requests=64, tokens=300) for drafts in (1, 4))
     assert one.late_share > 0.9 > 0.1 > four.late_share
     assert four.tokens_per_second > 1.2 * one.tokens_per_second
 
@@ -161,8 +160,7 @@ def test_guesses_are_for_missed_outcomes() -> None:
 
 
 def test_waves_have_a_tail_that_continuous_batching_has_not() -> None:
-    load = {"batch": 8, "requests": 64, "tokens": 60}
-    waves, steady = run("ours", waves=True, **load), run("ours", **load)
+    waves, steady = (run("ours", waves=waves, batch=8, requests=64, tokens=60) for waves in (True, False))
     assert waves.tokens == steady.tokens == 64 * 60
     assert waves.passes > steady.passes
 

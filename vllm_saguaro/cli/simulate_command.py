@@ -48,7 +48,7 @@ def add_to(commands: Any) -> None:
     plan = command.add_argument_group("the load")
     plan.add_argument("--engine", nargs="+", choices=ENGINES, default=ENGINES, help="(default: all four)")
     plan.add_argument("--k", type=int, help="drafts a round (default: the best one of each engine)")
-    plan.add_argument("--branches", type=int, default=0, help="N (default: as many as pay)")
+    plan.add_argument("--branches", type=int, default=0, help="N (default: as many as pay; of SSD 24)")
     plan.add_argument("--batch", type=int, default=1, help="requests at once (default: %(default)s)")
     plan.add_argument("--requests", type=int, help="requests in all (default: 24 a place of the batch, 2 beyond 32)")
     plan.add_argument("--tokens", type=int, default=256, help="a request (default: %(default)s)")

@@ -7,12 +7,21 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
 
-from vllm_saguaro.algorithm.timing import DraftTimes, best_lookahead, expected_tokens, first_best, ideal_ratio
+from vllm_saguaro.algorithm.timing import (
+    DraftTimes,
+    best_lookahead,
+    depth_in_time,
+    expected_tokens,
+    first_best,
+    ideal_ratio,
+)
 from vllm_saguaro.simulation.plan import ENGINES, Plan
 from vllm_saguaro.simulation.result import Result
-from vllm_saguaro.simulation.simulation import branches_that_pay, simulate
+from vllm_saguaro.simulation.simulation import simulate, time_to_draft
 from vllm_saguaro.simulation.world import HitCurve, World, WorldError
 
+PAPERS_BRANCHES: Final = 24
+"""N of the paper's engine unless it is given: three branches a position at K = 7, as its reference implementation."""
 NAMES: Final = {"plain": "AR", "sd": "SD", "ssd": "SSD", "ours": "ours"}
 
 
@@ -42,7 +51,7 @@ class Compared:
 
 
 def best_k(world: World, plan: Plan) -> int:
-    """K by the closed formulas: for SD the most tokens a second, for SSD and ours that of a target that waits."""
+    """K by the closed formulas: the most tokens a second for SD and SSD, the deepest table in time for ours."""
     batch, ks = plan.batch, range(1, world.longest + 1)
     if plan.engine == "plain":
         return 1
@@ -61,16 +70,20 @@ def best_k(world: World, plan: Plan) -> int:
     branches = min(plan.branches or 12, most)
     rows = each * branches
     base, slope = world.draft_pass.line(each, max(each + 1, rows))
-    # Both messages lie between two passes of a target that asks; one that does not has them on the draft's way.
-    asks = world.service + 2 * world.latency if plan.engine == "ssd" else 0.0
+    times = DraftTimes(world.fork + world.draft_pass.at(each), max(0.0, base), max(0.0, slope))
+    if plan.engine == "ours":
+        # A target that does not wait: the deepest table that is there in time.
+        in_time = [k for k in ks if depth_in_time(times, rows, time_to_draft(world, batch * (1 + k)), k) == k]
+        return max(in_time, default=1)
+    asks = world.service + 2 * world.latency
     return max(
         1,
         best_lookahead(
             lambda k: asks + world.target_pass.at(batch * (1 + k)),
-            DraftTimes(world.fork + world.draft_pass.at(each), max(0.0, base), max(0.0, slope)),
+            times,
             rows,
             world.reach,
-            service=world.service if asks else 2 * world.latency,
+            service=world.service,
             hit_rate=world.hits.at(branches),
         ),
     )
@@ -87,9 +100,9 @@ def compare(world: World, plan: Plan, k: int | None, engines: Sequence[str] = EN
 
     def run(engine: str) -> Result:
         own = plan.replace(engine=engine)
+        if engine == "ssd" and not own.branches:
+            own = own.replace(branches=PAPERS_BRANCHES)
         own = own.replace(k=best_k(world, own) if k is None else k)
-        if engine in ("ssd", "ours") and not own.branches:
-            own = own.replace(branches=branches_that_pay(world, own))
         return simulate(world, own)
 
     results = {engine: run(engine) for engine in ENGINES if engine in (*engines, "plain", "sd")}

@@ -22,6 +22,8 @@ from vllm_saguaro.simulation.world import World, WorldError
 
 _AUTO_MOST = 48
 """N at most where it chooses itself: `config.AUTO_MAX_BRANCHES`."""
+_SLACK = 0.95
+"""Share of a pass that is planned with, as in `drafting/pace.py`."""
 
 
 def simulate(world: World, plan: Plan) -> Result:
@@ -34,11 +36,16 @@ def branches_that_pay(world: World, plan: Plan) -> int:
     each = -(-plan.batch // plan.drafts)
     base, slope = world.draft_pass.line(each, each * _AUTO_MOST)
     rate = world.hits.at(_AUTO_MOST)
-    available = world.target_pass.at(plan.batch * (1 + rate * plan.k)) - 2 * world.latency
+    available = time_to_draft(world, plan.batch * (1 + rate * plan.k))
     most = min(_AUTO_MOST, plan.most_rows // each) if plan.most_rows else _AUTO_MOST
     times = DraftTimes(world.fork + world.draft_pass.at(each), max(0.0, base), max(0.0, slope))
     choices = [n for n in CHOICES if n <= most] or [1]
     return best_branches(times, available, each, plan.k, world.reach[: plan.k], world.hits.at, choices)
+
+
+def time_to_draft(world: World, tokens: float) -> float:
+    """Seconds between outcomes that a draft of ours plans with, where the target's pass is over so many tokens."""
+    return _SLACK * world.target_pass.at(tokens) - 2 * world.latency
 
 
 class Simulation:

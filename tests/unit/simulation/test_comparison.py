@@ -26,6 +26,7 @@ def test_the_four_engines_are_compared_with_ar_and_with_sd() -> None:
     plain, sd, ssd, ours = compare(WORLD, PLAN, 4)
     assert [found.result.engine for found in (plain, sd, ssd, ours)] == ["plain", "sd", "ssd", "ours"]
     assert plain.over_plain == sd.over_sd == 1.0
+    assert [found.result.branches for found in compare(WORLD, PLAN.replace(branches=0), 4, ["ssd"])] == [0, 0, 24]
     assert plain.share_of_ideal is None
     assert sd.share_of_ideal is None
     assert ours.over_plain == pytest.approx(ours.result.tokens_per_second / plain.result.tokens_per_second)
@@ -49,6 +50,7 @@ def test_the_best_k_of_sd_is_the_best_one_simulated() -> None:
 
 def test_the_best_k_of_a_waiting_engine_fits_under_the_pass() -> None:
     assert best_k(WORLD, PLAN.replace(engine="ssd")) == 4, "a glue forward and four more in one pass"
+    assert best_k(WORLD, PLAN) == 3, "ours keeps a twentieth of the pass free"
     assert best_k(WORLD.replace(draft_pass=PassTime.linear(0.02)), PLAN.replace(engine="ssd")) == 8
     assert best_k(WORLD, PLAN.replace(engine="plain")) == 1
 
@@ -56,7 +58,7 @@ def test_the_best_k_of_a_waiting_engine_fits_under_the_pass() -> None:
 def test_messages_of_a_target_that_asks_give_the_draft_time_and_those_of_ours_take_it() -> None:
     world = WORLD.replace(latency=0.1)
     assert best_k(world, PLAN.replace(engine="ssd")) == 5
-    assert best_k(world, PLAN) == 3
+    assert best_k(world, PLAN) == 2
 
 
 @pytest.mark.parametrize("name", SWEEPS)

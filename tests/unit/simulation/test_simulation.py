@@ -10,6 +10,7 @@ import pytest
 from vllm_saguaro.algorithm import timing
 from vllm_saguaro.algorithm.timing import DraftTimes
 from vllm_saguaro.config import AUTO_MAX_BRANCHES
+from vllm_saguaro.drafting import pace
 from vllm_saguaro.drafting.loop import MAX_ROWS_A_TREE
 from vllm_saguaro.drafting.pace import CHOICES
 from vllm_saguaro.simulation import simulation
@@ -189,12 +190,13 @@ def test_thousands_of_requests_all_end() -> None:
 def test_n_is_chosen_by_the_draft_sides_own_rule() -> None:
     world = WORLD.replace(hits=HitCurve(((12, 0.9),)), draft_pass=PassTime.linear(0.1, 0.002))
     plan = PLAN.replace(branches=0)
-    available = world.target_pass.at(1)
+    available = 0.95 * world.target_pass.at(1)
     hits = {n: world.hits.at(n) for n in CHOICES if n <= AUTO_MAX_BRANCHES}
     expected = timing.best_branches(DraftTimes(0.102, 0.1, 0.002), available, 1, 4, world.reach[:4], hits, list(hits))
     assert branches_that_pay(world, plan) == expected
     assert run("ours", world, branches=0, tokens=50).branches == expected
     assert simulation._AUTO_MOST == AUTO_MAX_BRANCHES
+    assert simulation._SLACK == pace._SLACK
     assert PLAN.most_rows == MAX_ROWS_A_TREE
 
 

@@ -174,7 +174,8 @@ def plan_of(measured: Measured) -> Plan:
 
 def _benches(name: str, report: Mapping[str, Any]) -> list[Bench]:
     found = [_measured(run, report["settings"]) for run in report["runs"]]
-    found = [m for m in found if m.options.get("placement", "process") == "process" and not m.options.get("backup")]
+    found = [m for m in found if m.options.get("placement", "process") == "process"]
+    found = [m for m in found if m.options.get("backup", "auto") in ("auto", "none")]  # others are not modelled
     settings = report["settings"]
     depths = f"{settings['target_layers']} + {settings['draft_layers']} layers"
     benches = []

@@ -21,7 +21,10 @@ setup(
         "ray": ["ray[default]>=2.50"],
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.12", "mypy>=1.15", "pre-commit>=4", "matplotlib>=3.9"],
     },
-    entry_points={"vllm.general_plugins": ["saguaro = vllm_saguaro:register"]},
+    entry_points={
+        "vllm.general_plugins": ["saguaro = vllm_saguaro:register"],
+        "console_scripts": ["vllm-saguaro = vllm_saguaro.cli.main:main"],
+    },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3",

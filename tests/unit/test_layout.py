@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "device_messages": {"messages"},
     "drafting": {"algorithm", "messages", "kernels", "device_messages"},
     "placement": {"drafting", "messages", "counters", "device_messages"},
+    "simulation": {"algorithm", "drafting"},
     "policy": {"algorithm", "messages", "counters"},
     "turn": {"policy", "messages"},
     "slots": {"placement", "messages"},

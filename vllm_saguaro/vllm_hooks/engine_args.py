@@ -204,10 +204,8 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     if plan is not None:
         logger.info("saguaro: %s", plan.describe())
 
-    if runner is Runner.V1 and str(target.dtype) == "torch.bfloat16" and cores.bf16_is_slow(cores.processor_flags()):
-        logger.warning(
-            "This processor emulates bfloat16 (no AVX-512 BF16, no AMX): --dtype float32 is about twice as fast."
-        )
+    if runner is Runner.V1 and (slow := slow_type(target.dtype)):
+        logger.warning("%s", slow)
 
     parallel.worker_cls = worker_class
     if runner is Runner.V1:
@@ -237,6 +235,13 @@ def _worker_class(runner: Runner) -> str:
     if runner is Runner.V1:
         return WORKER_CLASS
     return V2_CPU_WORKER_CLASS if current_platform.is_cpu() else GPU_WORKER_CLASS
+
+
+def slow_type(dtype: Any) -> str | None:
+    """What to know of a target in this torch type on this processor; None where all is well."""
+    if str(dtype) == "torch.bfloat16" and cores.bf16_is_slow(cores.processor_flags()):
+        return "This processor emulates bfloat16 (no AVX-512 BF16, no AMX): --dtype float32 is about twice as fast."
+    return None
 
 
 def _plan_cores(config: SaguaroConfig, ranks: int) -> cores.CorePlan | None:

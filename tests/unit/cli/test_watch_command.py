@@ -1,0 +1,149 @@
+"""A small server that serves what a real one answered (vLLM 0.32, the committed pair), recorded twice."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from vllm_saguaro.cli import watch_command
+from vllm_saguaro.cli.main import main
+from vllm_saguaro.cli.usage import UsageError
+
+RECORDED = Path(__file__).parent / "recorded"
+
+
+class Server:
+    """Answers /metrics with one text after the other, the last one for ever; None: with an error."""
+
+    def __init__(self, *texts: str | None) -> None:
+        answers = itertools.chain(texts, itertools.repeat(texts[-1]))
+        self.asked: list[str] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                outer.asked.append(self.path)
+                text = next(answers)
+                self.send_response(200 if text is not None else 503)
+                self.end_headers()
+                self.wfile.write((text or "").encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = HTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def recorded(name: str) -> str:
+    return (RECORDED / f"{name}.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server(recorded("first"), recorded("second"))
+    yield server
+    server.close()
+
+
+def number(text: str, name: str) -> float:
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(f"{name}{{"))
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, sleeps: int) -> list[float]:
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        if len(slept) == sleeps:
+            raise KeyboardInterrupt
+        slept.append(seconds)
+
+    monkeypatch.setattr(watch_command.time, "sleep", sleep)
+    return slept
+
+
+def test_once_shows_all_since_the_start(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", server.url, "--once"]) == 0
+    said = capsys.readouterr().out
+    text = recorded("first")
+    hits, misses = number(text, "vllm:saguaro_hits_total"), number(text, "vllm:saguaro_misses_total")
+    assert hits > 10, "the recording has something in it"
+    assert f"{hits / (hits + misses):.1%}  of {hits + misses:.0f} outcomes" in said
+    for subject in ("acceptance", "by position", "misses", "backups", "late tables", "chosen now", "target waits"):
+        assert subject in said
+    assert "\x1b" not in said
+    assert all(len(line) <= 100 for line in said.splitlines())
+    assert server.asked == ["/metrics"]
+
+
+def test_json_is_one_object_a_line_and_the_second_is_what_is_new(
+    server: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept = stop_after(monkeypatch, 1)
+    assert main(["watch", server.url, "--json", "--interval", "0.5"]) == 130
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert slept == [0.5]
+    old, new = (number(recorded(name), "vllm:saguaro_hits_total") for name in ("first", "second"))
+    assert first["outcomes"] * first["hit_rate"] == pytest.approx(old)
+    assert second["outcomes"] * second["hit_rate"] == pytest.approx(new - old)
+    assert first["seconds"] is None
+    assert second["tokens_per_second"] > 0
+
+
+def test_an_answer_that_fails_once_is_waited_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(recorded("first"), None, recorded("second"))
+    stop_after(monkeypatch, 2)
+    try:
+        assert main(["watch", server.url, "--json"]) == 130
+    finally:
+        server.close()
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2
+    assert "answers 503" in said.err
+
+
+def test_a_server_without_our_metrics_is_said_to_be_one(capsys: pytest.CaptureFixture[str]) -> None:
+    server = Server("vllm:generation_tokens_total 3\n")
+    try:
+        assert main(["watch", server.url, "--once"]) == 1
+    finally:
+        server.close()
+    assert "--speculative-config saguaro" in capsys.readouterr().err
+
+
+def test_no_server_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    server = Server("")
+    server.close()
+    assert main(["watch", server.url]) == 1
+    said = capsys.readouterr().err
+    assert "does not answer" in said
+    assert said.count("\n") == 1
+
+
+def test_addresses_are_taken_as_people_write_them() -> None:
+    url = watch_command.metrics_url
+    assert url("localhost:8000") == "http://localhost:8000/metrics"
+    assert url("http://h:1/") == url("http://h:1/metrics") == "http://h:1/metrics"
+    assert url("https://h/prefix/") == "https://h/prefix/metrics"
+    for wrong in ("ftp://h", "http://", "file:///etc"):
+        with pytest.raises(UsageError, match="no address"):
+            url(wrong)
+
+
+def test_an_interval_of_nothing_is_refused() -> None:
+    assert main(["watch", "localhost", "--interval", "0"]) == 2

@@ -1,0 +1,73 @@
+"""The `vllm-saguaro` command: what is asked for, and the exit code. Each command imports what it needs when it runs.
+
+Exit codes: 0 all is well, 1 the answer is bad (doctor found an error, a server does not answer), 2 the question was
+wrong (unknown option, unreadable file), 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from vllm_saguaro import __version__
+from vllm_saguaro.cli import doctor_command, simulate_command, watch_command
+from vllm_saguaro.cli.usage import UsageError
+
+DESCRIPTION = """Speculative speculative decoding (SSD / Saguaro) for vLLM: whether it will run, what it would gain,
+what it is doing now."""
+
+EXAMPLES = """examples:
+  vllm-saguaro doctor                              what this machine and this vLLM allow
+  vllm-saguaro doctor TARGET DRAFT                 and whether these two models fit, before any weights load
+  vllm-saguaro simulate --world llama-70b          AR, SD, SSD and ours on four H100s and one more
+  vllm-saguaro watch http://localhost:8000         hit rate, acceptance and misses of a running server
+
+`vllm-saguaro COMMAND --help` has more. Every command takes --json.
+exit codes: 0 all is well; 1 the answer is bad; 2 the question was wrong; 130 stopped"""
+
+BAD_QUESTION = 2
+STOPPED = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="vllm-saguaro",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"vllm-saguaro {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in (doctor_command, simulate_command, watch_command):
+        command.add_to(commands)
+    return top
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code. Called with the words of the command line, without the program's name."""
+    given = list(sys.argv[1:] if words is None else words)
+    # What follows "--" is for vLLM's own parser: argparse itself would take it for further positionals.
+    own, beyond = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    try:
+        arguments = parser().parse_args(own)
+    except SystemExit as stop:  # argparse has said what was wrong, or printed the help
+        return int(stop.code or 0)
+    if beyond and arguments.command != "doctor":
+        print(f"vllm-saguaro: {arguments.command} takes nothing after --: leave it out", file=sys.stderr)
+        return BAD_QUESTION
+    arguments.vllm_words = beyond
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except UsageError as error:
+        print(f"vllm-saguaro: {error}", file=sys.stderr)
+        return BAD_QUESTION
+    except KeyboardInterrupt:
+        return STOPPED
+    except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it closes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -1,7 +1,7 @@
 """Draw the pictures of the documentation, from measured times and by the project's own functions.
 
-    python scripts/pictures.py                                 all of them, into docs/pictures/
-    python scripts/pictures.py rounds --report REPORT --k 4    one of them, from another report of scripts/bench.py
+python scripts/pictures.py                                 all of them, into docs/pictures/
+python scripts/pictures.py rounds --report REPORT --k 4    one of them, from another report of scripts/bench.py
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--k", type=int, default=4, help="drafts a round (default: 4)")
     found.add_argument("--branches", type=int, default=12, help="outcomes with a branch (default: 12)")
-    found.add_argument(
-        "--output", type=Path, default=OUTPUT, help=f"folder (default: {OUTPUT.relative_to(ROOT)})"
-    )
+    found.add_argument("--output", type=Path, default=OUTPUT, help=f"folder (default: {OUTPUT.relative_to(ROOT)})")
     return found
 
 

@@ -56,6 +56,8 @@ def draw_outcomes(lengths: Sequence[float], branches: int, path: Path) -> Path:
             axes.text(left + 0.45, bottom + 0.2, f"t{number + 1}", ha="center", va="center", fontsize=7.5)
             for depth in range(k):
                 box(axes, left + 0.78 + 0.3 * depth, bottom + 0.08, 0.24, 0.26, DRAFT)
-    note = f"N = {branches} branches: grey the bonus token t* that ends the round, green the {k} drafts that wait for it"
+    note = (
+        f"N = {branches} branches: grey the bonus token t* that ends the round, green the {k} drafts that wait for it"
+    )
     axes.text(0.05, 0.12, note, fontsize=8)
     return save(figure, path)

@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--draft", help="the draft (default: chosen by the plugin)")
     found.add_argument("--temperature", type=float, default=0.0, help="(default: 0, greedy)")
     found.add_argument("--max-tokens", type=int, default=64, help="of each text (default: 64)")
+    found.add_argument("--kv-cache-bytes", type=int, default=1 << 30, help="of the target (default: 1 GiB)")
     return found
 
 
@@ -38,8 +39,7 @@ def main() -> None:
     llm = LLM(
         model=arguments.model,
         speculative_config=speculative_config(arguments.draft),
-        max_model_len=1024,
-        kv_cache_memory_bytes=1 << 30,
+        kv_cache_memory_bytes=arguments.kv_cache_bytes,
         disable_log_stats=False,  # else there are no metrics to read
     )
     sampling = SamplingParams(temperature=arguments.temperature, max_tokens=arguments.max_tokens)

@@ -120,7 +120,7 @@ def serve_parser() -> argparse.ArgumentParser:
     import vllm_saguaro
 
     vllm_saguaro.register()
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     found: argparse.ArgumentParser = make_arg_parser(FlexibleArgumentParser())

@@ -24,6 +24,8 @@ CONTRACTS = ("placement/layout.py", "placement/sharded.py", "policy.py")
 LEAST_LITERAL = 12
 """Characters of a message that do not depend on values; with fewer a pattern would fit almost anything."""
 
+_PERCENT = re.compile(r"%[-+.0-9]*[a-z]")
+
 
 @dataclass(frozen=True)
 class Message:
@@ -51,14 +53,29 @@ def messages_in(source: str, where: str) -> Iterator[Message]:
             texts = _raised(node.exc, where, functions)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS:
             logs = ast.unparse(node.func.value).lower().endswith(("logger", "_log", "log"))
-            texts = [re.sub(r"%[-+.0-9]*[a-z]", "\0", text) for text in _texts(node.args[0], {})] if logs else []
+            texts = [_PERCENT.sub("\0", text) for text in _texts(node.args[0], {})] if logs else []
         else:
             continue
         for text in texts:
-            text = " ".join(text.split())
             if text != "\0":  # a text that was made elsewhere, and is found there
-                pattern = ".*".join(re.escape(piece) for piece in text.split("\0"))
-                yield Message(f"{where}:{node.lineno}", text.replace("\0", "{}"), re.compile(pattern))
+                yield _message(f"{where}:{node.lineno}", text)
+
+
+def texts_of(package: Path) -> Iterator[Message]:
+    """Of every longer text in the source, whatever it is for: what is said in passing has its words from somewhere."""
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant | ast.JoinedStr):
+                for text in _texts(node, {}):
+                    text = _PERCENT.sub("\0", text)
+                    if len(text.replace("\0", "")) >= 2 * LEAST_LITERAL:
+                        yield _message(f"{path.name}:{node.lineno}", text)
+
+
+def _message(where: str, text: str) -> Message:
+    text = " ".join(text.split())
+    pattern = ".*".join(re.escape(piece) for piece in text.split("\0"))
+    return Message(where, text.replace("\0", "{}"), re.compile(pattern))
 
 
 def _raised(call: ast.Call, where: str, functions: dict[str, ast.FunctionDef]) -> list[str]:

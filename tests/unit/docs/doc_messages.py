@@ -29,11 +29,27 @@ _PERCENT = re.compile(r"%[-+.0-9]*[a-z]")
 
 @dataclass(frozen=True)
 class Message:
-    """`pattern` matches what is said, whatever the values; `shown` is for people."""
+    """`pieces` are the words between the values, in order; `shown` is for people."""
 
     where: str
     shown: str
-    pattern: re.Pattern[str]
+    pieces: tuple[str, ...]
+
+    def fits(self, text: str) -> bool:
+        """Whether this is what is said, with some values. (A regular expression may try all ways to divide a text.)"""
+        first, *others = self.pieces
+        if not others:
+            return text == first
+        *middle, last = others
+        if not text.startswith(first):
+            return False
+        at = len(first)
+        for piece in middle:
+            found = text.find(piece, at)
+            if found < 0:
+                return False
+            at = found + len(piece)
+        return text.endswith(last) and len(text) - len(last) >= at
 
 
 def messages_of(package: Path) -> Iterator[Message]:
@@ -74,8 +90,7 @@ def texts_of(package: Path) -> Iterator[Message]:
 
 def _message(where: str, text: str) -> Message:
     text = " ".join(text.split())
-    pattern = ".*".join(re.escape(piece) for piece in text.split("\0"))
-    return Message(where, text.replace("\0", "{}"), re.compile(pattern))
+    return Message(where, text.replace("\0", "{}"), tuple(text.split("\0")))
 
 
 def _raised(call: ast.Call, where: str, functions: dict[str, ast.FunctionDef]) -> list[str]:

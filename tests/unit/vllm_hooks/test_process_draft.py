@@ -83,5 +83,5 @@ def test_a_draft_that_does_not_come_up_leaves_nothing_open(monkeypatch: pytest.M
 
     monkeypatch.setattr(process_draft, "ProcessChannel", Channel)
     with pytest.raises(RuntimeError, match="no model there"):
-        process_draft.open_process_draft(options(), 2, CPU, 256, CounterPage(), lambda *_: None)  # type: ignore[arg-type, return-value]
+        process_draft.open_process_draft(options(), 2, CPU, 256, CounterPage(), lambda *_: None)  # type: ignore[arg-type]
     assert len(closed) == 1

@@ -44,7 +44,7 @@ class FakeWorker:
         self.happened.append("worker ends")
 
 
-class WorkerUnderTest(DeviceDraftWorker, FakeWorker):  # type: ignore[misc]
+class WorkerUnderTest(DeviceDraftWorker, FakeWorker):
     """Ours before vLLM's."""
 
 

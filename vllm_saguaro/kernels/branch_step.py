@@ -1,4 +1,4 @@
-"""`algorithm.branch_step` as a Triton kernel. No GPU has run it yet: it was tested under Triton's interpreter."""
+"""`algorithm.branch_step` as a Triton kernel. No GPU has run it yet: it runs interpreted, and compiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`algorithm.branch_tables` as Triton kernels. No GPU has run them yet: they were tested under Triton's interpreter."""
+"""`algorithm.branch_tables` as Triton kernels. No GPU has run them yet: they run under the interpreter, and compile."""
 
 from __future__ import annotations
 

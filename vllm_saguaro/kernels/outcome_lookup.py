@@ -1,4 +1,4 @@
-"""`algorithm.outcome_lookup` as a Triton kernel. No GPU has run it yet: it was tested under Triton's interpreter."""
+"""`algorithm.outcome_lookup` as a Triton kernel. No GPU has run it yet: it runs interpreted, and compiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`algorithm.outcome_ranking` as Triton kernels. No GPU has run them yet: they were tested under Triton's interpreter.
+"""`algorithm.outcome_ranking` as Triton kernels. No GPU has run them yet: they run under the interpreter, and compile.
 
 A sort is not needed: the place of an outcome is the number of those that are better, and no two have the same place
 since ties go by index. That is the same on every run, whatever order the programs run in.

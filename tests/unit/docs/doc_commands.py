@@ -14,7 +14,6 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from tests.unit.docs.doc_pages import ROOT
@@ -22,7 +21,8 @@ from vllm_saguaro.config import METHOD, split_options
 
 sys.path.insert(0, str(ROOT))
 
-SEPARATORS = ("|", "&&", "||", ";")
+SEPARATORS = ("|", "&&", "||", ";", "&")
+REDIRECTIONS = (">", ">>", "<", "2>")
 ABBREVIATION = "(the rest as above)"
 UNCHECKED = ("cd", "export", "grep", "git", "mkdocs")
 """Commands that are not ours, and whose options are nobody's surprise."""
@@ -50,11 +50,16 @@ def commands(text: str) -> list[list[str]]:
             continue
         held = ""
         found.append([])
+        redirected = False
         for word in words:
-            if word in SEPARATORS:
+            if redirected or word in REDIRECTIONS:
+                redirected = word in REDIRECTIONS
+            elif word in SEPARATORS:
                 found.append([])
             else:
-                found[-1].append(word)
+                found[-1].append(word.removesuffix(";"))
+            if word.endswith(";"):
+                found.append([])
     if held.strip():
         raise WrongCommand(f"a quotation is not closed: {held}")
     return [words for words in found if words]
@@ -145,27 +150,18 @@ def _check_python(rest: Sequence[str]) -> None:
 def _check_script(script: str, rest: Sequence[str]) -> None:
     if not (ROOT / script).is_file():
         raise WrongCommand(f"there is no {script}")
-    module = _module(script)
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
     if not hasattr(module, "parser"):
         raise WrongCommand(f"{script} has no parser() to ask")
     given = module.with_command(list(rest)) if hasattr(module, "with_command") else list(rest)
     arguments = _parse(module.parser(), given)
-    if hasattr(arguments, "modes"):
+    if script in ("scripts/bench.py", "scripts/demo.py") and hasattr(arguments, "modes"):
         from scripts.benchmark.options import settings_from
 
         settings_from(arguments)
     for word in given:
         if word.startswith("docs/") and word.endswith(".json") and not (ROOT / word).is_file():
             raise WrongCommand(f"there is no {word}")
-
-
-def _module(script: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"shown_{Path(script).stem}", ROOT / script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:

@@ -124,3 +124,4 @@ def test_a_wrong_snippet_would_be_noticed() -> None:
 def test_commands_go_on_over_lines_and_quotations() -> None:
     text = "a b \\\n  c   # that's a remark\nd 'e\n  f' | g\n\n"
     assert commands(text) == [["a", "b", "c"], ["d", "e\n  f"], ["g"]]
+    assert commands("a b > c d; e <f && g 2> h; i &") == [["a", "b", "d"], ["e", "<f"], ["g"], ["i"]]

@@ -52,7 +52,7 @@ class LocalEnd:
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
         self.hung_up = self.closed = False
 
-    def idle(self, since: float) -> None:
+    def idle(self, since: float, may_sleep: bool = True) -> None:
         self.check()
 
     def check(self) -> None:

@@ -14,6 +14,7 @@ from vllm_saguaro.messages import Proposals, Stamp, Table
 from vllm_saguaro.placement import frames
 from vllm_saguaro.placement.frames import FrameError, FrameReader, Kind, TableFrames, encode_table
 from vllm_saguaro.placement.mailbox import MailboxShape
+from vllm_saguaro.placement.meeting import VERSION
 
 SHAPE = MailboxShape(slots=4, branches=5, num_speculative_tokens=3, ring_bytes=1 << 12, support=6, vocab_size=50)
 VOCABULARY = SHAPE.vocab_size
@@ -188,7 +189,7 @@ def test_a_table_of_another_size_than_it_says_is_refused(more: int) -> None:
 
 
 def test_a_frame_over_its_bound_is_refused_before_it_has_come() -> None:
-    head = struct.pack("<HBBI", 0x4753, Kind.TABLE, 1, BOUNDS[Kind.TABLE] + 1)
+    head = struct.pack("<HBBI", 0x4753, Kind.TABLE, VERSION, BOUNDS[Kind.TABLE] + 1)
     with pytest.raises(FrameError, match="most"):
         list(FrameReader(BOUNDS).feed(head))
 
@@ -202,9 +203,9 @@ def test_a_frame_at_its_bound_is_taken() -> None:
     "head",
     [
         struct.pack("<HBBI", 0x4754, Kind.TABLE, 1, 0),
-        struct.pack("<HBBI", 0x4753, Kind.TABLE, 2, 0),
-        struct.pack("<HBBI", 0x4753, 9, 1, 0),
-        struct.pack("<HBBI", 0x4753, Kind.STEP, 1, 0),
+        struct.pack("<HBBI", 0x4753, Kind.TABLE, VERSION + 1, 0),
+        struct.pack("<HBBI", 0x4753, 9, VERSION, 0),
+        struct.pack("<HBBI", 0x4753, Kind.STEP, VERSION, 0),
     ],
     ids=["magic", "version", "kind", "not from this side"],
 )

@@ -178,7 +178,7 @@ LIES: dict[str, bytes] = {
     "an unknown state": pack(Kind.STATE, frames.STATE.pack(7, 1)),
     "starting again": pack(Kind.STATE, frames.STATE.pack(int(DraftState.STARTING), 1)),
     "a negative length": pack(Kind.STATE, frames.STATE.pack(int(DraftState.READY), -1)),
-    "a frame over its bound": struct.pack("<HBBI", 0x4753, Kind.TABLE, 1, 1 << 30),
+    "a frame over its bound": struct.pack("<HBBI", 0x4753, Kind.TABLE, meeting.VERSION, 1 << 30),
     "noise": b"\x00" * 64,
 }
 
@@ -312,7 +312,9 @@ def test_the_draft_side_ends_with_a_target_that_is_gone_or_lies(
         target.sendall(
             {
                 "garbage": b"\xee" * 40,
-                "a frame over its bound": struct.pack("<HBBI", 0x4753, Kind.STEP, 1, SHAPE.ring_bytes + 1),
+                "a frame over its bound": struct.pack(
+                    "<HBBI", 0x4753, Kind.STEP, meeting.VERSION, SHAPE.ring_bytes + 1
+                ),
                 "a table": encode_table(KEYS),
             }[how]
         )

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -129,6 +131,17 @@ def test_pinning_holds_for_the_calling_thread() -> None:
         assert cores.allowed_cpus() == allowed[:1]
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def test_a_process_is_born_on_its_cores_and_who_starts_it_stays_where_it_was() -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    own = [sys.executable, "-S", "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
+    with cores.born_on(allowed[-1:]):
+        born = subprocess.run(own, capture_output=True, text=True, check=True).stdout
+    assert born.strip() == str(allowed[-1:])
+    assert sorted(os.sched_getaffinity(0)) == allowed
+    with cores.born_on(()):
+        assert sorted(os.sched_getaffinity(0)) == allowed
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,8 @@ class SaguaroWorker(CPUWorker):
             if config.placement == "ray":
                 draft = ray_draft(config, options, {**plan, "draft": options["cpus"]}, os.environ, shape.slots)
                 return RayChannel(draft, shape, environment)
-            return ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment)
+            with cores.born_on(options["cpus"]):
+                return ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment)
 
         return RestartingChannel(start, config.draft_restarts, self._page, logger)
 

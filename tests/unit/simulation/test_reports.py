@@ -107,7 +107,7 @@ def test_a_report_without_all_three_modes_or_of_an_inline_draft_has_nothing_to_c
     data = report()
     data["runs"][3]["engine"]["options"] = [["placement", "inline"]]
     assert read_report(write(tmp_path / "inline.json", data)) == []
-    assert read_report(RESULTS / "hit_rates.json") == []
+    assert read_report(RESULTS / "hit_rates_ranked.json") == []
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"runs": [1], "settings": {}}'])

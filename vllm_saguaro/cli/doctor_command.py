@@ -8,10 +8,11 @@ import json
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_saguaro.cli import installation
-from vllm_saguaro.cli.finding import Finding, Level, as_text, error, ok, refused
+from vllm_saguaro.cli.finding import Finding, Level, as_text, error, ok, refused, warning
 from vllm_saguaro.cli.usage import UsageError
 
 EXAMPLES = """examples:
@@ -59,55 +60,93 @@ def run(arguments: argparse.Namespace) -> int:
 
 def examine(target: str | None, draft: str | None, words: list[str]) -> list[Finding]:
     """Everything, in the order in which a start would meet it. What an error makes pointless is left out."""
-    findings = [installation.versions(), *installation.plugin(), *installation.gpus()]
+    findings = [installation.versions(), *installation.plugin()]
     if any(finding.level is Level.ERROR for finding in findings[:1]):
         return [*findings, installation.plan_now()]
-    findings += vllm_itself()
-    if target is None or any(finding.level is Level.ERROR for finding in findings):
-        return [*findings, installation.plan_now(), *placements()]
-    return [*findings, *placements(), *pair(target, draft, words)]
+    about, host = vllm_itself()
+    findings += about
+    bad = any(finding.level is Level.ERROR for finding in findings)
+    if host is None:
+        return [*findings, installation.plan_now()]
+    findings += installation.gpus(host.on_cpu)
+    if target is None or bad:
+        plan = [] if host.on_v2 else [installation.plan_now()]  # by default a draft has no cores of its own there
+        return [*findings, *plan, *placements(host)]
+    return [*findings, *placements(host), *pair(target, draft, words)]
 
 
-def vllm_itself() -> list[Finding]:
-    """The vLLM that is installed: its version, its platform, its seams, and whether it loads us."""
+@dataclass(frozen=True)
+class Host:
+    """What vLLM would run on: the CPU or CUDA, with model runner V1 or V2."""
+
+    on_cpu: bool
+    on_v2: bool
+
+
+def vllm_itself() -> tuple[list[Finding], Host | None]:
+    """The vLLM that is installed: version, platform, seams, and whether it loads us. No `Host` where it is refused."""
     from vllm_saguaro.config import SaguaroConfigError
     from vllm_saguaro.vllm_hooks import compatibility
 
     findings: list[Finding] = []
     try:
         compatibility.check_version()
-        for where in (compatibility.FRONTEND, compatibility.WORKER):
-            compatibility.check_seams(where)
-        seams = len(compatibility.SEAMS)
-        findings.append(ok("vllm", f"{compatibility.SUPPORTED_RANGE} go with it, all {seams} seams are as known"))
+        compatibility.check_seams(compatibility.FRONTEND)
+        host: Host | None = None
+        try:
+            host, found = platform()
+        except SaguaroConfigError as problem:
+            found = refused("platform", str(problem))
+        used = [compatibility.FRONTEND]
+        if host is not None:
+            used.append(compatibility.DEVICE_WORKER if host.on_v2 else compatibility.WORKER)
+            compatibility.check_seams(used[-1])
+        seams = sum(seam.where in used for seam in compatibility.SEAMS)
+        findings += [ok("vllm", f"{compatibility.SUPPORTED_RANGE} go with it, its {seams} seams are as known"), found]
     except SaguaroConfigError as problem:
-        return [refused("vllm", str(problem))]
+        return [refused("vllm", str(problem))], None
     except ImportError as problem:
-        return [error("vllm", f"it cannot be imported ({compatibility.one_line(problem)})", "install vLLM anew")]
-    try:
-        compatibility.check_platform()
-        findings.append(ok("platform", "vLLM's CPU backend, model runner V1"))
-    except SaguaroConfigError as problem:
-        findings.append(refused("platform", str(problem)))
+        return [error("vllm", f"it cannot be imported ({compatibility.one_line(problem)})", "install vLLM anew")], None
     from vllm_saguaro.vllm_hooks.dry_run import plugin_is_loaded
 
     if plugin_is_loaded():
         findings.append(ok("plugin", "vLLM loads it"))
     else:
         findings.append(error("plugin", "vLLM has not loaded it", "look into vLLM's log with VLLM_LOGGING_LEVEL=DEBUG"))
-    return findings
+    return findings, host
 
 
-def placements() -> list[Finding]:
+def platform() -> tuple[Host, Finding]:
+    """What vLLM computes on, and with which model runner. Raises SaguaroConfigError for what is refused."""
+    from vllm.platforms import current_platform
+
+    from vllm_saguaro.vllm_hooks import compatibility
+
+    host = Host(on_cpu=current_platform.is_cpu(), on_v2=compatibility.check_platform() is compatibility.Runner.V2)
+    if not host.on_v2:
+        return host, ok("platform", "vLLM's CPU backend, model runner V1")
+    where = "vLLM's CPU backend" if host.on_cpu else "CUDA"
+    return host, warning(
+        "platform",
+        f"{where}, model runner V2: that path is tested without a GPU only, no GPU has run this release",
+        "set VLLM_USE_V2_MODEL_RUNNER=0 to be fast" if host.on_cpu else "run scripts/gpu_check.py before relying on it",
+    )
+
+
+def placements(host: Host) -> list[Finding]:
     """Where a draft could run."""
     from vllm_saguaro.config import SaguaroConfigError
     from vllm_saguaro.vllm_hooks import compatibility
 
+    if not host.on_v2:
+        local = "process, inline"
+    else:
+        local = "stream, process" if host.on_cpu else "stream, process (on a second GPU)"
     try:
         compatibility.check_placement("ray")
-        return [ok("placement", f"process, inline, ray (Ray {installation.version_of('ray')})")]
+        return [ok("placement", f"{local}, ray (Ray {installation.version_of('ray')})")]
     except SaguaroConfigError as problem:
-        return [ok("placement", f"process, inline; not ray: {problem}")]
+        return [ok("placement", f"{local}; not ray: {problem}")]
 
 
 def pair(target: str, draft: str | None, words: list[str]) -> list[Finding]:

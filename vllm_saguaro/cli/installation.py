@@ -90,12 +90,13 @@ def plan_of(plan: CorePlan) -> Finding:
     return ok("cores", plan.describe())
 
 
-def gpus(device_folder: Path = Path("/dev")) -> list[Finding]:
-    """NVIDIA GPUs that this release leaves alone; nothing where there are none."""
+def gpus(on_cpu: bool, device_folder: Path = Path("/dev")) -> list[Finding]:
+    """NVIDIA GPUs; nothing where there are none. `on_cpu`: this vLLM is one for the CPU, and leaves them alone."""
     count = sum(path.name[6:].isdecimal() for path in device_folder.glob("nvidia[0-9]*"))
     if not count:
         return []
-    return [ok("gpus", f"{count} NVIDIA GPU{'s' * (count > 1)} here, not used: target and draft run on the CPU")]
+    unused = ", not used: this vLLM computes on the CPU" if on_cpu else ""
+    return [ok("gpus", f"{count} NVIDIA GPU{'s' * (count > 1)} here{unused}")]
 
 
 def memory_available(

@@ -8,6 +8,7 @@ from pathlib import Path
 from vllm_saguaro.cli import installation
 from vllm_saguaro.cli.finding import Finding, error, ok, warning
 from vllm_saguaro.cli.weights import WeightsError, read_weights
+from vllm_saguaro.drafting.buckets import branches_for, default_branches
 from vllm_saguaro.drafting.loop import MAX_ROWS_A_TREE
 from vllm_saguaro.drafting.pace import Pace
 from vllm_saguaro.vllm_hooks.draft_choice import MIN_COST_RATIO
@@ -87,6 +88,8 @@ def memory(start: DryRun) -> list[Finding]:
                 "download it first (the server does, too) and ask again",
             )
         )
+    if start.gpu_memory is not None:
+        return [*found, _memory_of_gpu(start, start.gpu_memory)]
     elsewhere = start.config.placement == "ray"
     needed += replicas * start.draft_kv_bytes
     if start.kv_bytes is not None:
@@ -117,6 +120,31 @@ def memory(start: DryRun) -> list[Finding]:
     return [*found, warning("memory", f"{text}: too little until others leave", advice)]
 
 
+def _memory_of_gpu(start: DryRun, total: int) -> Finding:
+    """What must be beside each other on the target's GPU: its weights and, where the draft is on a stream of it, all
+    of the draft. vLLM gives the rest of its share to the target's KV cache."""
+    target, draft = _known_bytes(start.target_folder, start.dtype), _known_bytes(start.draft_folder, start.draft_dtype)
+    here, parts = target, [f"target weights {size(target)} in {start.dtype}"]
+    beside = [f"draft weights {size(draft)} in {start.draft_dtype}", f"draft KV cache {size(start.draft_kv_bytes)}"]
+    if start.config.placement == "stream":
+        here, parts = here + draft + start.draft_kv_bytes, [*parts, *beside]
+    share = int(start.memory_share * total)
+    text = f"{', '.join(parts)}; vLLM takes {size(share)} of the GPU's {size(total)} at most"
+    if start.config.placement != "stream":
+        text += f". On another GPU: {', '.join(beside)}"
+    if here < share:
+        return ok("memory", text)
+    return error("memory", f"{text}: too little", "take a smaller type or draft, or less draft_gpu_memory")
+
+
+def _known_bytes(folder: Path | None, dtype: str) -> int:
+    """Bytes of the weights, 0 where they cannot be known, which has been said."""
+    try:
+        return _loaded_bytes(folder, dtype) or 0
+    except WeightsError:
+        return 0
+
+
 def _loaded_bytes(folder: Path | None, dtype: str) -> int | None:
     weights = read_weights(folder) if folder is not None else None
     return weights.bytes_loaded(_ITEM_BYTES.get(dtype, 4)) if weights is not None else None
@@ -143,6 +171,10 @@ def branches(start: DryRun) -> Finding:
     """N to be expected, alone and in a full batch."""
     config = start.config
     most, steps = config.most_branches, config.num_speculative_tokens
+    if config.placement == "stream":
+        most = config.branches if isinstance(config.branches, int) else default_branches(steps)
+        full = branches_for(start.max_num_seqs, most)
+        return ok("branches", f"K = {steps}, N = {most} at most, {full} each for {start.max_num_seqs} at once")
     first = Pace(steps, most, config.chooses_branches).branches(1)
     chosen = f"{first} at first, up to {most}" if config.chooses_branches else f"{most}"
     full = max(1, min(most, MAX_ROWS_A_TREE // start.max_num_seqs))

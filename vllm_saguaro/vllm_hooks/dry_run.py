@@ -25,7 +25,8 @@ class DryRun:
     `*_folder` is where the files of a model are on this machine, None where they are not. `*_tokenizer` says whether
     its vocabulary could be read for the comparison. `kv_bytes` is the target's KV cache where its size was given; else
     vLLM takes the share `memory_share` of all memory for weights and KV, and must find it free. `ignored` are words of
-    the command line that vLLM's engine does not know: the server's.
+    the command line that vLLM's engine does not know: the server's. `gpu_memory` is all that the target's GPU has; None
+    where the target computes on the CPU.
     """
 
     config: SaguaroConfig
@@ -50,6 +51,7 @@ class DryRun:
     memory_share: float
     slow_type: str | None
     ignored: tuple[str, ...]
+    gpu_memory: int | None = None
 
 
 def plugin_is_loaded() -> bool:
@@ -109,7 +111,7 @@ def _asked_for(arguments: Any, draft: str | None) -> dict[str, Any]:
 
 
 def _what_is_known(whole: Any, ignored: tuple[str, ...]) -> DryRun:
-    from vllm_saguaro.vllm_hooks.worker import DRAFT_KV_BYTES
+    from vllm.platforms import current_platform
 
     speculative, target = whole.speculative_config, whole.model_config
     draft = speculative.draft_model_config
@@ -118,8 +120,11 @@ def _what_is_known(whole: Any, ignored: tuple[str, ...]) -> DryRun:
     cache_type = options["draft"]["kv_cache_dtype"]
     own = {name: options["draft"][name] for name in ("model", "revision", "code_revision")}
     layers, heads, width = draft.get_total_num_hidden_layers(), draft.get_total_num_kv_heads(), draft.get_head_size()
+    config, slots = SaguaroConfig.from_dict(options), whole.scheduler_config.max_num_seqs
+    a_token = 2 * layers * heads * width * _item_bytes(cache_type, draft.dtype)
+    gpu_memory = None if current_platform.is_cpu() else current_platform.get_device_total_memory()
     return DryRun(
-        config=SaguaroConfig.from_dict(options),
+        config=config,
         plan=None if cores is None else _plan(cores),
         target=str(target.model),
         draft=str(own["model"]),
@@ -132,16 +137,35 @@ def _what_is_known(whole: Any, ignored: tuple[str, ...]) -> DryRun:
         target_billions=active_billions(target.hf_text_config),
         draft_billions=active_billions(draft.hf_text_config),
         target_length=target.max_model_len,
-        max_num_seqs=whole.scheduler_config.max_num_seqs,
+        max_num_seqs=slots,
         dtype=str(target.dtype).removeprefix("torch."),
         draft_dtype=options["draft"]["dtype"],
-        kv_bytes_a_token=2 * layers * heads * width * _item_bytes(cache_type, draft.dtype),
-        draft_kv_bytes=DRAFT_KV_BYTES,
+        kv_bytes_a_token=a_token,
+        draft_kv_bytes=draft_kv_bytes(config, slots, target.max_model_len, a_token, gpu_memory),
         kv_bytes=whole.cache_config.kv_cache_memory_bytes,
         memory_share=whole.cache_config.gpu_memory_utilization,
         slow_type=slow_type(target.dtype),
         ignored=ignored,
+        gpu_memory=gpu_memory,
     )
+
+
+def draft_kv_bytes(
+    config: SaguaroConfig, slots: int, target_length: int, bytes_a_token: int, gpu_memory: int | None
+) -> int:
+    """The KV cache that one draft gets, as the workers reckon it. `slots`: max_num_seqs; `gpu_memory`: see `DryRun`."""
+    from vllm_saguaro.drafting.buckets import default_branches
+    from vllm_saguaro.vllm_hooks.process_draft import KV_BYTES
+    from vllm_saguaro.vllm_hooks.stream_draft import MOST_OF_DEVICE, default_kv_tokens
+
+    if config.placement != "stream":
+        return KV_BYTES["cpu" if gpu_memory is None else "cuda"]
+    if config.draft_gpu_memory is not None:
+        return int(config.draft_gpu_memory * (1 << 30))
+    steps = config.num_speculative_tokens
+    branches = config.branches if isinstance(config.branches, int) else default_branches(steps)
+    wished = bytes_a_token * default_kv_tokens(slots, branches, config.draft_max_length or target_length, steps)
+    return min(wished, KV_BYTES["cpu"] if gpu_memory is None else int(MOST_OF_DEVICE * gpu_memory))
 
 
 def _plan(data: dict[str, Any]) -> CorePlan:

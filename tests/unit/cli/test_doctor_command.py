@@ -7,7 +7,7 @@ import json
 import pytest
 
 from vllm_saguaro.cli import doctor_command, installation
-from vllm_saguaro.cli.finding import Finding, error, ok, warning
+from vllm_saguaro.cli.finding import Finding, Level, error, ok, warning
 from vllm_saguaro.cli.main import main
 from vllm_saguaro.config import SaguaroConfigError
 from vllm_saguaro.vllm_hooks import compatibility
@@ -71,9 +71,44 @@ def test_the_committed_pair_will_run(monkeypatch: pytest.MonkeyPatch, capsys: py
 
     monkeypatch.setattr(installation, "memory_available", lambda: (32 << 30, 31 << 30))  # whatever else runs here
     target = ROOT / "assets" / "pair" / "target"
-    assert main(["doctor", str(target), "--json", "--", "--dtype", "float32"]) == 0
+    # With a size for the KV cache the answer does not depend on how much of this machine's memory others have just now.
+    words = ["--dtype", "float32", "--kv-cache-memory-bytes", "67108864"]
+    assert main(["doctor", str(target), "--json", "--", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"]
     assert {"versions", "plugin", "vllm", "platform", "models", "vocabulary", "memory", "branches"} <= {
         finding["subject"] for finding in found["findings"]
     }
+
+
+@pytest.mark.parametrize(
+    ("host", "said"),
+    [
+        (doctor_command.Host(on_cpu=True, on_v2=False), "process, inline"),
+        (doctor_command.Host(on_cpu=True, on_v2=True), "stream, process"),
+        (doctor_command.Host(on_cpu=False, on_v2=True), "stream, process (on a second GPU)"),
+    ],
+)
+def test_the_placements_are_those_of_the_runner(host: doctor_command.Host, said: str) -> None:
+    (found,) = doctor_command.placements(host)
+    assert found.text.startswith((f"{said}, ray", f"{said}; not ray"))
+
+
+def test_that_no_gpu_has_run_it_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compatibility, "check_platform", lambda: compatibility.Runner.V1)
+    assert doctor_command.platform()[1].level is Level.OK
+    monkeypatch.setattr(compatibility, "check_platform", lambda: compatibility.Runner.V2)
+    host, found = doctor_command.platform()
+    assert host.on_v2
+    assert found.level is Level.WARNING
+    assert "no GPU has run" in found.text
+
+
+def test_a_platform_that_is_refused_keeps_the_pair_from_being_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise SaguaroConfigError('this is "xpu": write method "draft_model" here')
+
+    monkeypatch.setattr(compatibility, "check_platform", refuse)
+    monkeypatch.setattr(doctor_command, "pair", lambda *_: pytest.fail("it cannot start"))
+    found = {finding.subject: finding for finding in doctor_command.examine("t", None, [])}
+    assert found["platform"].text == 'this is "xpu"'

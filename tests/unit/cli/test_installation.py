@@ -61,11 +61,13 @@ def test_planning_leaves_the_environment_as_it_is(monkeypatch: pytest.MonkeyPatc
 
 
 def test_gpus_are_counted_by_their_devices(tmp_path: Path) -> None:
-    assert installation.gpus(tmp_path) == []
+    assert installation.gpus(True, tmp_path) == []
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    (found,) = installation.gpus(tmp_path)
-    assert found.text.startswith("2 NVIDIA GPUs")
+    (found,) = installation.gpus(True, tmp_path)
+    assert found.text.startswith("2 NVIDIA GPUs here, not used")
+    (found,) = installation.gpus(False, tmp_path)
+    assert found.text == "2 NVIDIA GPUs here"
 
 
 def test_memory_is_that_of_the_container_where_there_is_one(tmp_path: Path) -> None:

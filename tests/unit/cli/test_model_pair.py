@@ -12,7 +12,7 @@ from vllm_saguaro.cli import installation, model_pair
 from vllm_saguaro.cli.finding import Level
 from vllm_saguaro.config import SaguaroConfig
 from vllm_saguaro.cores import CorePlan
-from vllm_saguaro.vllm_hooks.dry_run import DryRun
+from vllm_saguaro.vllm_hooks.dry_run import DryRun, draft_kv_bytes
 
 GIB = 1 << 30
 START = DryRun(
@@ -114,3 +114,35 @@ def test_branches_are_those_of_the_draft_side() -> None:
 
 def test_sizes_are_for_people() -> None:
     assert [model_pair.size(n) for n in (5, 2048, 3 * GIB, 5 << 40)] == ["5 B", "2 KiB", "3 GiB", "5 TiB"]
+
+
+STREAM = SaguaroConfig(placement="stream", draft_max_length=2048)
+
+
+def test_on_a_gpu_its_memory_counts_and_not_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    weigh(monkeypatch, 10 * GIB)  # more than the machine has
+    on_gpu = dataclasses.replace(START, config=STREAM, gpu_memory=80 * GIB, memory_share=0.9)
+    (found,) = model_pair.memory(on_gpu)
+    assert found.level is Level.OK
+    assert found.text.endswith("draft KV cache 1 GiB; vLLM takes 72 GiB of the GPU's 80 GiB at most")
+    (found,) = model_pair.memory(dataclasses.replace(on_gpu, gpu_memory=20 * GIB))
+    assert found.level is Level.ERROR
+    (found,) = model_pair.memory(dataclasses.replace(on_gpu, gpu_memory=20 * GIB, config=SaguaroConfig()))
+    assert found.level is Level.OK
+    assert "On another GPU: draft weights 10 GiB" in found.text
+
+
+def test_branches_on_a_stream_are_those_of_its_buckets() -> None:
+    on_stream = dataclasses.replace(START, config=STREAM, max_num_seqs=64)
+    assert model_pair.branches(on_stream).text == "K = 4, N = 20 at most, 4 each for 64 at once"
+
+
+def test_the_drafts_kv_is_what_its_placement_gives_it() -> None:
+    def kv(gpu_memory: int | None, slots: int = 256, **options: Any) -> int:
+        return draft_kv_bytes(SaguaroConfig(draft_max_length=2048, **options), slots, 2048, 1 << 15, gpu_memory)
+
+    assert kv(None) == GIB
+    assert kv(80 * GIB, placement="process") == 8 * GIB
+    assert kv(80 * GIB, placement="stream", draft_gpu_memory=1.5) == 3 * GIB // 2
+    assert kv(80 * GIB, placement="stream") == 8 * GIB
+    assert 0 < kv(80 * GIB, placement="stream", slots=1) < GIB

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.harness import ENVIRONMENT, ROOT, environment_at_start
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]  # five minutes: a draft is loaded after each
 
 MINUTES = 15
 """It takes about two on two free cores."""

@@ -17,13 +17,13 @@ class Damaged:
 
     def __init__(self, steps: int) -> None:
         self.mailbox: Any = self
-        self.steps, self.dropped = steps, 0
+        self.steps, self.dropped, self.from_device = steps, 0, False
 
     def receive(self) -> Step | None:
         self.dropped += 1
         return None
 
-    def idle(self, since: float) -> None:
+    def idle(self, since: float, may_sleep: bool = True) -> None:
         if self.dropped >= self.steps:
             raise TargetGone
 

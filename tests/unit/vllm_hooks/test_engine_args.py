@@ -366,6 +366,7 @@ def test_a_process_beside_runner_v2_gets_cores(pair: Path, runner_v2: None, plan
 
 
 def test_runner_v2_says_that_no_gpu_has_run_it(pair: Path, runner_v2: None, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="vllm")
     logging.getLogger("vllm").addHandler(caplog.handler)
     try:
         engine(pair, speculative_config="saguaro").create_engine_config()

@@ -67,7 +67,8 @@ def draw(logits: Tensor, rule: Rule, seed: Tensor, fan_out: int) -> Drawn:
     """The next token of each row, from its logits [X, V] float32, by the noise of `seed` [X] int64.
 
     A certain row has log q = 0 at its token and -inf elsewhere. The F = `fan_out` likeliest tokens of the others are
-    deflated by C before the draw.
+    deflated by C before the draw. Logits that are no numbers, or all -inf, have no q: such a row counts as certain, or
+    the verifier would draw from what is left of p after a q that is none.
     """
     found = candidates(logits, rule.rows)
     q = found.q
@@ -76,6 +77,7 @@ def draw(logits: Tensor, rule: Rule, seed: Tensor, fan_out: int) -> Drawn:
         c = torch.full((rows,), rule.c, dtype=torch.float32, device=q.device)
         q = deflate(q, torch.full((rows,), fan_out, dtype=torch.int64, device=q.device), c)
     first = torch.arange(q.shape[-1], device=q.device) == 0
-    q = torch.where(rule.certain.unsqueeze(-1), first.to(q.dtype), q)
+    certain = rule.certain | ~(q.sum(-1) > 0)  # true where the sum is NaN
+    q = torch.where(certain.unsqueeze(-1), first.to(q.dtype), q)
     index = race(q, gumbel(seed, found.tokens))
     return Drawn(found.tokens.gather(1, index.unsqueeze(1)).squeeze(1), found.tokens, q.log())

@@ -55,14 +55,14 @@ class TableReader:
     """Reads tables and q of one life of the draft side."""
 
     def __init__(self, words: Tensor, shape: MailboxShape) -> None:
-        """`words` int64: the mailbox up to its ring, as kernels reach it."""
+        """`words` int64: the mailbox as kernels reach it, up to its ring, or up to its q where nobody asks for q."""
         self._shape = shape
         depths, branches, support = shape.num_speculative_tokens, shape.branches, shape.support
         cells = words[CONTROL_WORDS : shape.tables_bytes // 8].view(shape.slots, shape.cell_words)
         self._sequences = cells[:, _SEQUENCE]
         self._heads = cells[:, :CELL_HEADER]
         self._bodies = cells[:, CELL_HEADER:]
-        q = words[shape.q_at // 8 : shape.ring_at // 8].view(shape.slots, 2, shape.q_words)
+        q = words[shape.q_at // 8 : shape.ring_at // 8].view(-1, 2, shape.q_words)  # no slots where it is left out
         self._q_stamps = q[..., :Q_HEADER]
         self._q = q[..., Q_HEADER:].unflatten(-1, (depths, branches, support))
         self._branch = torch.arange(branches, device=words.device)

@@ -35,11 +35,20 @@ class StreamDraft:
     on.
     """
 
-    def __init__(self, engine: DeviceEngine, stream: SideStream, first_use: Callable[[], None] = lambda: None) -> None:
-        """`first_use` is called once, before a capture or the first request: memory held back till then is let go."""
+    def __init__(
+        self,
+        engine: DeviceEngine,
+        stream: SideStream,
+        first_use: Callable[[], None] = lambda: None,
+        gave_up: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`first_use` is called once, before a capture or the first request: memory held back till then is let go.
+
+        `gave_up` is called once, when an error has ended the drafting.
+        """
         self.engine, self.alive = engine, True
         self.resident_bytes = engine.resident_bytes
-        self._stream, self._first_use = stream, first_use
+        self._stream, self._first_use, self._gave_up = stream, first_use, gave_up
         self._calls = CapturedCalls(engine.model.device)
         self._requests: dict[int, str] = {}
         self._used = False
@@ -144,3 +153,4 @@ class StreamDraft:
     def _give_up(self) -> None:
         self.alive = False
         logger.exception("Saguaro: the draft failed; decoding goes on without drafts.")
+        self._gave_up()

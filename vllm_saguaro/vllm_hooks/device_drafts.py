@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_saguaro import counters
 from vllm_saguaro.config import AUTO, SaguaroConfig
 from vllm_saguaro.kernels.operations import operations_for
 from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig
@@ -28,11 +29,17 @@ def open_device_draft(
     """
     config = SaguaroConfig.from_dict(options)
     if config.placement == "stream":
-        return _on_stream(config, options, slots, device)
+        return _on_stream(config, options, slots, device, page)
     return open_process_draft(options, slots, device, longest, page, operations_for(device).outcome_lookup)
 
 
-def _on_stream(config: SaguaroConfig, options: dict[str, Any], slots: int, device: torch.device) -> DeviceDraft:
+def _on_stream(
+    config: SaguaroConfig, options: dict[str, Any], slots: int, device: torch.device, page: CounterPage
+) -> DeviceDraft:
+    def gave_up() -> None:
+        page.set(counters.DRAFT_UP, 0)
+        page.set(counters.DRAFT_LEFT_OFF, 1)
+
     draft: dict[str, Any] = dict(options["draft"])
     model = DraftModelConfig(
         **draft
@@ -52,5 +59,6 @@ def _on_stream(config: SaguaroConfig, options: dict[str, Any], slots: int, devic
             branches=None if config.branches == AUTO else int(config.branches),
             method=config.draft_sample_method,
             sampling_c=1.0 if config.sampling_c == AUTO else float(config.sampling_c),
-        )
+        ),
+        gave_up,
     )

@@ -222,7 +222,10 @@ class SaguaroSpeculator(BaseSpeculator):
         """After the target's graphs, once. vLLM's trial captures, which only measure memory, come before the cache."""
         if self._may_capture and self._draft is not None:
             self._may_capture = False
-            self._draft.capture()
+            try:
+                self._draft.capture()
+            except Exception:
+                self._give_up()
 
 
 def _gives_a_token(input_batch: InputBatch) -> bool:

@@ -51,13 +51,17 @@ class StreamOptions:
     seed: int | None = None
 
 
-def make_stream_draft(options: StreamOptions) -> StreamDraft:
+def _nothing() -> None:
+    """Nothing is held back, nobody is told."""
+
+
+def make_stream_draft(options: StreamOptions, gave_up: Callable[[], None] = _nothing) -> StreamDraft:
     """Load the draft and allocate all that it holds: weights, KV, tables, buffers.
 
     To be called in the worker before vLLM measures memory (`determine_available_memory`), at best at the end of
     `load_model`: what is allocated then is taken from the target's KV by vLLM itself. What a round needs for a while,
-    and its graphs later, is held back until the first request or the capture. ValueError, in one line, where the draft
-    cannot be used so.
+    and its graphs later, is held back until the first request or the capture. `gave_up` is called when an error has
+    ended the drafting. ValueError, in one line, where the draft cannot be used so.
     """
     device = torch.device(options.model.device)
     branches = options.branches or default_branches(options.num_speculative_tokens)
@@ -82,7 +86,7 @@ def make_stream_draft(options: StreamOptions) -> StreamDraft:
         "Saguaro: the draft drafts on a stream of %s, %s branches a request at most, %d blocks of KV.",
         *(device, branches, model.num_blocks),
     )
-    return StreamDraft(engine, stream, let_go)
+    return StreamDraft(engine, stream, let_go, gave_up)
 
 
 def default_kv_tokens(slots: int, branches: int, max_length: int, num_speculative_tokens: int) -> int:
@@ -105,10 +109,6 @@ def _model_config(options: StreamOptions, branches: int, found: list[Bucket]) ->
         most = _KV_BYTES_ON_CPU if on_cpu else int(MOST_OF_DEVICE * torch.cuda.mem_get_info(config.device)[1])
         config = replace(config, kv_cache_tokens=tokens, kv_cache_bytes=most)
     return replace(config, max_rows=rows[-1], graph_rows=rows)
-
-
-def _nothing() -> None:
-    """Nothing is held back."""
 
 
 def _hold_back(engine: DeviceEngine, stream: SideStream) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import Any
 from unittest import mock
@@ -13,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_saguaro.algorithm.calibration import BINS, Calibration, Event, class_of
+from vllm_saguaro.algorithm.sampling import SamplingRows
 from vllm_saguaro.drafting.buckets import Bucket, branches_for, bucket_of, buckets, default_branches
 from vllm_saguaro.drafting.device_blocks import BlockLedger, private_blocks
-from vllm_saguaro.drafting.device_drawing import seeds
+from vllm_saguaro.drafting.device_drawing import Rule, draw, seeds
 from vllm_saguaro.drafting.device_maps import AcceptanceMaps
 from vllm_saguaro.drafting.graphs import CapturedCalls
 from vllm_saguaro.drafting.late_lengths import GIVEN_UP, LateLengths
+from vllm_saguaro.messages import Sampling
 
 CPU = torch.device("cpu")
 
@@ -139,6 +142,27 @@ def test_no_two_seeds_are_equal() -> None:
             assert found.shape == (60,)
             seen |= set(found.tolist())
     assert len(seen) == 3 * 4 * 60
+
+
+# ---- what is drawn from ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("c", [1.0, 0.5])
+def test_logits_that_are_no_numbers_give_a_certain_draft_and_no_other_row_changes(bad: float, c: float) -> None:
+    """A q that is none would have the verifier draw from nothing: the text would be the draft's fault."""
+    logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(1))
+    rows = SamplingRows.of([Sampling(temperature=0.8, top_p=0.9)] * 3, "cpu")
+    rule, seed = Rule(rows, torch.zeros(3, dtype=torch.bool), c), torch.tensor([5, 6, 7])
+    sound = draw(logits, rule, seed, fan_out=2)
+    logits[1] = bad
+    drawn = draw(logits, rule, seed, fan_out=2)
+    assert drawn.log_q[1].tolist() == [0.0] + [-math.inf] * 63
+    assert drawn.token[1] == drawn.tokens[1, 0]
+    assert 0 <= int(drawn.token[1]) < 200
+    for other in (0, 2):
+        assert drawn.token[other] == sound.token[other]
+        assert drawn.log_q[other].equal(sound.log_q[other])
 
 
 # ---- lengths that come late -----------------------------------------------------------------------------------------

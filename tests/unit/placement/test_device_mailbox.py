@@ -335,6 +335,25 @@ def test_certain_drafts_are_certain(sides: Sides) -> None:
         assert logits[slot].max(-1).values.tolist() == [0, 0, 0]
 
 
+def test_where_drafts_are_never_sampled_no_q_is_mapped_and_rows_are_certain() -> None:
+    channel = HostChannel()
+    lending: LendingChannel = channel
+    draft = MailboxDraft(lending, SHAPE, CPU, lookup, LOG, with_q=False)
+    draft.wait_until_ready()
+    target = SmallTarget(draft)
+    target.admit(1, PROMPT)
+    for _ in range(6):
+        channel.work()
+        target.step()
+    assert target.hits
+    outcomes = outcomes_of([(1, 0, 5, 7)], 0.8)
+    logits = torch.zeros(4, 3, 40)
+    drafts = draft.exchange(outcomes)
+    draft.logits_into(outcomes, drafts, logits)
+    assert logits[1].isfinite().sum(-1).tolist() == [1, 1, 1]
+    draft.close()
+
+
 def test_q_is_written_only_where_somebody_asks(sides: Sides) -> None:
     sides.draft.admit(1, "r", PROMPT, SAMPLED)
     outcomes = outcomes_of([(1, 0, 5, 7)])

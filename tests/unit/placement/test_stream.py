@@ -52,7 +52,9 @@ def recorded(world: World, monkeypatch: pytest.MonkeyPatch) -> tuple[StreamDraft
             return _method(self, *rest)
 
         monkeypatch.setattr(DeviceEngine, name, noted)
-    world.draft = StreamDraft(world.engine, Recorded(done), lambda: done.append("first use"))
+    world.draft = StreamDraft(
+        world.engine, Recorded(done), lambda: done.append("first use"), lambda: done.append("gave up")
+    )
     return world.draft, done
 
 
@@ -93,6 +95,7 @@ def test_a_draft_that_fails_leaves_filler_and_the_order_of_the_streams(
         assert (drafts.tokens.dtype, drafts.ready.dtype) == (torch.int64, torch.int32)
     assert done.count("follow") == 1
     assert "lead" in done[done.index("follow") :]
+    assert done.count("gave up") == 1
     assert (logits == 7).all()
     assert not draft.alive
     draft.admit(1, "another", PROMPT, Sampling())

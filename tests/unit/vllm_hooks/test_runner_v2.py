@@ -365,6 +365,17 @@ def test_the_draft_captures_once_when_the_cache_is_there() -> None:
     assert draft.calls == [("capture",)]
 
 
+def test_a_draft_that_cannot_be_captured_does_not_keep_the_engine_from_starting() -> None:
+    draft = NotedDraft(fails_at="capture")
+    runner = Runner(draft)
+    runner.speculator.cache_is_there()
+    runner.speculator.capture()
+    assert len(draft.named("close")) == 1
+    assert runner.page.value(counters.DRAFT_LEFT_OFF) == 1
+    runner.step({"a": (1, [5])})
+    assert runner.propose([1], [1]).tolist() == [[2, 2, 2]]
+
+
 def test_it_is_closed_once() -> None:
     draft = NotedDraft()
     speculator = Runner(draft).speculator

@@ -86,12 +86,14 @@ class DeviceDraftWorker(_Worker):
 
     def shutdown(self) -> None:
         """End the draft with the worker."""
-        if self._speculator is not None:
-            self._speculator.close()
-            self._speculator = None
-            if self._page.value(counters.HITS):
-                logger.info("Saguaro: hit rate %.3f.", self._page.hit_rate)
-        super().shutdown()
+        speculator, self._speculator = self._speculator, None
+        try:
+            if speculator is not None:
+                speculator.close()
+                if self._page.value(counters.HITS):
+                    logger.info("Saguaro: hit rate %.3f.", self._page.hit_rate)
+        finally:
+            super().shutdown()
 
     def _open_draft(self) -> DeviceDraft:
         slots, longest = self.model_runner.max_num_reqs, self.model_config.max_model_len

@@ -10,8 +10,8 @@ from vllm_saguaro.drafting.kv import BlockPool
 class BlockShares:
     """One pool of KV blocks for several engines.
 
-    Each is sure of an equal part of all blocks. Beyond that it may have what the others have no need of now: as soon as
-    one of them wants its part, nobody above its own gets another block.
+    Each is sure of an equal part of all blocks, and gets no more. What it has beyond, from a time with fewer engines,
+    it keeps until it gives it back.
     """
 
     def __init__(self, num_blocks: int) -> None:

@@ -130,20 +130,25 @@ class PassedMemoryEnd:
     """The draft side's end of a `PassedMemoryChannel`."""
 
     def __init__(self, invitation: Invitation) -> None:
-        """Raises `Refused` or `OSError` where the target side does not let us in."""
+        """Raises `Refused` or `OSError` where the target side does not let us in, `LayoutError` where what it hands
+        over is no mailbox of this shape.
+        """
         self._connection = knock(invitation)
+        descriptors: list[int] = []
         try:
             _, descriptors, _, _ = socket.recv_fds(self._connection, 1, 2)
             if len(descriptors) != 2:
                 raise Refused("the target side handed over no memory")
-        except BaseException:
+            memory_fd, self._bell_fd = descriptors
+            self._memory = mmap.mmap(memory_fd, invitation.shape.total_bytes)
+            self.mailbox = Mailbox(memoryview(self._memory), invitation.shape, existing=True)
+        except BaseException:  # a pool lives on after it
+            for descriptor in descriptors:
+                os.close(descriptor)
             self._connection.close()
             raise
         self._connection.settimeout(None)
-        memory_fd, self._bell_fd = descriptors
-        self._memory = mmap.mmap(memory_fd, invitation.shape.total_bytes)
         os.close(memory_fd)  # the mapping stays
-        self.mailbox = Mailbox(memoryview(self._memory), invitation.shape, existing=True)
         self._ended = False
         self._poll = select.poll()
         self._poll.register(self._bell_fd, select.POLLIN)

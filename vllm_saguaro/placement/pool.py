@@ -128,8 +128,12 @@ class DraftPool:
     def bring(self, place: Place, end: InvitedEnd) -> None:
         """The link of an engine that was admitted. From now on it is the drafting thread's."""
         with self._lock:
-            self._newcomers.append((place, end))
-        os.eventfd_write(self._bell_fd, 1)
+            comes_in = not self._ending
+            if comes_in:
+                self._newcomers.append((place, end))
+                os.eventfd_write(self._bell_fd, 1)  # under the lock: at the end of the pool its number is another's
+        if not comes_in:
+            self._turn_away(place, end)
 
     def give_up(self, place: Place, reason: str) -> None:
         """An engine has no place any more."""
@@ -154,7 +158,9 @@ class DraftPool:
         finally:
             with self._lock:
                 self._ending = True
-            self._let_in()
+                newcomers, self._newcomers = self._newcomers, []
+            for place, end in newcomers:
+                self._turn_away(place, end)
             for member in list(self._members):
                 self._remove(member, "the pool has ended")
             os.close(self._bell_fd)
@@ -253,9 +259,15 @@ class DraftPool:
         self._log.info("Saguaro's draft pool: engine %d has left (%s).", member.place.number, reason)
         self.give_up(member.place, reason)
 
+    def _turn_away(self, place: Place, end: InvitedEnd) -> None:
+        """An engine that comes when the pool is over."""
+        self._hang_up(end)
+        self.give_up(place, "the pool has ended")
+
     @staticmethod
     def _hang_up(end: InvitedEnd) -> None:
-        with contextlib.suppress(OSError):
+        # BufferError: a failure's traceback still looks at the memory. The mapping then goes with that.
+        with contextlib.suppress(OSError, BufferError):
             end.close()
 
     def _is_over(self) -> bool:
@@ -269,8 +281,8 @@ class DraftPool:
         waited = time.perf_counter() - since
         if waited < _YIELD_SECONDS:
             os.sched_yield()
-        elif waited < _NAP_SECONDS:
-            time.sleep(50e-6)
+        elif waited < _NAP_SECONDS or any(m.end.mailbox.from_device and len(m.loop) for m in self._members):
+            time.sleep(50e-6)  # a device that writes records rings no bell
         else:
             self._sleep()
 

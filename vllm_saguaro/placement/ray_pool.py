@@ -69,6 +69,7 @@ class PoolActor:
             pool = self._loaded_pool()
             place = pool.admit(asked)
         except NotAdmitted as refusal:
+            self._end_if_it_hangs()  # places are not given back while it does, so nobody might ever come in
             return {"refused": str(refusal), "disagrees": refusal.disagrees}
         return {"ended": self._serve(pool, place, asked, invitation)}
 
@@ -83,10 +84,14 @@ class PoolActor:
             return place.reason
         pool.bring(place, end)
         while not place.ended.wait(1.0):
-            if pool.silent_seconds > _HANGS_SECONDS and not pool.has_begun(place):
-                logger.error("Saguaro's draft pool hangs, and ends itself.")
-                os._exit(1)
+            if not pool.has_begun(place):
+                self._end_if_it_hangs()
         return place.reason
+
+    def _end_if_it_hangs(self) -> None:
+        if self._pool is not None and self._pool.silent_seconds > _HANGS_SECONDS:
+            logger.error("Saguaro's draft pool hangs, and ends itself.")
+            os._exit(1)
 
     def _loaded_pool(self) -> DraftPool:
         self._loaded.wait()

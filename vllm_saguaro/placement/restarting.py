@@ -301,11 +301,12 @@ class RestartingChannel:
         with self._lock:
             if self._starting is None:  # `close` has it
                 return
+            # First: a request that is told to this life must not be measured by what none could hold.
+            self.max_length = channel.max_length
             self._starting, self._present = None, channel
             self._life += 1
             self._useful, self._refused_for = False, ""
             self._last_read.clear()
-        self.max_length = channel.max_length
         self._hung_for, self._began_at, self._looked_at = 0.0, self._clock(), self._clock()
         self._say(up=True)
 

@@ -66,7 +66,8 @@ def open_process_draft(
         told = _draft_options(config, options, slots, device)
         if config.placement == "ray":
             plan = options["cores"] or {"draft": [], "target": []}
-            return RayChannel(ray_draft(_with_gpu(config, device), told, plan, environment), shape, environment)
+            draft = ray_draft(_with_gpu(config, device), told, plan, environment, slots)
+            return RayChannel(draft, shape, environment)
         return ProcessChannel(MODULE, told, shape, environment)
 
     channel = RestartingChannel(start, config.draft_restarts, page, logger)
@@ -84,10 +85,11 @@ def _draft_options(
 ) -> dict[str, Any]:
     """Those of `draft_process.load_engine`."""
     draft: dict[str, Any] = dict(options["draft"])
+    engines = config.draft_pool_engines if config.draft_pool is not None else 1
     model = draft | {
         "max_length": draft.pop("max_model_len"),
-        "max_rows": max(MAX_ROWS_A_TREE, slots),
-        "kv_cache_bytes": KV_BYTES[device.type],
+        "max_rows": max(MAX_ROWS_A_TREE, engines * slots),
+        "kv_cache_bytes": engines * KV_BYTES[device.type],
         "vocab_size": options["target_vocab_size"],
         # The draft process sees one GPU, its own.
         "device": "cuda:0" if device.type == "cuda" else "cpu",

@@ -20,7 +20,7 @@ def test_an_engine_alone_may_have_all_blocks() -> None:
     assert share.num_free == 4
 
 
-def test_beside_others_one_may_have_what_they_have_no_need_of_and_no_part_of_theirs() -> None:
+def test_beside_others_one_gets_its_part_and_nothing_of_theirs() -> None:
     shares = BlockShares(12)
     big, small = shares.join(), shares.join()
     assert big.take(7) is None, "half of them are the other's to take"

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +24,13 @@ from tests.unit.drafting.simulated_target import SimulatedTarget
 from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE, VOCABULARY, draft, drafting, model
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Admit, Noise, Outcome, Sampling, Stamp, Step, Table
-from vllm_saguaro.placement import meeting
+from vllm_saguaro.placement import meeting, passed_memory
 from vllm_saguaro.placement.channel import Channel, DraftFailed
 from vllm_saguaro.placement.inline import InlineChannel
+from vllm_saguaro.placement.layout import LayoutError
 from vllm_saguaro.placement.meeting import knock
 from vllm_saguaro.placement.network import NetworkChannel
-from vllm_saguaro.placement.passed_memory import PassedMemoryChannel
+from vllm_saguaro.placement.passed_memory import PassedMemoryChannel, PassedMemoryEnd
 from vllm_saguaro.policy import Policy
 from vllm_saguaro.speculator import Speculator
 from vllm_saguaro.turn import Verified
@@ -309,6 +311,21 @@ def open_files() -> list[str]:
         with contextlib.suppress(FileNotFoundError):  # of the listing itself
             found.append(os.readlink(f"/proc/self/fd/{fd}"))
     return sorted(name for name in found if "saguaro" in name)
+
+
+def test_a_draft_side_that_finds_no_mailbox_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a pool, which goes on with others."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise LayoutError("another version")
+
+    with contextlib.closing(PassedMemoryChannel(SHAPE)) as channel:
+        monkeypatch.setattr(passed_memory, "Mailbox", refuse)
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(LayoutError):
+            PassedMemoryEnd(channel.invitation)
+        assert until(lambda: not channel.alive)
+        assert until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
 @pytest.mark.parametrize("network", [True, False])

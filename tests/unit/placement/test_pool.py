@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import random
 import threading
@@ -14,6 +15,7 @@ import pytest
 from tests.unit.drafting.checks import make_engine
 from tests.unit.drafting.loop_driver import Request
 from tests.unit.placement.pooled import (
+    SHAPE,
     VOCABULARY,
     Engine,
     K,
@@ -30,6 +32,7 @@ from vllm_saguaro.drafting.kv import BlockPool, Blocks
 from vllm_saguaro.messages import Stamp, Step, Table
 from vllm_saguaro.placement.admission import Ask
 from vllm_saguaro.placement.channel import NotAdmitted
+from vllm_saguaro.placement.mailbox import DraftState, Mailbox
 from vllm_saguaro.placement.pool import DraftPool, PoolBroken
 
 LENGTHS = (9, 14, 5)
@@ -295,6 +298,20 @@ def follow(table: Table, one: Request) -> Any:
     return one.outcome(table.accepted[0], table.bonus[0], table.speculation(0))
 
 
+def test_memory_that_is_still_looked_at_when_a_link_ends_is_the_end_of_nothing_else() -> None:
+    pool = make_pool(model())
+    leaving, staying = Engine(pool), Engine(pool)
+
+    def close() -> None:
+        raise BufferError("exported pointers exist")
+
+    leaving.end.close = close  # type: ignore[method-assign]
+    leaving.end.hung_up = True
+    work(pool)
+    assert leaving.place.ended.is_set()
+    assert [member.place for member in pool._members] == [staying.place]
+
+
 class Trouble(LocalEnd):
     """An end of which one call fails."""
 
@@ -389,6 +406,30 @@ def test_a_model_that_fails_for_everybody_ends_the_pool(monkeypatch: pytest.Monk
         pool.admit(ask())
 
 
+@pytest.mark.parametrize("when", ["before it is over", "after it is over"])
+def test_who_comes_to_a_pool_that_is_over_is_turned_away(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafted = model()
+    pool = make_pool(drafted)
+    engines = [Engine(pool), Engine(pool)]
+    place, end = pool.admit(ask()), LocalEnd()
+
+    def fail(batch: Any) -> Any:
+        if when.startswith("before") and not pool._newcomers:
+            pool.bring(place, end)
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(drafted, "forward", fail)
+    for number, engine in enumerate(engines):
+        engine.post(admits=[request(number, 0, 9).admit()])
+    with pytest.raises(PoolBroken):
+        pool.run()
+    if when.startswith("after"):
+        pool.bring(place, end)
+    assert place.ended.is_set()
+    assert end.closed
+    assert end.mailbox.state == DraftState.STARTING, "it never was told that the draft is ready"
+
+
 # ---- its end --------------------------------------------------------------------------------------------------------
 
 
@@ -447,6 +488,29 @@ def test_it_sleeps_when_there_is_nothing_to_do_and_wakes_for_a_newcomer() -> Non
     end.hung_up = True
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_outcomes_that_ring_no_bell_are_looked_for_as_long_as_there_are_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = make_pool(model())
+    place, end, one, slept = pool.admit(ask()), LocalEnd(), request(0, 0, 9), list[bool]()
+    shape = dataclasses.replace(SHAPE, device_steps=4)
+    end.mailbox = Mailbox(memoryview(bytearray(shape.total_bytes)), shape)
+    pool.bring(place, end)
+    pool._let_in()
+    monkeypatch.setattr(pool, "_sleep", lambda: slept.append(True))
+    long_ago = time.perf_counter() - 10
+    pool._rest(long_ago)
+    assert len(slept) == 1, "nobody is there"
+    end.mailbox.post(Step(admits=[one.admit()]))
+    work(pool)
+    pool._rest(long_ago)
+    assert len(slept) == 1
+    end.mailbox.post(Step(releases=[one.release()]))
+    work(pool)
+    pool._rest(long_ago)
+    assert len(slept) == 2
 
 
 def test_what_it_drops_is_told_seldom(caplog: pytest.LogCaptureFixture) -> None:

@@ -56,6 +56,30 @@ def test_the_draft_computes_on_its_own_device_and_chooses_no_runner(monkeypatch:
     assert process_draft._environment(config, options(), CPU)["CUDA_VISIBLE_DEVICES"] == "4,6"
 
 
+def test_a_draft_pool_has_room_for_all_its_engines() -> None:
+    pooled = options(placement="ray", draft_pool="drafts", draft_pool_engines=3)
+    alone, many = (
+        process_draft._draft_options(SaguaroConfig.from_dict(each), each, 300, CUDA)["model"]
+        for each in (options(), pooled)
+    )
+    assert (alone["max_rows"], many["max_rows"]) == (300, 900)
+    assert many["kv_cache_bytes"] == 3 * alone["kv_cache_bytes"]
+
+
+def test_a_draft_pool_is_told_how_many_requests_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def refuse(draft: Any, *_: Any) -> None:
+        asked.append(draft)
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(process_draft, "RayChannel", refuse)
+    given = options(placement="ray", draft_pool="drafts", ray_options={"address": "10.0.0.1:6379"})
+    with pytest.raises(RuntimeError, match="seen"):
+        process_draft.open_process_draft(given, 12, CPU, 256, CounterPage(), lambda *_: None)  # type: ignore[arg-type]
+    assert asked[0].slots == 12
+
+
 def test_ray_is_asked_for_a_gpu_unless_the_user_said_how_many() -> None:
     config = SaguaroConfig(placement="ray", ray_options={"num_cpus": 2})
     assert process_draft._with_gpu(config, CUDA).ray_options == {"num_gpus": 1, "num_cpus": 2}

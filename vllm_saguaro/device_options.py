@@ -39,10 +39,6 @@ def on_device(config: SaguaroConfig, written: Container[str], default_placement:
         raise SaguaroConfigError(
             f"draft_replicas is {config.draft_replicas}, model runner V2 has one draft: leave it out"
         )
-    if config.draft_pool is not None:
-        raise SaguaroConfigError(
-            f'draft_pool is "{config.draft_pool}", model runner V2 has a draft of its own: leave it out'
-        )
     if placement == "stream" and config.draft_cpus is not None:
         raise SaguaroConfigError(
             'draft_cpus with placement "stream": the draft computes on the target\'s device; leave it out, or write '

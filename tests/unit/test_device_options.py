@@ -46,10 +46,6 @@ def test_what_is_written_stays() -> None:
         ({"backup": "jit"}, 'backup "jit" needs each outcome on the host'),
         ({"adaptive": True}, "adaptive true needs each outcome on the host"),
         ({"draft_replicas": 2}, "draft_replicas is 2, model runner V2 has one draft"),
-        (
-            {"placement": "ray", "draft_pool": "drafts"},
-            'draft_pool is "drafts", model runner V2 has a draft of its own',
-        ),
         ({"draft_cpus": "1"}, 'draft_cpus with placement "stream"'),
         ({"fan_out": "uniform"}, 'fan_out "uniform" with placement "stream"'),
         ({"draft_gpu_memory": 1, "placement": "process"}, 'draft_gpu_memory goes with placement "stream" alone'),

@@ -98,6 +98,7 @@ def test_requests_that_come_and_go_keep_their_texts(runs: tuple[V2Run, V2Run, V2
     assert late["ragged"].metrics["vllm:saguaro_hits"] > 0
 
 
+@pytest.mark.long  # `test_v2_samples.py` has the adapter's, in less time
 def test_samples_are_the_targets() -> None:
     options = OPTIONS | {"max_num_seqs": 32} | saguaro(placement="stream", num_speculative_tokens=3, branches=8)
     plan = {"options": options, "scripted": False, "async": True, "scenarios": [v2_plans.samples("samples", 128)]}

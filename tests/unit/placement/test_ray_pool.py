@@ -135,6 +135,7 @@ def test_a_pool_that_was_killed_is_noticed_by_all_and_started_once_more(cluster:
     assert until(lambda: gone(pool), LINGER + 15)
 
 
+@pytest.mark.long  # a minute
 def test_a_pool_that_does_not_answer_is_ended_and_followed(cluster: Any) -> None:
     draft = wanted(cluster, "stopped")
     with opened(draft) as first:

@@ -289,6 +289,7 @@ def test_a_child_that_is_too_slow_is_ended(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.engine
 @pytest.mark.skipif(importlib.util.find_spec("tests.v2") is None, reason="runner V2 on a CPU needs tests/v2")
 def test_everything_that_a_cpu_can_show_is_shown(tmp_path: Path) -> None:

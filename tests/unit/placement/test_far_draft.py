@@ -25,7 +25,7 @@ from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE, VOCABULARY, draft,
 from tests.unit.placement.watching import cpu_seconds, until
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Admit, Noise, Outcome, Sampling, Stamp, Step, Table
-from vllm_saguaro.placement import meeting, passed_memory
+from vllm_saguaro.placement import meeting, shared_memory
 from vllm_saguaro.placement.channel import Channel, DraftFailed
 from vllm_saguaro.placement.inline import InlineChannel
 from vllm_saguaro.placement.layout import LayoutError
@@ -307,7 +307,7 @@ def test_a_draft_side_that_finds_no_mailbox_leaves_nothing_open(monkeypatch: pyt
         raise LayoutError("another version")
 
     with contextlib.closing(PassedMemoryChannel(SHAPE)) as channel:
-        monkeypatch.setattr(passed_memory, "Mailbox", refuse)
+        monkeypatch.setattr(shared_memory, "Mailbox", refuse)
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(LayoutError):
             PassedMemoryEnd(channel.invitation)

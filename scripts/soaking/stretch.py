@@ -179,7 +179,7 @@ def differing(traffic: Traffic, journal: Journal) -> list[tuple[Asked, Answer, A
         ours = Answer.from_json(record)
         if ours.index in theirs and ours.index not in settled:
             asked = traffic.request(ours.index)
-            if difference(asked, ours, theirs[ours.index]):
+            if difference(ours, theirs[ours.index]):
                 found.append((asked, ours, theirs[ours.index]))
     return found
 

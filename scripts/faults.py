@@ -20,14 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.benchmark import provenance
 from scripts.benchmark.client import ROOT
-from scripts.benchmark.options import key_value
 from scripts.benchmark.progress import say
 from scripts.benchmark.records import write_json
-from scripts.benchmark.settings import SettingsError, allowed_cores, relative
+from scripts.benchmark.settings import SettingsError, allowed_cores
 from scripts.faulting.nodes import ClusterError
 from scripts.faulting.report import failures, report_json, report_text
 from scripts.faulting.session import measure
 from scripts.faulting.settings import KINDS_OF, Kind, Settings
+from scripts.soaking.pair import add_pair_options
 from scripts.soaking.server import ServerError
 
 FAILED, WRONG_OPTION = 1, 2
@@ -63,16 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "--concurrency", type=int, default=defaults.concurrency, help=f"streams at once ({defaults.concurrency})"
     )
     found.add_argument("--seed", type=int, default=defaults.seed, help="of the requests (default: 0)")
-    found.add_argument(
-        "--option",
-        action="append",
-        type=key_value,
-        default=[],
-        metavar="KEY=VALUE",
-        help="another key of saguaro's speculative config; repeatable",
-    )
-    found.add_argument("--target", type=Path, default=defaults.target, help=f"(default: {relative(defaults.target)})")
-    found.add_argument("--prompt-file", type=Path, help="(default: prompts.jsonl beside the target)")
+    add_pair_options(found, defaults)
     found.add_argument("--output", type=Path, metavar="JSON", help="(default: results/faults-DATE.json)")
     return found
 

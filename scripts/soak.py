@@ -18,11 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.benchmark.client import ROOT
-from scripts.benchmark.options import key_value
 from scripts.benchmark.progress import say
 from scripts.benchmark.records import write_json
-from scripts.benchmark.settings import SettingsError, relative
+from scripts.benchmark.settings import SettingsError
 from scripts.soaking.journal import Journal
+from scripts.soaking.pair import add_pair_options
 from scripts.soaking.report import report_json, report_text
 from scripts.soaking.server import ServerError
 from scripts.soaking.session import sit
@@ -65,16 +65,7 @@ def parser() -> argparse.ArgumentParser:
         help=f"after which memory is looked at for the first time (default: {defaults.warm_up})",
     )
     found.add_argument("--placement", help="where the draft works, see docs/options.md")
-    found.add_argument(
-        "--option",
-        action="append",
-        type=key_value,
-        default=[],
-        metavar="KEY=VALUE",
-        help="another key of saguaro's speculative config; repeatable",
-    )
-    found.add_argument("--target", type=Path, default=defaults.target, help=f"(default: {relative(defaults.target)})")
-    found.add_argument("--prompt-file", type=Path, help="(default: prompts.jsonl beside the target)")
+    add_pair_options(found, defaults)
     found.add_argument(
         "--state", type=Path, metavar="JSONL", help="go on with this run (default: a new one in results/)"
     )

@@ -88,8 +88,8 @@ class Policy:
 
     # ---- what was measured -----------------------------------------------------------------------------------------
 
-    def observe_step(self, rows: int, tokens_in: int | None, tokens_out: int, seconds: float, whole: float) -> None:
-        """A step of `rows` requests, decoding only, that fed `tokens_in` tokens and gave `tokens_out`.
+    def observe_step(self, tokens_in: int | None, tokens_out: int, seconds: float, whole: float) -> None:
+        """A step that decoded only, fed `tokens_in` tokens and gave `tokens_out`.
 
         `seconds` from the drafts in hand to the outcomes, `whole` from outcomes to outcomes. `tokens_in` None: there
         was prefill in it, which tells nothing of a decode step.

@@ -17,8 +17,9 @@ from scripts.faulting import link
 from scripts.faulting.memory import starve
 from scripts.faulting.nodes import Cluster
 from scripts.faulting.settings import Kind
-from scripts.soaking import exposition, faults, processes
-from scripts.soaking.server import Server, metrics
+from scripts.soaking import faults, metrics, processes
+from scripts.soaking.server import Server
+from vllm_saguaro.cli.exposition import Snapshot
 
 SLOW_SECONDS = 3.0
 """Shorter than what the engine takes for a hang."""
@@ -46,9 +47,9 @@ class Scene:
         """Process ids of the draft sides. Looked for beside the event loop, which has streams to read."""
         return await asyncio.to_thread(self.server.drafts if self.cluster is None else self.cluster.drafts)
 
-    async def metrics(self) -> exposition.Table:
+    async def metrics(self) -> Snapshot:
         """The server's metrics now; empty where it does not answer."""
-        return await metrics(self.session, self.server.url)
+        return await metrics.look(self.session, self.server.url)
 
 
 async def kill(scene: Scene, pid: int) -> str:
@@ -115,7 +116,7 @@ async def dying(scene: Scene, pid: int) -> str:
                 ended += 1
             while processes.is_alive(draft):
                 await asyncio.sleep(LOOK_SECONDS / 10)
-        if exposition.total(await scene.metrics(), exposition.DRAFT_LEFT_OFF):
+        if (await scene.metrics()).total(metrics.DRAFT_LEFT_OFF):
             break
         await asyncio.sleep(LOOK_SECONDS)
     return f"SIGKILL, and to each of the {ended - 1} that were started after it"

@@ -11,7 +11,7 @@ from typing import Any
 from scripts.faulting.deeds import DEEDS, LOOK_SECONDS, ImpossibleError, Scene
 from scripts.faulting.settings import Kind
 from scripts.faulting.streams import Streams, Told
-from scripts.soaking import exposition
+from scripts.soaking import metrics
 from scripts.soaking.stalls import Window
 
 AFTER_SECONDS = 3.0
@@ -75,7 +75,7 @@ async def undergo(placement: str, kind: Kind, scene: Scene, streams: Streams, se
     quiet = streams.gaps.open(time.monotonic())
     await asyncio.sleep(seconds)
     quiet.end = time.monotonic()
-    before = exposition.total(await scene.metrics(), exposition.DRAFT_RESTARTS)
+    before = (await scene.metrics()).total(metrics.DRAFT_RESTARTS)
     drafts = await scene.drafts()
     begin = time.monotonic()
     episode = Episode(placement, kind, "", len(streams.in_flight), quiet, streams.gaps.open(begin))
@@ -98,9 +98,9 @@ async def wait_for_hits(scene: Scene) -> bool:
     base: float | None = None
     deadline = time.monotonic() + scene.patience
     while time.monotonic() < deadline and scene.server.alive:
-        table = await scene.metrics()
-        if table:
-            hits = exposition.total(table, exposition.HITS)
+        snapshot = await scene.metrics()
+        if snapshot:
+            hits = snapshot.total(metrics.HITS)
             base = hits if base is None else base
             if hits > base:
                 return True
@@ -113,16 +113,16 @@ async def _wait(episode: Episode, scene: Scene, begin: float, restarts_before: f
     base: float | None = None
     deadline = time.monotonic() + scene.patience
     while time.monotonic() < deadline and scene.server.alive:
-        table = await scene.metrics()
-        if table:
+        snapshot = await scene.metrics()
+        if snapshot:
             passed = round(time.monotonic() - begin, 2)
-            episode.restarts = round(exposition.total(table, exposition.DRAFT_RESTARTS) - restarts_before)
-            hits = exposition.total(table, exposition.HITS)
+            episode.restarts = round(snapshot.total(metrics.DRAFT_RESTARTS) - restarts_before)
+            hits = snapshot.total(metrics.HITS)
             base = hits if base is None else base
-            if exposition.total(table, exposition.DRAFT_LEFT_OFF):
+            if snapshot.total(metrics.DRAFT_LEFT_OFF):
                 episode.left_off = passed
                 return
-            if episode.draft_up is None and episode.restarts and exposition.total(table, exposition.DRAFT_UP):
+            if episode.draft_up is None and episode.restarts and snapshot.total(metrics.DRAFT_UP):
                 episode.draft_up = passed
             if hits > base:
                 episode.hits_back = passed

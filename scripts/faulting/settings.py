@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.client import ROOT
 from scripts.benchmark.settings import SettingsError, relative
-from scripts.soaking.settings import KV_CACHE_BYTES, MAX_MODEL_LENGTH, MAX_RUNNING, MODEL_NAME
-from vllm_saguaro.config import METHOD, OWN_KEYS, VLLM_KEYS
+from scripts.soaking.pair import KV_CACHE_BYTES, MAX_RUNNING, PLAIN_WORDS, PairSettings
+from vllm_saguaro.config import METHOD
 
 
 class Kind(StrEnum):
@@ -52,24 +49,16 @@ FAR = "far"
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PairSettings):
     """All options. `only`: kinds; none: all that there are for a placement. `seconds`: of quiet before each fault."""
 
-    target: Path = ROOT / "assets" / "pair" / "target"
-    prompt_file: Path | None = None
     placements: tuple[str, ...] = tuple(KINDS_OF)
     only: tuple[Kind, ...] = ()
     seconds: float = 10.0
     concurrency: int = 6
     seed: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
     patience: float = 180.0
     """Seconds until hits must have returned, or the draft must have been left off."""
-
-    @property
-    def prompt_path(self) -> Path:
-        """The file of prompts."""
-        return self.prompt_file or self.target.parent / "prompts.jsonl"
 
     def kinds(self, placement: str) -> tuple[Kind, ...]:
         """What is done to the draft of this placement, in this order."""
@@ -77,16 +66,11 @@ class Settings:
 
     def check(self) -> None:
         """Complain about what would fail after a server has been loaded. Raises `SettingsError`."""
-        for path in (self.target / "config.json", self.target / "tokenizer.json", self.prompt_path):
-            if not path.is_file():
-                raise SettingsError(f"{path} does not exist: name the pair with --target and --prompt-file")
+        self.check_pair()
         if not 1 <= self.concurrency <= MAX_RUNNING:
             raise SettingsError(f"--concurrency must be from 1 to {MAX_RUNNING}, not {self.concurrency}")
         if not self.seconds > 0:
             raise SettingsError(f"--seconds must be more than 0, not {self.seconds:g}")
-        for key in self.options:
-            if key not in (*OWN_KEYS, *VLLM_KEYS):
-                raise SettingsError(f"--option {key}: saguaro has no such key, see docs/options.md")
         for key in ("placement", "ray_options"):
             if key in self.options:
                 raise SettingsError(f"--option {key}: write --placement, with one of {', '.join(KINDS_OF)}")
@@ -136,11 +120,8 @@ class Serving:
         return found | self.settings.options
 
     def command(self, port: int, plain: bool) -> list[str]:
-        """`vllm serve` with saguaro, or plain, which reads each prompt in one piece (docs/exactness.md)."""
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.settings.target)]
-        command += ["--served-model-name", MODEL_NAME, "--dtype", "float32", "--enforce-eager", "--seed", "0"]
-        command += ["--max-model-len", str(MAX_MODEL_LENGTH), "--max-num-seqs", str(MAX_RUNNING)]
-        command += ["--kv-cache-memory-bytes", str(4 * KV_CACHE_BYTES), "--host", "127.0.0.1", "--port", str(port)]
+        """`vllm serve` with saguaro, or plain."""
+        command = self.settings.serve_command(port, 4 * KV_CACHE_BYTES)
         if plain:
-            return [*command, "--no-enable-chunked-prefill", "--max-num-batched-tokens", str(4 * MAX_MODEL_LENGTH)]
+            return [*command, *PLAIN_WORDS]
         return [*command, "--speculative-config", json.dumps({"method": METHOD} | self.saguaro_options)]

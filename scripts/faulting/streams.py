@@ -14,8 +14,8 @@ import aiohttp
 from scripts.faulting.settings import Settings
 from scripts.soaking import client
 from scripts.soaking.answers import Answer, Fate
+from scripts.soaking.pair import MODEL_NAME
 from scripts.soaking.server import Server
-from scripts.soaking.settings import MODEL_NAME
 from scripts.soaking.stalls import Gaps
 from scripts.soaking.traffic import Asked
 

@@ -116,7 +116,7 @@ def _examine_texts(traffic: Traffic, journal: Journal, found: Accounts) -> None:
         if ours.index not in theirs:
             continue
         found.compared += 1
-        differs = difference(asked, ours, theirs[ours.index])
+        differs = difference(ours, theirs[ours.index])
         settled = again.get(ours.index)
         if not differs:
             found.equal += 1

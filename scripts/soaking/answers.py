@@ -42,11 +42,6 @@ class Answer:
     complaint: str = ""
     seconds: float = 0.0
 
-    @property
-    def generated(self) -> int:
-        """Tokens of all texts."""
-        return sum(len(choice.tokens) for choice in self.choices)
-
     def to_json(self) -> dict[str, Any]:
         """Plain values; what is empty is left out."""
         values: dict[str, Any] = {"index": self.index, "fate": self.fate.value, "seconds": round(self.seconds, 4)}

@@ -11,9 +11,9 @@ from typing import Any
 
 import aiohttp
 
-from scripts.soaking import exposition
+from scripts.soaking import metrics
 from scripts.soaking.faults import ACTIONS, Planned
-from scripts.soaking.server import Server, metrics
+from scripts.soaking.server import Server
 from scripts.soaking.stalls import Gaps
 
 LOOK_SECONDS = 0.25
@@ -90,12 +90,12 @@ class Episode:
         base: float | None = None
         deadline = time.monotonic() + self._patience
         while time.monotonic() < deadline and server.alive:
-            table = await metrics(session, server.url)
-            if table:
-                hits = exposition.total(table, exposition.HITS)
+            snapshot = await metrics.look(session, server.url)
+            if snapshot:
+                hits = snapshot.total(metrics.HITS)
                 base = hits if base is None else base
                 # The engine needs a moment to notice that a process has ended.
-                if self._found["draft_up"] is None and server.drafts() and exposition.total(table, exposition.DRAFT_UP):
+                if self._found["draft_up"] is None and server.drafts() and snapshot.total(metrics.DRAFT_UP):
                     self._found["draft_up"] = round(time.monotonic() - begin, 2)
                 if hits > base:
                     self._found["hits_back"] = round(time.monotonic() - begin, 2)

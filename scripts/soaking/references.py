@@ -25,7 +25,7 @@ TOP_LOGPROBS = 5
 PENALTIES = {"repetition_penalty", "presence_penalty"}
 
 
-def difference(asked: Asked, ours: Answer, theirs: Answer) -> str:
+def difference(ours: Answer, theirs: Answer) -> str:
     """In what our answer is not plain vLLM's; empty if it is, as far as it came."""
     if ours.fate == Fate.REFUSED or theirs.fate == Fate.REFUSED:
         if (ours.fate, ours.reason) == (theirs.fate, theirs.reason):
@@ -66,13 +66,13 @@ class Again:
 
 def judge(asked: Asked, ours: Answer, theirs: Answer, again: list[Answer], gap: float | None) -> Again:
     """`again`: plain vLLM's answers under other batches. `gap`: as `gap_between` found it."""
-    agreeing = sum(not difference(asked, ours, each) for each in again)
+    agreeing = sum(not difference(ours, each) for each in again)
     if agreeing:
         why = f"plain vLLM says the same in {agreeing} of {len(again)} other batches"
         return Again(asked.index, True, why, gap)
     if gap is not None and gap <= TIE:
         return Again(asked.index, True, f"plain vLLM has the two tokens {gap:.1e} nats apart", gap)
-    return Again(asked.index, False, difference(asked, ours, theirs), gap)
+    return Again(asked.index, False, difference(ours, theirs), gap)
 
 
 def gap_between(asked: Asked, ours: Answer, theirs: Answer, logprobs: list[list[dict[str, float]]]) -> float | None:

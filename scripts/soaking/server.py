@@ -17,7 +17,7 @@ from typing import Protocol
 import aiohttp
 
 from scripts.benchmark.client import ROOT
-from scripts.soaking import exposition, processes
+from scripts.soaking import processes
 
 START_SECONDS = 300.0
 END_SECONDS = 60.0
@@ -193,15 +193,6 @@ class VllmServer:
         """Processes and shared memory of ours that are there now, beside the server itself."""
         left = [pid for pid in self.members() if pid != self._process.pid or self.alive]
         return left, processes.without_owner(processes.shared_memory() - self._shared_memory)
-
-
-async def metrics(session: aiohttp.ClientSession, url: str) -> exposition.Table:
-    """The server's metrics now; an empty table from one that does not answer."""
-    try:
-        async with session.get(f"{url}/metrics", timeout=aiohttp.ClientTimeout(total=30)) as response:
-            return exposition.read(await response.text())
-    except (aiohttp.ClientError, TimeoutError):
-        return {}
 
 
 def end_with_parent() -> None:

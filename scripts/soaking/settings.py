@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.client import ROOT
 from scripts.benchmark.settings import SettingsError, relative
-from vllm_saguaro.config import METHOD, OWN_KEYS, VLLM_KEYS
+from scripts.soaking.pair import KV_CACHE_BYTES, PLAIN_WORDS, PairSettings
+from vllm_saguaro.config import METHOD
 
 KINDS = ("kill", "stop", "oom", "slow")
 """Faults that are done to the draft process: SIGKILL; SIGSTOP; no more memory; stopped and let go on in short turns."""
 
-MODEL_NAME = "pair"
-MAX_MODEL_LENGTH = 512
-MAX_RUNNING = 16
 MAX_BATCHED_TOKENS = 256
 """Small, so that prompts come in pieces."""
 RESTARTS_TO_SPARE = 5
-KV_CACHE_BYTES = 32 << 20
-"""About 2,600 tokens of the committed pair: too few for all that may run at once, so requests are preempted."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(PairSettings):
     """All that decides what is asked, in which order, and of whom. `faults`: how many of each kind."""
 
-    target: Path = ROOT / "assets" / "pair" / "target"
-    prompt_file: Path | None = None
     requests: int = 20_000
     faults: dict[str, int] = field(default_factory=lambda: {"kill": 100})
     seed: int = 0
     concurrency: int = 24
-    options: dict[str, Any] = field(default_factory=dict)
     warm_up: int = 64
     hits_patience: float = 150.0
     """Seconds until hits must have returned: the longest back-off of a restart, loading, and some more."""
-
-    @property
-    def prompt_path(self) -> Path:
-        """The file of prompts."""
-        return self.prompt_file or self.target.parent / "prompts.jsonl"
 
     @property
     def placement(self) -> str:
@@ -52,9 +37,7 @@ class Settings:
 
     def check(self) -> None:
         """Complain about what would fail after a server has been loaded. Raises `SettingsError`."""
-        for path in (self.target / "config.json", self.target / "tokenizer.json", self.prompt_path):
-            if not path.is_file():
-                raise SettingsError(f"{path} does not exist: name the pair with --target and --prompt-file")
+        self.check_pair()
         if self.requests < 1:
             raise SettingsError(f"--requests must be at least 1, not {self.requests}")
         if self.concurrency < 1:
@@ -72,9 +55,6 @@ class Settings:
             )
         if self.faults_planned and self.placement == "inline":
             raise SettingsError("an inline draft has no process to do faults to: leave out --kills and --faults")
-        for key in self.options:
-            if key not in (*OWN_KEYS, *VLLM_KEYS):
-                raise SettingsError(f"--option {key}: saguaro has no such key, see docs/options.md")
 
     @property
     def saguaro_options(self) -> dict[str, Any]:
@@ -87,20 +67,10 @@ class Settings:
         return sum(self.faults.values())
 
     def command(self, port: int, plain: bool) -> list[str]:
-        """`vllm serve` with saguaro, or plain.
-
-        The plain server reads every prompt in one piece: a seeded request whose prompt comes in pieces ends plain
-        vLLM 0.32 on a CPU (docs/exactness.md).
-        """
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(self.target)]
-        command += ["--served-model-name", MODEL_NAME, "--dtype", "float32", "--enforce-eager", "--seed", "0"]
-        command += ["--max-model-len", str(MAX_MODEL_LENGTH), "--max-num-seqs", str(MAX_RUNNING)]
-        command += ["--host", "127.0.0.1", "--port", str(port)]
+        """`vllm serve` with saguaro, or plain."""
         if plain:
-            command += ["--kv-cache-memory-bytes", str(2 * KV_CACHE_BYTES), "--no-enable-chunked-prefill"]
-            return [*command, "--max-num-batched-tokens", str(4 * MAX_MODEL_LENGTH)]
-        command += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
-        command += ["--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
+            return [*self.serve_command(port, 2 * KV_CACHE_BYTES), *PLAIN_WORDS]
+        command = [*self.serve_command(port, KV_CACHE_BYTES), "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]
         return [*command, "--speculative-config", json.dumps({"method": METHOD} | self.saguaro_options)]
 
     def to_json(self) -> dict[str, Any]:

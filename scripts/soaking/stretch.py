@@ -13,7 +13,7 @@ import aiohttp
 
 from scripts.benchmark import provenance
 from scripts.benchmark.settings import allowed_cores
-from scripts.soaking import client, exposition
+from scripts.soaking import client, metrics
 from scripts.soaking.answers import Answer
 from scripts.soaking.faults import Planned
 from scripts.soaking.feeder import Feeder
@@ -28,7 +28,7 @@ from scripts.soaking.references import (
     gap_between,
     judge,
 )
-from scripts.soaking.server import Server, VllmServer, metrics
+from scripts.soaking.server import Server, VllmServer
 from scripts.soaking.settings import Settings
 from scripts.soaking.stalls import Gaps
 from scripts.soaking.traffic import Asked, Traffic
@@ -89,7 +89,7 @@ class Stretch:
             finally:
                 watching.cancel()
             found["idle"] = await quiet(session, server)
-            found["counted"] = exposition.counted(await metrics(session, server.url))
+            found["counted"] = metrics.numbers(await metrics.look(session, server.url), metrics.COUNTED)
             found["after"] = by_name(server.snapshot())
         found["seconds"] = round(time.monotonic() - begin, 1)
         found["usual_gaps"] = {str(place): count for place, count in sorted(feeder.gaps.usual.items())}
@@ -179,7 +179,7 @@ def differing(traffic: Traffic, journal: Journal) -> list[tuple[Asked, Answer, A
         ours = Answer.from_json(record)
         if ours.index in theirs and ours.index not in settled:
             asked = traffic.request(ours.index)
-            if difference(asked, ours, theirs[ours.index]):
+            if difference(ours, theirs[ours.index]):
                 found.append((asked, ours, theirs[ours.index]))
     return found
 
@@ -187,10 +187,9 @@ def differing(traffic: Traffic, journal: Journal) -> list[tuple[Asked, Answer, A
 async def quiet(session: aiohttp.ClientSession, server: Server) -> dict[str, float]:
     """Wait until the server says that it has nothing to do; what it says at last."""
     deadline = time.monotonic() + QUIET_SECONDS
-    names = {"running": exposition.RUNNING, "waiting": exposition.WAITING, "cache_usage": exposition.CACHE_USAGE}
     while True:
-        table = await metrics(session, server.url)
-        found = {short: exposition.total(table, name) for short, name in names.items()} if table else {}
+        snapshot = await metrics.look(session, server.url)
+        found = metrics.numbers(snapshot, metrics.IDLE) if snapshot else {}
         if (found and not any(found.values())) or time.monotonic() > deadline or not server.alive:
             await asyncio.sleep(SETTLE_SECONDS)
             return found

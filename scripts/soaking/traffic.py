@@ -8,7 +8,8 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.soaking.settings import MAX_MODEL_LENGTH, MODEL_NAME, Settings
+from scripts.soaking.pair import MAX_MODEL_LENGTH, MODEL_NAME
+from scripts.soaking.settings import Settings
 from scripts.soaking.structures import STRUCTURES
 
 EPISODE = 16

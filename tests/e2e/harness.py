@@ -38,6 +38,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
+OF_SERVERS = {key: value for key, value in ENVIRONMENT.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+"""A server has its engine in a process of its own, as with its users."""
 
 
 def saguaro(**options: Any) -> Json:
@@ -174,6 +176,19 @@ def run_engines(specs: Sequence[Json], cpus: Sequence[int] = (), **environment: 
         runs = [group.read_engine() for _ in specs]
         assert group.process.wait(60) == 0, group.whole_log()[-6000:]
         return runs
+
+
+def run_script(name: str, *words: str, minutes: float) -> subprocess.CompletedProcess[str]:
+    """One of the project's scripts that start servers, as its user would."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / name), *words],
+        cwd=ROOT,
+        env={**environment_at_start(), **OF_SERVERS},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60 * minutes,
+    )
 
 
 # ---- prompts and texts ----------------------------------------------------------------------------------------------

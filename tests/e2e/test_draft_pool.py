@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -16,17 +15,16 @@ import pytest
 from tests.e2e import plans
 from tests.e2e.harness import (
     BASE,
-    ROOT,
     EngineRun,
     Json,
     assert_same_texts,
     engines,
-    environment_at_start,
     is_alive,
     is_gone_within,
     run_engines,
     saguaro,
 )
+from tests.e2e.ray_nodes import ray_environment, ray_nodes
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -56,24 +54,15 @@ def plain() -> EngineRun:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """One node, with one core to give away."""
-    from ray.cluster_utils import Cluster
-
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update({**environment_at_start(), "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)})
-    head: Json = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    yield made
-    made.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
+    with ray_nodes({"num_cpus": 1}) as made:
+        yield made
 
 
 def free_cpus(address: str) -> float:
     """As another driver sees the cluster."""
     code = f"import ray; ray.init({address!r}, logging_level='ERROR'); print(ray.available_resources().get('CPU', 0.0))"
-    environment = {**environment_at_start(), "RAY_USAGE_STATS_ENABLED": "0"}
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env=ray_environment(), check=True)
     return float(run.stdout.splitlines()[-1])
 
 

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 
-from tests.e2e.harness import ENVIRONMENT, ROOT, environment_at_start
+from tests.e2e.harness import Json, run_script
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]  # five minutes: a draft is loaded after each
 
 MINUTES = 15
 """It takes about two on two free cores."""
 
-Json = dict[str, Any]
-
 
 def faulted(tmp_path_factory: pytest.TempPathFactory, *words: str) -> Json:
     output = tmp_path_factory.mktemp("faults") / "out.json"
-    environment = {k: v for k, v in ENVIRONMENT.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "faults.py"), *words, "--seconds", "3", "--output", str(output)],
-        cwd=ROOT,
-        env={**environment_at_start(), **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60 * MINUTES,
-    )
+    done = run_script("faults.py", *words, "--seconds", "3", "--output", str(output), minutes=MINUTES)
     assert output.exists(), done.stdout + done.stderr
     found: Json = json.loads(output.read_text())
     found["status"], found["output"] = done.returncode, done.stdout + done.stderr

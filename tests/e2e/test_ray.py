@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,16 +18,15 @@ from tests.e2e.harness import (
     BASE,
     ROOT,
     EngineRun,
-    Json,
     assert_same_texts,
     engines,
-    environment_at_start,
     is_gone_within,
     prompts,
     run_engines,
     saguaro,
     shared_memory,
 )
+from tests.e2e.ray_nodes import ray_environment, ray_nodes
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -50,22 +48,9 @@ def plain() -> EngineRun:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes on this machine, which differ in what they have."""
-    from ray.cluster_utils import Cluster
-
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update({**environment_at_start(), "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)})
-    shared: Json = {"object_store_memory": 80 << 20}
-    made = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 2, "include_dashboard": False, "resources": {"head": 1}, **shared},
-    )
-    made.add_node(num_cpus=1, resources={"far": 1}, **shared)
-    yield made
-    made.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
+    """Two nodes, which differ in what they have."""
+    with ray_nodes({"num_cpus": 2, "resources": {"head": 1}}, {"num_cpus": 1, "resources": {"far": 1}}) as made:
+        yield made
 
 
 FAULTS = ("kill_draft", "stop_draft")
@@ -143,7 +128,7 @@ def test_where_vllm_itself_is_in_ray_its_cluster_is_used(cluster: Any, plain: En
         capture_output=True,
         text=True,
         timeout=600,
-        env={**environment_at_start(), "RAY_USAGE_STATS_ENABLED": "0"},
+        env=ray_environment(),
     )
     assert done.returncode == 0, done.stderr[-6000:]
     answer = json.loads(done.stdout)

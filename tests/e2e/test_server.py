@@ -19,7 +19,7 @@ import pytest
 
 from tests.e2e import plans
 from tests.e2e.conftest import Plain
-from tests.e2e.harness import ENVIRONMENT, TARGET, environment_at_start, is_gone_within, prompts, shared_memory
+from tests.e2e.harness import OF_SERVERS, TARGET, environment_at_start, is_gone_within, prompts, shared_memory
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -97,7 +97,6 @@ def without_vllms_own_end(log: str) -> str:
 def serve(how: signal.Signals, folder: Path) -> Served:
     url = f"http://127.0.0.1:{(port := free_port())}"
     before, log = shared_memory(), folder / "log.txt"
-    environment = {k: v for k, v in ENVIRONMENT.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("w") as file:
         server = subprocess.Popen(
             [
@@ -108,7 +107,7 @@ def serve(how: signal.Signals, folder: Path) -> Served:
             ],
             stdout=file,
             stderr=file,
-            env={**environment_at_start(), **environment},
+            env={**environment_at_start(), **OF_SERVERS},
         )
     processes = [server.pid]
     try:

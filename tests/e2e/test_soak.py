@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 
-from tests.e2e.harness import ENVIRONMENT, ROOT, environment_at_start
+from tests.e2e.harness import Json, run_script
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -18,25 +15,14 @@ FAULTS = ("--kills", "2", "--faults", "slow=1")
 MINUTES = 15
 """It takes about three on two free cores."""
 
-Json = dict[str, Any]
-
 
 @pytest.fixture(scope="module")
 def soaked(tmp_path_factory: pytest.TempPathFactory) -> Json:
     folder = tmp_path_factory.mktemp("soak")
-    environment = {k: v for k, v in ENVIRONMENT.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     report = folder / "report.json"
-    command = [sys.executable, str(ROOT / "scripts" / "soak.py"), "--requests", str(REQUESTS), *FAULTS]
-    command += ["--warm-up", "30", "--state", str(folder / "state.jsonl"), "--report", str(report)]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**environment_at_start(), **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60 * MINUTES,
-    )
+    kept = ("--state", str(folder / "state.jsonl"), "--report", str(report))
+    work = ("--requests", str(REQUESTS), *FAULTS, "--warm-up", "30")
+    done = run_script("soak.py", *work, *kept, minutes=MINUTES)
     assert report.exists(), done.stdout + done.stderr
     found: Json = json.loads(report.read_text())
     found["status"], found["output"] = done.returncode, done.stdout + done.stderr

@@ -44,7 +44,7 @@ class TargetSide:
         noise = draw.forward = KnownNoise(draw)
         keyed = kind.noise is Noise.KEY and integers is not None
         self._sampler = SaguaroRejectionSampler(
-            sampler, None, CPU, lambda: [], lambda request_id, count: None, noise, self._known if keyed else None
+            sampler, None, CPU, list, lambda request_id, count: None, noise, self._known if keyed else None
         )
         self._integers: list[list[int]] = integers.tolist() if integers is not None else []
         self._generators = []

@@ -28,7 +28,7 @@ def informed(policy: Policy, steps: int = 400) -> Policy:
     """Let it see passes of many sizes, each with as many tokens out as in."""
     for i in range(steps):
         tokens = 1 + i * 7 % 50
-        policy.observe_step(tokens, tokens, tokens, seconds_of(tokens), seconds_of(tokens))
+        policy.observe_step(tokens, tokens, seconds_of(tokens), seconds_of(tokens))
     return policy
 
 
@@ -36,14 +36,14 @@ def serve(policy: Policy, rows: int, steps: int) -> Iterator[int | None]:
     """Steps of an engine with so many requests: the drafts of each row that hit, or None for a step at rest."""
     for i in range(steps):
         if policy.resting(rows):
-            policy.observe_step(rows, rows, rows, seconds_of(rows), seconds_of(rows))
+            policy.observe_step(rows, rows, seconds_of(rows), seconds_of(rows))
             yield None
             continue
         drafts = policy.drafts(rows)
         hits = rows * (6 + i % 5) // 10  # 8 of 10, more or less: the sizes of passes differ
         tokens = rows + hits * drafts
         out = rows + round(hits * sum(0.7 ** (j + 1) for j in range(drafts)))
-        policy.observe_step(rows, tokens, out, seconds_of(tokens), seconds_of(tokens))
+        policy.observe_step(tokens, out, seconds_of(tokens), seconds_of(tokens))
         yield drafts
 
 
@@ -114,9 +114,9 @@ def test_the_hit_rate_weighs_outcomes_and_not_steps() -> None:
 def test_the_rate_is_tokens_out_by_the_whole_time_of_a_step() -> None:
     policy = Policy(K, "none")
     for _ in range(500):
-        policy.observe_step(2, 8, 5, 0.01, 0.02)
+        policy.observe_step(8, 5, 0.01, 0.02)
     assert policy.rate == pytest.approx(250, rel=1e-3)
-    policy.observe_step(2, None, 500, 9.0, 9.0)  # with prefill: tells nothing
+    policy.observe_step(None, 500, 9.0, 9.0)  # with prefill: tells nothing
     assert policy.rate == pytest.approx(250, rel=1e-3)
 
 
@@ -320,7 +320,7 @@ def test_until_it_has_waited_it_goes_by_the_time_of_a_round() -> None:
 def test_whether_the_rest_of_a_late_branch_is_worth_waiting_for(mode: str, waits: bool) -> None:
     policy = Policy(K, mode)
     for _ in range(200):
-        policy.observe_step(1, 1, 1, 0.1, 0.1)  # 10 tokens a second
+        policy.observe_step(1, 1, 0.1, 0.1)  # 10 tokens a second
     policy.observe_round(K, (K + 1) * 0.04)
     # a further draft takes 0.04 s, 0.4 tokens; reach is 0.7, 0.49, 0.34, 0.24
     assert policy.more_depths(0, K, 1) == (2 if waits else 0)
@@ -335,7 +335,7 @@ def late(gained: float, seconds: float, waits: int = 20) -> Policy:
     """A policy that has waited for one more draft so many times; a step takes 0.1 s and gives a token."""
     policy = Policy(K, "auto")
     for _ in range(200):
-        policy.observe_step(1, 1, 1, 0.1, 0.1)
+        policy.observe_step(1, 1, 0.1, 0.1)
     policy.observe_round(K, (K + 1) * 0.04)
     for _ in range(waits):
         policy.observe_late(1, gained, seconds)
@@ -374,7 +374,7 @@ def test_what_did_not_pay_is_tried_again_now_and_then() -> None:
 def test_patience_is_a_few_times_the_usual_but_no_more_than_a_step() -> None:
     policy = Policy(K, "jit")
     for _ in range(500):
-        policy.observe_step(1, 1, 1, 0.1, 0.1)
+        policy.observe_step(1, 1, 0.1, 0.1)
     for _ in range(100):
         policy.observe_jit(1, 0.002)
         policy.observe_jit(2, 0.003)
@@ -382,7 +382,7 @@ def test_patience_is_a_few_times_the_usual_but_no_more_than_a_step() -> None:
     assert policy.patience(1) < policy.patience(2) < policy.patience(4)
     slow = Policy(K, "jit")
     for depth in (1, 2) * 100:
-        slow.observe_step(1, 1, 1, 0.1, 0.1)
+        slow.observe_step(1, 1, 0.1, 0.1)
         slow.observe_jit(depth, 3.0 * depth)
     assert slow.patience(1) == slow.patience(K) == pytest.approx(0.1, rel=1e-3)
 

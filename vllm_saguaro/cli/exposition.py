@@ -44,6 +44,10 @@ class Snapshot:
         for sample in samples(text):
             self._by_name.setdefault(sample.name, []).append(sample)
 
+    def __len__(self) -> int:
+        """How many names there are: none where nothing was read."""
+        return len(self._by_name)
+
     def __contains__(self, name: str) -> bool:
         return name in self._by_name
 

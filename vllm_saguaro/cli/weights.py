@@ -27,11 +27,6 @@ class Weights:
     float_bytes: int
     other_bytes: int
 
-    @property
-    def bytes_on_disk(self) -> int:
-        """Of all tensors."""
-        return self.float_bytes + self.other_bytes
-
     def bytes_loaded(self, item_bytes: int) -> int:
         """Of all tensors once floats take `item_bytes` each. Quantised ones (other types) keep their size."""
         return self.floats * item_bytes + self.other_bytes

@@ -7,6 +7,14 @@ from typing import Protocol
 from vllm_saguaro.messages import Step, Table
 from vllm_saguaro.placement.mailbox import DraftState
 
+YIELD_SECONDS = 2e-3
+"""A draft side with nothing to do yields for so long. A round of the target takes a millisecond or more, so yielding
+for longer than a few of them would only burn a core."""
+NAP_SECONDS = 50e-3
+"""Then it naps, where it is to be woken by a bell, until so long has passed; then it sleeps."""
+SLEEP_MILLISECONDS = 1000
+"""After which a sleeping draft side looks around in any case."""
+
 
 class DraftMailbox(Protocol):
     """The draft side's half of a mailbox."""

@@ -14,7 +14,7 @@ from collections import deque
 
 from vllm_saguaro.messages import Step, Table
 from vllm_saguaro.placement import frames
-from vllm_saguaro.placement.draft_end import TargetGone
+from vllm_saguaro.placement.draft_end import SLEEP_MILLISECONDS, YIELD_SECONDS, TargetGone
 from vllm_saguaro.placement.frames import FrameError, FrameReader, Kind, encode_table
 from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.mailbox import DraftState
@@ -25,8 +25,6 @@ from vllm_saguaro.placement.wire import Limits, WireError, decode
 _READ_BYTES = 1 << 16
 _SEND_BYTES = 1 << 18
 """Tables are joined up to about this size for one call of the system."""
-_YIELD_SECONDS = 2e-3
-_SLEEP_MILLISECONDS = 1000
 
 
 class FarMailbox:
@@ -144,10 +142,10 @@ class NetworkEnd:
 
     def idle(self, since: float, may_sleep: bool = True) -> None:
         """Wait a little for the next step: at first by yielding, later asleep until one comes."""
-        if time.perf_counter() - since < _YIELD_SECONDS:
+        if time.perf_counter() - since < YIELD_SECONDS:
             os.sched_yield()
         else:
-            self.mailbox.wait(_SLEEP_MILLISECONDS)
+            self.mailbox.wait(SLEEP_MILLISECONDS)
 
     def check(self) -> None:
         """The stream tells when its steps are read."""

@@ -1,47 +1,34 @@
 """The draft side on this machine in a process that is no child of ours: shared memory, passed through a socket.
 
-The memory and the bell that wakes a sleeping draft side are the same as in the process placement, a memfd and an
-eventfd. A child would inherit them; here they are handed over (SCM_RIGHTS) once the draft side has shown its token, so
-nothing has a name in /dev/shm that could be guessed or left behind, and a small /dev/shm is no limit. Neither side can
-change the size of the memory under the other. After that the socket carries nothing: when it closes, the other side has
-ended.
+Memory and bell are the same as in the process placement. A child would inherit them; here they are handed over
+(SCM_RIGHTS) once the draft side has shown its token, so nothing has a name in /dev/shm that could be guessed or left
+behind, and a small /dev/shm is no limit. Neither side can change the size of the memory under the other. After that the
+socket carries nothing: when it closes, the other side has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
-import select
 import socket
 import threading
-import time
 
-from vllm_saguaro.messages import Step
 from vllm_saguaro.placement.draft_end import TargetGone
 from vllm_saguaro.placement.layout import MailboxShape
-from vllm_saguaro.placement.mailbox import Mailbox
-from vllm_saguaro.placement.mailbox_channel import MailboxChannel
 from vllm_saguaro.placement.meeting import Invitation, Listener, Refused, knock, peer
-from vllm_saguaro.placement.memfd import sealed_memfd
+from vllm_saguaro.placement.shared_memory import SharedMemoryChannel, SharedMemoryEnd
 
-_YIELD_SECONDS = 2e-3
-_NAP_SECONDS = 50e-3
-_SLEEP_MILLISECONDS = 1000
 _JOIN_SECONDS = 2.0
 _HANDOVER_SECONDS = 5.0
 
 
-class PassedMemoryChannel(MailboxChannel):
+class PassedMemoryChannel(SharedMemoryChannel):
     """The target side. It listens on this machine only; the draft side comes with the `invitation`."""
 
     def __init__(self, shape: MailboxShape) -> None:
         """Raises `OSError` where the system has no memory or no descriptor left."""
         self._listener = Listener(shape)
-        self._memory_fd = sealed_memfd("saguaro-mailbox", shape.total_bytes)
-        self._memory = mmap.mmap(self._memory_fd, shape.total_bytes)
-        super().__init__(Mailbox(memoryview(self._memory), shape))
-        self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        super().__init__(shape)
         self._connection: socket.socket | None = None
         self._pid = 0
         self._trouble = "the draft side never connected"
@@ -57,21 +44,6 @@ class PassedMemoryChannel(MailboxChannel):
     def pid(self) -> int:
         """Process id of the draft side; 0 while it is not here, or where it cannot be seen."""
         return self._pid
-
-    def post(self, step: Step) -> bool:
-        """Put the step into the mailbox, and ring if the draft side sleeps."""
-        if not self.alive or not self._mailbox.post(step):
-            return False
-        if self._mailbox.asleep:
-            # The draft side has a hand on the bell as well: where it has filled it up, it will wake anyway.
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_write(self._bell_fd, 1)
-        return True
-
-    def lend(self) -> memoryview | None:
-        """The mailbox, for a device; None once it is closed."""
-        with self._closing:
-            return None if self._closed else memoryview(self._memory)
 
     def hang_up(self, trouble: str) -> None:
         """End the draft side. What has come stays readable."""
@@ -91,12 +63,7 @@ class PassedMemoryChannel(MailboxChannel):
             self._closed, self.alive = True, False
         self.hang_up("closed")
         self._thread.join(_JOIN_SECONDS)
-        self._mailbox.close()
-        with contextlib.suppress(BufferError):  # lent: it goes with the last who has it
-            self._memory.close()
-        del self._memory
-        os.close(self._memory_fd)
-        os.close(self._bell_fd)
+        self._let_go()
 
     def _follow(self) -> None:
         """Let the draft side in, hand the memory over, and notice when it ends."""
@@ -126,7 +93,7 @@ class PassedMemoryChannel(MailboxChannel):
             self.alive = False
 
 
-class PassedMemoryEnd:
+class PassedMemoryEnd(SharedMemoryEnd):
     """The draft side's end of a `PassedMemoryChannel`."""
 
     def __init__(self, invitation: Invitation) -> None:
@@ -139,9 +106,8 @@ class PassedMemoryEnd:
             _, descriptors, _, _ = socket.recv_fds(self._connection, 1, 2)
             if len(descriptors) != 2:
                 raise Refused("the target side handed over no memory")
-            memory_fd, self._bell_fd = descriptors
-            self._memory = mmap.mmap(memory_fd, invitation.shape.total_bytes)
-            self.mailbox = Mailbox(memoryview(self._memory), invitation.shape, existing=True)
+            memory_fd, bell_fd = descriptors
+            super().__init__(memory_fd, bell_fd, invitation.shape)
         except BaseException:  # a pool lives on after it
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -150,37 +116,18 @@ class PassedMemoryEnd:
         self._connection.settimeout(None)
         os.close(memory_fd)  # the mapping stays
         self._ended = False
-        self._poll = select.poll()
-        self._poll.register(self._bell_fd, select.POLLIN)
         self._thread = threading.Thread(target=self._follow, name="saguaro-target-watch", daemon=True)
         self._thread.start()
 
     def idle(self, since: float, may_sleep: bool = True) -> None:
         """Wait a little for the next step: at first by yielding, later asleep until the bell rings."""
         self.check()
-        waited = time.perf_counter() - since
-        if waited < _YIELD_SECONDS:
-            os.sched_yield()
-        elif waited < _NAP_SECONDS or not may_sleep:
-            time.sleep(50e-6)
-        else:
-            self._sleep()
+        super().idle(since, may_sleep)
 
     def check(self) -> None:
         """Raises `TargetGone` once the other side has hung up."""
         if self._ended:
             raise TargetGone("the target side hung up")
-
-    def lie_down(self) -> tuple[int, int] | None:
-        """The bell, unless there is a step that was posted before the other side could see that we sleep."""
-        self.mailbox.fall_asleep(True)
-        return None if self.mailbox.has_step else (self._bell_fd, select.POLLIN)
-
-    def get_up(self) -> None:
-        """Look at the steps again, and no longer for the bell."""
-        self.mailbox.fall_asleep(False)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._bell_fd)
 
     def close(self) -> None:
         """Hang up, and let go of the memory."""
@@ -191,11 +138,6 @@ class PassedMemoryEnd:
         os.close(self._bell_fd)
         self.mailbox.close()
         self._memory.close()
-
-    def _sleep(self) -> None:
-        if self.lie_down() is not None:
-            self._poll.poll(_SLEEP_MILLISECONDS)
-        self.get_up()
 
     def _follow(self) -> None:
         with contextlib.suppress(OSError):

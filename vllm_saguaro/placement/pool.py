@@ -26,14 +26,17 @@ from vllm_saguaro.drafting.model import DraftModel
 from vllm_saguaro.drafting.shares import BlockShare, BlockShares, fair_parts
 from vllm_saguaro.placement.admission import Ask, Room, check_agreement, check_room
 from vllm_saguaro.placement.channel import NotAdmitted
-from vllm_saguaro.placement.draft_end import InvitedEnd, TargetGone
+from vllm_saguaro.placement.draft_end import (
+    NAP_SECONDS,
+    SLEEP_MILLISECONDS,
+    YIELD_SECONDS,
+    InvitedEnd,
+    TargetGone,
+)
 from vllm_saguaro.placement.mailbox import DraftState
 
 _STEPS_A_TURN = 64
 """Steps of one engine that are taken before the others are looked at again."""
-_YIELD_SECONDS = 2e-3
-_NAP_SECONDS = 50e-3
-_SLEEP_MILLISECONDS = 1000
 _FAILURES = 2
 """Forwards that fail in a row, of whichever engines, until the model itself counts as broken."""
 
@@ -279,9 +282,9 @@ class DraftPool:
     def _rest(self, since: float) -> None:
         """Wait a little for the next step: at first by yielding, later asleep until any engine or a newcomer rings."""
         waited = time.perf_counter() - since
-        if waited < _YIELD_SECONDS:
+        if waited < YIELD_SECONDS:
             os.sched_yield()
-        elif waited < _NAP_SECONDS or any(m.end.mailbox.from_device and len(m.loop) for m in self._members):
+        elif waited < NAP_SECONDS or any(m.end.mailbox.from_device and len(m.loop) for m in self._members):
             time.sleep(50e-6)  # a device that writes records rings no bell
         else:
             self._sleep()
@@ -294,7 +297,7 @@ class DraftPool:
             lying.append(member)
             asleep = self._try(member, lambda one: self._lie_down(one, poll)) and asleep
         if asleep:
-            poll.poll(min(_SLEEP_MILLISECONDS, 1000 * self._linger))
+            poll.poll(min(SLEEP_MILLISECONDS, 1000 * self._linger))
         for member in lying:
             if member in self._members:
                 self._try(member, self._get_up)

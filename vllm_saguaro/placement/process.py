@@ -1,8 +1,7 @@
 """The draft side in a process of its own, on its own cores.
 
-The mailbox lies in a memfd that the child inherits, the wake-up is an eventfd, and the child's standard input is a
-pipe that nobody writes to after the start: it ends when this process ends, in whatever way, and the child ends with
-it.
+The child inherits memory and bell, and its standard input is a pipe that nobody writes to after the start: it ends
+when this process ends, in whatever way, and the child ends with it.
 """
 
 from __future__ import annotations
@@ -10,32 +9,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import mmap
 import os
 import select
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Mapping
 from typing import IO, Any
 
-from vllm_saguaro.messages import Step
 from vllm_saguaro.placement.layout import MailboxShape
-from vllm_saguaro.placement.mailbox import Mailbox
-from vllm_saguaro.placement.mailbox_channel import MailboxChannel
-from vllm_saguaro.placement.memfd import sealed_memfd
+from vllm_saguaro.placement.shared_memory import SharedMemoryChannel, SharedMemoryEnd
 
 _END_TIMEOUT_SECONDS = 5.0
 """The system takes longer than a moment to end a killed process only where a device holds it. It ends later then."""
-_YIELD_SECONDS = 2e-3
-_NAP_SECONDS = 50e-3
-_SLEEP_MILLISECONDS = 1000
 _PARENT_CHECK_MILLISECONDS = 1000
 
 
-class ProcessChannel(MailboxChannel):
+class ProcessChannel(SharedMemoryChannel):
     """Starts the draft process at once; `wait_until_ready` returns when its model is loaded."""
 
     def __init__(
@@ -46,10 +37,7 @@ class ProcessChannel(MailboxChannel):
 
         `environment` is the child's whole environment.
         """
-        self._memory_fd = sealed_memfd("saguaro-mailbox", shape.total_bytes)
-        self._memory = mmap.mmap(self._memory_fd, shape.total_bytes)
-        super().__init__(Mailbox(memoryview(self._memory), shape))
-        self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        super().__init__(shape)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", module],  # -P: not what lies in the working directory
             stdin=subprocess.PIPE,
@@ -78,19 +66,6 @@ class ProcessChannel(MailboxChannel):
         """Process id of the draft side."""
         return self._process.pid
 
-    def post(self, step: Step) -> bool:
-        """Put the step into the mailbox, and ring if the draft side sleeps."""
-        if not self.alive or not self._mailbox.post(step):
-            return False
-        if self._mailbox.asleep:
-            os.eventfd_write(self._bell_fd, 1)
-        return True
-
-    def lend(self) -> memoryview | None:
-        """The mailbox, for a device; None once it is closed."""
-        with self._closing:
-            return None if self._closed else memoryview(self._memory)
-
     def close(self) -> None:
         """End the process by force, which needs no consent of one that hangs or is stopped.
 
@@ -104,12 +79,7 @@ class ProcessChannel(MailboxChannel):
         self._finalizer()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_TIMEOUT_SECONDS)
-        self._mailbox.close()
-        with contextlib.suppress(BufferError):  # lent: it goes with the last who has it
-            self._memory.close()
-        del self._memory
-        os.close(self._memory_fd)
-        os.close(self._bell_fd)
+        self._let_go()
 
 
 def _close_quietly(pipe: IO[bytes]) -> None:
@@ -125,44 +95,18 @@ def _watch(process: subprocess.Popen[bytes], channel: weakref.ref[ProcessChannel
         owner.alive = False
 
 
-class DraftEnd:
+class ProcessEnd(SharedMemoryEnd):
     """The draft side's end of a `ProcessChannel`: made from the line of JSON on standard input."""
 
     def __init__(self, start: Mapping[str, Any]) -> None:
         shape = MailboxShape(**{field.name: start[field.name] for field in dataclasses.fields(MailboxShape)})
-        self._memory = mmap.mmap(start["memory_fd"], shape.total_bytes)
-        self.mailbox = Mailbox(memoryview(self._memory), shape, existing=True)
+        super().__init__(start["memory_fd"], start["bell_fd"], shape)
         self.options: Mapping[str, Any] = start["options"]
-        self._bell_fd: int = start["bell_fd"]
         self._parent: int = start["parent"]
-        self._poll = select.poll()  # and not `select`: an inherited descriptor may be above 1023
-        self._poll.register(self._bell_fd, select.POLLIN)
 
     def end_with_parent(self) -> None:
         """From now on this process ends as soon as its standard input does, whatever it is doing."""
         threading.Thread(target=self._follow, name="saguaro-parent-watch", daemon=True).start()
-
-    def idle(self, since: float, may_sleep: bool = True) -> None:
-        """Wait a little for the next step: at first by yielding, later asleep until the bell rings.
-
-        `since`: when there was last something to do (`time.perf_counter`). `may_sleep`: the bell would ring. A round of
-        the target takes a millisecond or more, so yielding for longer than a few of them would only burn a core.
-        """
-        waited = time.perf_counter() - since
-        if waited < _YIELD_SECONDS:
-            os.sched_yield()
-        elif waited < _NAP_SECONDS or not may_sleep:
-            time.sleep(50e-6)
-        else:
-            self._sleep()
-
-    def _sleep(self) -> None:
-        self.mailbox.fall_asleep(True)
-        if not self.mailbox.has_step:  # posted before the other side could see that we sleep
-            self._poll.poll(_SLEEP_MILLISECONDS)
-        self.mailbox.fall_asleep(False)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._bell_fd)
 
     def _follow(self) -> None:
         stdin, poll = sys.stdin.fileno(), select.poll()

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_saguaro.placement.admission import Ask
     from vllm_saguaro.placement.pool import DraftPool, Place
 
 logger = logging.getLogger("vllm_saguaro.ray")
@@ -71,9 +70,9 @@ class PoolActor:
         except NotAdmitted as refusal:
             self._end_if_it_hangs()  # places are not given back while it does, so nobody might ever come in
             return {"refused": str(refusal), "disagrees": refusal.disagrees}
-        return {"ended": self._serve(pool, place, asked, invitation)}
+        return {"ended": self._serve(pool, place, invitation)}
 
-    def _serve(self, pool: DraftPool, place: Place, ask: Ask, invitation: Mapping[str, Any]) -> str:
+    def _serve(self, pool: DraftPool, place: Place, invitation: Mapping[str, Any]) -> str:
         from vllm_saguaro.placement.arrival import come
         from vllm_saguaro.placement.meeting import Invitation
 

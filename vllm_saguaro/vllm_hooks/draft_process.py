@@ -40,9 +40,9 @@ def main() -> None:
     if options["cpus"]:
         cores.pin(options["cpus"])
 
-    from vllm_saguaro.placement.process import DraftEnd
+    from vllm_saguaro.placement.process import ProcessEnd
 
-    end = DraftEnd(start)
+    end = ProcessEnd(start)
     end.end_with_parent()
     load_and_serve(end, options)
 

@@ -27,6 +27,8 @@ def test_numbers_are_summed_over_the_labels_that_are_not_asked_for() -> None:
     assert snapshot.total("vllm:unheard_of") == 0
     assert "vllm:plain" in snapshot
     assert "vllm:nothing" not in snapshot
+    assert snapshot
+    assert not Snapshot("# only a comment"), "a server that does not answer has none"
 
 
 def test_escapes_and_braces_in_labels_are_read() -> None:

@@ -27,7 +27,6 @@ def test_floats_take_the_engines_type_and_others_keep_their_size(tmp_path: Path)
     weights = read_weights(tmp_path)
     assert weights is not None
     assert (weights.files, weights.floats, weights.float_bytes, weights.other_bytes) == (1, 33, 68, 12)
-    assert weights.bytes_on_disk == 80
     assert weights.bytes_loaded(4) == 33 * 4 + 12
 
 

@@ -33,7 +33,7 @@ class Story:
     """One engine, its requests, and the text that each of them must have."""
 
     def __init__(self, draw: st.DataObject, num_blocks: int) -> None:
-        self.data = draw
+        self.data, self.num_blocks = draw, num_blocks
         self.steps = draw.draw(st.integers(1, 5), label="K")
         model = FakeModel(block_size=draw.draw(st.sampled_from([4, 8]), label="block size"), num_blocks=num_blocks)
         branches = draw.draw(st.integers(1, 6), label="N")
@@ -82,6 +82,20 @@ class Story:
             assert result is adopted
         assert trunk.speculation == drafts
 
+    def end_round(self, drafted: list[Trunk]) -> None:
+        """Look at what was drafted, and settle every request."""
+        for trunk in drafted:
+            check_drafts(self.engine, trunk)
+        for index in reversed(range(len(self.texts))):
+            self.turn(index)
+            self.check()
+
+    def end(self) -> None:
+        """All requests leave, and give back all that they had."""
+        for trunk in self.trunks:
+            self.engine.release(trunk)
+        assert self.engine.pool.num_free == self.num_blocks
+
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
@@ -100,14 +114,8 @@ def test_every_branch_of_every_story_drafts_the_oracles_continuation(data: st.Da
             assert tree is not None
             story.engine.grow(tree)
             story.check()
-        for trunk in fed:
-            check_drafts(story.engine, trunk)
-        for index in reversed(range(len(story.texts))):
-            story.turn(index)
-            story.check()
-    for trunk in story.trunks:
-        story.engine.release(trunk)
-    assert story.engine.pool.num_free == 256
+        story.end_round(fed)
+    story.end()
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,11 +134,5 @@ def test_with_too_few_blocks_what_is_drafted_is_still_right(data: st.DataObject,
             assert tree is not None
             story.engine.grow(tree)
             story.check()
-        for trunk in complete:
-            check_drafts(story.engine, trunk)
-        for index in reversed(range(len(story.texts))):
-            story.turn(index)
-            story.check()
-    for trunk in story.trunks:
-        story.engine.release(trunk)
-    assert story.engine.pool.num_free == num_blocks
+        story.end_round(complete)
+    story.end()

@@ -1,4 +1,4 @@
-"""A draft side without vLLM, in a process: the real `DraftEnd`, and by option `role` behind it
+"""A draft side without vLLM, in a process: the real `ProcessEnd`, and by option `role` behind it
 
 `echo`     nothing heavy: a table of one branch for each request that is admitted
 `drafts`   the real `serve` and `DraftLoop` over the fake model
@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from vllm_saguaro.messages import Step, Table
 from vllm_saguaro.placement.mailbox import DraftState, Mailbox
-from vllm_saguaro.placement.process import DraftEnd
+from vllm_saguaro.placement.process import ProcessEnd
 
 MAX_LENGTH = 48
 DRAFTS = (7, 8, 9)
@@ -48,7 +48,7 @@ def hungry(mailbox: Mailbox) -> tuple[Callable[[Step], None], Callable[[], bool]
     return submit, advance
 
 
-def drafts(end: DraftEnd) -> NoReturn:
+def drafts(end: ProcessEnd) -> NoReturn:
     """The draft side as it is, but for the model."""
     from tests.unit.drafting.checks import make_engine
     from tests.unit.drafting.fake_model import FakeModel
@@ -63,7 +63,7 @@ def drafts(end: DraftEnd) -> NoReturn:
 
 
 def main() -> None:
-    end = DraftEnd(json.loads(sys.stdin.buffer.readline()))
+    end = ProcessEnd(json.loads(sys.stdin.buffer.readline()))
     role = end.options["role"]
     if role == "dies":
         os._exit(3)

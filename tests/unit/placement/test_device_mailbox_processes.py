@@ -6,12 +6,13 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from tests.unit.placement.device_sides import CPU, SmallTarget, lookup
 from tests.unit.placement.parent import ROOT
+from tests.unit.placement.watching import until
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Stamp
@@ -58,15 +59,6 @@ class Real:
             assert until(lambda: self.has_table(slot))
             self.target.step([slot])
         return self.target.hits - before
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return condition()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ import pytest
 from tests.unit.drafting.checks import make_engine
 from tests.unit.drafting.simulated_target import SimulatedTarget
 from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE, VOCABULARY, draft, drafting, model
+from tests.unit.placement.watching import cpu_seconds, until
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Admit, Noise, Outcome, Sampling, Stamp, Step, Table
-from vllm_saguaro.placement import meeting, passed_memory
+from vllm_saguaro.placement import meeting, shared_memory
 from vllm_saguaro.placement.channel import Channel, DraftFailed
 from vllm_saguaro.placement.inline import InlineChannel
 from vllm_saguaro.placement.layout import LayoutError
@@ -51,16 +52,6 @@ def channel(request: pytest.FixtureRequest) -> Iterator[Far]:
     opened: Far = NetworkChannel("127.0.0.1", SHAPE) if network else PassedMemoryChannel(SHAPE)
     yield opened
     opened.close()
-
-
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    """Whether the condition comes true in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.002)
-    return condition()
 
 
 def table_of(channel: Channel, stamp: Stamp) -> Table:
@@ -249,10 +240,6 @@ def test_a_sleeping_draft_side_wakes_for_a_step(channel: Far) -> None:
 
 
 def test_an_idle_draft_side_uses_hardly_any_time(channel: Far) -> None:
-    def cpu_seconds(pid: int) -> float:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
-
     with process(channel) as running:
         channel.wait_until_ready()
 
@@ -320,7 +307,7 @@ def test_a_draft_side_that_finds_no_mailbox_leaves_nothing_open(monkeypatch: pyt
         raise LayoutError("another version")
 
     with contextlib.closing(PassedMemoryChannel(SHAPE)) as channel:
-        monkeypatch.setattr(passed_memory, "Mailbox", refuse)
+        monkeypatch.setattr(shared_memory, "Mailbox", refuse)
         before = len(os.listdir("/proc/self/fd"))
         with pytest.raises(LayoutError):
             PassedMemoryEnd(channel.invitation)

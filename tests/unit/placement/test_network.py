@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.placement.far_draft import SHAPE, drafting
-from tests.unit.placement.test_far_draft import admit, table_of, until
+from tests.unit.placement.test_far_draft import admit, table_of
+from tests.unit.placement.watching import until
 from vllm_saguaro.messages import Stamp, Table
 from vllm_saguaro.placement import frames, meeting
 from vllm_saguaro.placement.channel import DraftFailed

@@ -10,14 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
 from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.placement.echo_child import DRAFTS, MAX_LENGTH
 from tests.unit.placement.parent import ROOT, open_channel
+from tests.unit.placement.watching import cpu_seconds, gone, until
 from vllm_saguaro.messages import Admit, Outcome, Release, Sampling, Stamp, Step, Table
 from vllm_saguaro.placement import mailbox_channel
 from vllm_saguaro.placement import process as process_module
@@ -34,32 +34,6 @@ def channel() -> Iterator[ProcessChannel]:
     opened.wait_until_ready()
     yield opened
     opened.close()
-
-
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    """Whether the condition comes true in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.005)
-    return condition()
-
-
-def gone(pid: int) -> bool:
-    try:
-        return status(pid)[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
-def status(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-
-
-def cpu_seconds(pid: int) -> float:
-    return sum(map(int, status(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def finished(channel: Channel, stamp: Stamp) -> Table:

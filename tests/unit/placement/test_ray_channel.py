@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,21 +17,17 @@ from typing import Any
 import pytest
 
 from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE
-from tests.unit.placement.test_far_draft import admit, table_of, until
+from tests.unit.placement.ray_cluster import ROOT, another_target, environment, free_cpus, groups_left, two_nodes
+from tests.unit.placement.test_far_draft import admit, table_of
+from tests.unit.placement.watching import gone, until
 from vllm_saguaro.messages import Stamp
 from vllm_saguaro.placement.channel import Channel, DraftFailed
 from vllm_saguaro.placement.network import NetworkChannel
 from vllm_saguaro.placement.passed_memory import PassedMemoryChannel
 from vllm_saguaro.placement.ray_channel import RayChannel, RayDraft, cluster_address
 
-ROOT = Path(__file__).resolve().parents[3]
 MODULE = "tests.unit.placement.far_draft"
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
-
-
-def environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return {**kept, "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
 
 
 @contextlib.contextmanager
@@ -51,13 +46,6 @@ def processes(folder: str) -> list[int]:
             if entry.name.isdecimal() and folder in (entry / "cmdline").read_bytes().decode(errors="replace"):
                 found.append(int(entry.name))
     return found
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
 
 
 def check_that_it_drafts(channel: Channel, generation: int = 1) -> None:
@@ -128,19 +116,11 @@ def test_more_than_this_machine_has_is_refused_at_once() -> None:
 @needs_ray
 @pytest.mark.slow
 def test_everything_ends_with_a_target_that_is_killed() -> None:
-    """As a process of its own, which says the actor's pid and Ray's folder and is then killed."""
-    code = (
-        "import sys; from tests.unit.placement.test_ray_channel import opened, time\n"
-        "with opened() as channel:\n"
-        "    channel.wait_until_ready(); print(channel.pid, channel._folder, flush=True); time.sleep(600)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as target:
-        assert target.stdout is not None
-        pid, folder = target.stdout.readline().split()
+    with another_target("test_ray_channel", "opened()") as (target, pid, folder):
         assert processes(folder)
         target.kill()
     assert until(lambda: not processes(folder), 20)
-    assert until(lambda: gone(int(pid)), 20)
+    assert until(lambda: gone(pid), 20)
     assert until(lambda: not Path(folder).exists(), 20)
 
 
@@ -161,39 +141,8 @@ def test_closing_while_it_starts_leaves_nothing() -> None:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes on this machine. The second one has what the first has not: the resource `far`."""
-    pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    before = dict(os.environ)
-    os.environ.update(environment())  # the nodes start with this one's
-    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    made.add_node(num_cpus=1, resources={"far": 1}, object_store_memory=80 << 20)
-    yield made
-    made.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
-
-
-def in_cluster(cluster: Any, ask: str) -> Any:
-    """What another driver sees of the cluster."""
-    code = (
-        "import json, ray, sys\nfrom ray.util import placement_group_table\n"
-        f"ray.init({cluster.address!r}, logging_level='ERROR', log_to_driver=False)\n"
-        f"print('answer', json.dumps({ask}))\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
-    return json.loads(run.stdout.rpartition("answer")[2])
-
-
-def groups_left(cluster: Any) -> list[str]:
-    states = in_cluster(cluster, "[group['state'] for group in placement_group_table().values()]")
-    return [state for state in states if state != "REMOVED"]
-
-
-def free_cpus(cluster: Any) -> float:
-    return float(in_cluster(cluster, "ray.available_resources().get('CPU', 0)"))
+    with two_nodes(head_cpus=1) as made:
+        yield made
 
 
 @needs_ray
@@ -244,15 +193,7 @@ def test_what_only_another_node_has_brings_the_draft_there(cluster: Any, tmp_pat
 @needs_ray
 @pytest.mark.slow
 def test_nothing_is_left_in_a_cluster_by_a_target_that_is_killed(cluster: Any) -> None:
-    code = (
-        "import sys; from tests.unit.placement.test_ray_channel import opened, time\n"
-        "with opened(address=sys.argv[1]) as channel:\n"
-        "    channel.wait_until_ready(); print(channel.pid, flush=True); time.sleep(600)\n"
-    )
-    command = [sys.executable, "-c", code, cluster.address]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as target:
-        assert target.stdout is not None
-        pid = int(target.stdout.readline())
+    with another_target("test_ray_channel", f"opened(address={cluster.address!r})") as (target, pid, _):
         target.kill()
     assert until(lambda: gone(pid), 20)
     assert until(lambda: groups_left(cluster) == [], 20)

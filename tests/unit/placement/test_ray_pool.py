@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,17 +12,10 @@ from typing import Any
 import pytest
 
 from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE, VOCABULARY
-from tests.unit.placement.test_far_draft import admit, table_of, until
-from tests.unit.placement.test_ray_channel import (
-    MODULE,
-    ROOT,
-    check_that_it_drafts,
-    environment,
-    free_cpus,
-    gone,
-    in_cluster,
-    needs_ray,
-)
+from tests.unit.placement.ray_cluster import another_target, environment, free_cpus, in_cluster, two_nodes
+from tests.unit.placement.test_far_draft import admit, table_of
+from tests.unit.placement.test_ray_channel import MODULE, check_that_it_drafts, needs_ray
+from tests.unit.placement.watching import gone, until
 from vllm_saguaro.messages import Stamp
 from vllm_saguaro.placement.channel import DraftFailed, NotAdmitted
 from vllm_saguaro.placement.network import NetworkChannel
@@ -33,26 +24,16 @@ from vllm_saguaro.placement.ray_channel import RayChannel, RayDraft
 pytestmark = [pytest.mark.slow, needs_ray]
 
 LINGER = 4.0
+"""Seconds. Nobody has to come within them: that may take longer on a busy machine."""
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes on this machine; the second one has the resource `far`."""
-    pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    before = dict(os.environ)
-    os.environ.update(environment())
-    head = {"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 << 20}
-    made = Cluster(initialize_head=True, head_node_args=head)
-    made.add_node(num_cpus=1, resources={"far": 1}, object_store_memory=80 << 20)
-    yield made
-    made.shutdown()
-    os.environ.clear()
-    os.environ.update(before)
+    with two_nodes(head_cpus=2) as made:
+        yield made
 
 
-def wanted(cluster: Any, pool: str, slots: int = 3, engines: int = 3, **others: Any) -> RayDraft:
+def wanted(address: str, pool: str, slots: int = 3, engines: int = 3, **others: Any) -> RayDraft:
     options = {
         "model": {"model": "small", "vocab_size": VOCABULARY, "max_length": MAX_LENGTH},
         "branches": SHAPE.branches,
@@ -60,7 +41,7 @@ def wanted(cluster: Any, pool: str, slots: int = 3, engines: int = 3, **others: 
         "draft_sample_method": "coupled",
         **others.pop("options", {}),
     }
-    asked = {"num_cpus": 1, "address": cluster.address, "linger": LINGER, **others}
+    asked = {"num_cpus": 1, "address": address, "linger": LINGER, **others}
     cpus = sorted(os.sched_getaffinity(0))[-1:]
     return RayDraft(MODULE, options, cpus, pool=pool, engines=engines, slots=slots, **asked)
 
@@ -76,7 +57,7 @@ def named_actors(cluster: Any) -> list[str]:
 
 
 def test_engines_that_name_one_pool_share_a_draft_which_ends_a_while_after_them(cluster: Any) -> None:
-    draft = wanted(cluster, "shared")
+    draft = wanted(cluster.address, "shared")
     with opened(draft) as first, opened(draft) as second:  # at once: Ray settles whose actor it is
         check_that_it_drafts(first)
         check_that_it_drafts(second)
@@ -88,39 +69,42 @@ def test_engines_that_name_one_pool_share_a_draft_which_ends_a_while_after_them(
         time.sleep(LINGER + 1)
         assert second.post(admit(2))
         table_of(second, Stamp(1, 2, 0))
-    assert not gone(pool), "it waits for others a while"
-    with opened(draft) as third:
-        check_that_it_drafts(third)
-        assert third.pid == pool
     assert until(lambda: gone(pool), LINGER + 15)
     assert until(lambda: named_actors(cluster) == [], 10)
     assert until(lambda: free_cpus(cluster) == 3.0)
 
 
+def test_an_engine_that_comes_when_all_others_have_left_finds_the_draft_that_waits_a_while(cluster: Any) -> None:
+    draft = wanted(cluster.address, "lingering", linger=120.0)  # far longer than an engine takes to come
+    with opened(draft) as first:
+        check_that_it_drafts(first)
+        pool = first.pid
+    with opened(draft) as second:
+        check_that_it_drafts(second)
+        assert second.pid == pool
+    os.kill(pool, signal.SIGKILL)
+    assert until(lambda: free_cpus(cluster) == 3.0)
+
+
 def test_a_pool_outlives_the_engine_that_started_it_however_that_ends(cluster: Any) -> None:
-    code = (
-        "import sys, types; from tests.unit.placement.test_ray_pool import opened, wanted, time\n"
-        "with opened(wanted(types.SimpleNamespace(address=sys.argv[1]), 'orphan')) as channel:\n"
-        "    channel.wait_until_ready(); print(channel.pid, flush=True); time.sleep(600)\n"
-    )
-    command = [sys.executable, "-c", code, cluster.address]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as target:
-        assert target.stdout is not None
-        pool = int(target.stdout.readline())
-        with opened(wanted(cluster, "orphan")) as other:
-            check_that_it_drafts(other)
-            assert other.pid == pool
-            target.kill()
-            target.wait()
-            time.sleep(LINGER + 2)
-            assert other.alive
-            assert other.post(admit(2))
-            table_of(other, Stamp(1, 2, 0))
+    channel = f"opened(wanted({cluster.address!r}, 'orphan'))"
+    with (
+        another_target("test_ray_pool", channel) as (target, pool, _),
+        opened(wanted(cluster.address, "orphan")) as other,
+    ):
+        check_that_it_drafts(other)
+        assert other.pid == pool
+        target.kill()
+        target.wait()
+        time.sleep(LINGER + 2)
+        assert other.alive
+        assert other.post(admit(2))
+        table_of(other, Stamp(1, 2, 0))
     assert until(lambda: gone(pool), LINGER + 15)
 
 
 def test_a_pool_that_was_killed_is_noticed_by_all_and_started_once_more(cluster: Any) -> None:
-    draft = wanted(cluster, "killed")
+    draft = wanted(cluster.address, "killed")
     with opened(draft) as first, opened(draft) as second:
         check_that_it_drafts(first)
         check_that_it_drafts(second)
@@ -137,7 +121,7 @@ def test_a_pool_that_was_killed_is_noticed_by_all_and_started_once_more(cluster:
 
 @pytest.mark.long  # a minute
 def test_a_pool_that_does_not_answer_is_ended_and_followed(cluster: Any) -> None:
-    draft = wanted(cluster, "stopped")
+    draft = wanted(cluster.address, "stopped")
     with opened(draft) as first:
         check_that_it_drafts(first)
         before = first.pid
@@ -151,7 +135,7 @@ def test_a_pool_that_does_not_answer_is_ended_and_followed(cluster: Any) -> None
 
 
 def test_an_engine_on_another_node_than_the_pool_talks_to_it_over_the_network(cluster: Any) -> None:
-    with opened(wanted(cluster, "distant", resources={"far": 1})) as channel:
+    with opened(wanted(cluster.address, "distant", resources={"far": 1})) as channel:
         check_that_it_drafts(channel)
         assert isinstance(channel._link, NetworkChannel)
         pool = channel.pid
@@ -169,9 +153,9 @@ def test_one_that_is_refused_is_told_why_and_the_other_goes_on(
     cluster: Any, others: dict[str, Any], said: str, disagrees: bool
 ) -> None:
     name = "strict" if disagrees else "full"
-    with opened(wanted(cluster, name, engines=1)) as first:
+    with opened(wanted(cluster.address, name, engines=1)) as first:
         check_that_it_drafts(first)
-        with opened(wanted(cluster, name, **others)) as second:
+        with opened(wanted(cluster.address, name, **others)) as second:
             with pytest.raises(NotAdmitted, match=said) as found:
                 second.wait_until_ready()
             assert found.value.disagrees == disagrees
@@ -183,14 +167,14 @@ def test_one_that_is_refused_is_told_why_and_the_other_goes_on(
 
 
 def test_a_draft_that_cannot_load_is_told_to_all_that_wait_and_leaves_nothing(cluster: Any) -> None:
-    draft = wanted(cluster, "broken", options={"role": "fails"})
+    draft = wanted(cluster.address, "broken", options={"role": "fails"})
     with opened(draft) as first, pytest.raises(DraftFailed, match="this draft cannot be loaded"):
         first.wait_until_ready()
     assert until(lambda: named_actors(cluster) == [], 15)
 
 
 def test_a_slow_start_is_waited_for_by_all(cluster: Any) -> None:
-    draft = wanted(cluster, "slow", options={"role": "slow"})
+    draft = wanted(cluster.address, "slow", options={"role": "slow"})
     with opened(draft) as first, opened(draft) as second:
         check_that_it_drafts(second)
         check_that_it_drafts(first)

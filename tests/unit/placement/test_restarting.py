@@ -5,13 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
+from tests.unit.placement.watching import until
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Outcome, Proposals, Release, Stamp, Step, Table
@@ -396,13 +396,6 @@ def test_the_bound_of_a_hang_has_its_own_bound(ward: Ward) -> None:
 
 
 # ---- the end --------------------------------------------------------------------------------------------------------
-
-
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.002)
-    return condition()
 
 
 def threads() -> set[str]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.placement.parent import open_channel
-from tests.unit.placement.test_process import ADMIT, finished, gone, until
+from tests.unit.placement.test_process import ADMIT, finished
+from tests.unit.placement.watching import gone, until
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Stamp

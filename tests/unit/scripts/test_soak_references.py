@@ -23,7 +23,7 @@ def answer(*tokens: int, fate: Fate = Fate.FINISHED, **fields: Any) -> Answer:
 
 
 def test_equal_answers_do_not_differ() -> None:
-    assert difference(greedy(), answer(1, 2, 3), answer(1, 2, 3)) == ""
+    assert difference(answer(1, 2, 3), answer(1, 2, 3)) == ""
 
 
 @pytest.mark.parametrize(
@@ -40,24 +40,24 @@ def test_equal_answers_do_not_differ() -> None:
 def test_every_difference_is_told(ours: Answer, words: str) -> None:
     import re
 
-    assert re.search(words, difference(greedy(), ours, answer(1, 2, 3)))
+    assert re.search(words, difference(ours, answer(1, 2, 3)))
 
 
 def test_a_closed_answer_must_be_the_beginning_of_plain_vllms() -> None:
     closed = answer(1, 2, fate=Fate.CLOSED, finish=None)
-    assert difference(greedy(), closed, answer(1, 2, 3)) == ""
-    assert "token 1" in difference(greedy(), closed, answer(1, 7, 3))
-    assert difference(greedy(), Answer(0, Fate.CLOSED), answer(1, 2, 3)) == ""
+    assert difference(closed, answer(1, 2, 3)) == ""
+    assert "token 1" in difference(closed, answer(1, 7, 3))
+    assert difference(Answer(0, Fate.CLOSED), answer(1, 2, 3)) == ""
 
 
 def test_refusals_must_have_the_same_words() -> None:
     no, other = Answer(0, Fate.REFUSED, "400: no"), Answer(0, Fate.REFUSED, "400: never")
-    assert difference(greedy(), no, no) == ""
-    assert difference(greedy(), no, other)
+    assert difference(no, no) == ""
+    assert difference(no, other)
 
 
 def test_a_reference_that_is_no_answer_is_told() -> None:
-    assert "no answer" in difference(greedy(), answer(1), Answer(0, Fate.LOST, "status 500"))
+    assert "no answer" in difference(answer(1), Answer(0, Fate.LOST, "status 500"))
 
 
 def test_what_plain_vllm_says_too_is_a_tie() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from scripts.soaking.settings import MAX_MODEL_LENGTH, Settings
+from scripts.soaking.pair import MAX_MODEL_LENGTH
+from scripts.soaking.settings import Settings
 from scripts.soaking.structures import STRUCTURES, departure
 from scripts.soaking.traffic import MOODS, Asked, Traffic
 

@@ -170,10 +170,6 @@ def plain_tokens(row: Row, generator: torch.Generator | None = None) -> list[int
     return found
 
 
-def as_drafted(row: Row) -> Row:
-    return dataclasses.replace(row, drafts=list(row.drafts))
-
-
 # ---- requests of all kinds ------------------------------------------------------------------------------------------
 
 ASKED: dict[str, dict[str, Any]] = {

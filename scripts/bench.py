@@ -17,16 +17,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.benchmark.client import ROOT, WorkerError
-from scripts.benchmark.compare import compare_text
-from scripts.benchmark.curve import curve_json, curve_text, measure_curve, points_of
-from scripts.benchmark.options import add_options, depths, settings_from
-from scripts.benchmark.progress import ProgressBar, say
-from scripts.benchmark.records import Report, write_json
-from scripts.benchmark.session import measure
-from scripts.benchmark.settings import Settings, SettingsError
-from scripts.benchmark.summary import summarise
-from scripts.benchmark.tables import report_text
+from scripts.repository import ROOT
+from vllm_saguaro.benchmark.client import WorkerError
+from vllm_saguaro.benchmark.compare import compare_text
+from vllm_saguaro.benchmark.curve import curve_json, curve_text, measure_curve, points_of
+from vllm_saguaro.benchmark.options import add_options, depths, settings_from
+from vllm_saguaro.benchmark.progress import ProgressBar, say
+from vllm_saguaro.benchmark.records import Report, write_json
+from vllm_saguaro.benchmark.session import measure
+from vllm_saguaro.benchmark.settings import Settings, SettingsError
+from vllm_saguaro.benchmark.summary import summarise
+from vllm_saguaro.benchmark.tables import report_text
 
 COMMANDS = ("run", "compare", "curve", "plot")
 PICTURES = ("batches", "hits", "sweep")
@@ -49,7 +50,7 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def curve(arguments: argparse.Namespace) -> None:
     """Measure at every depth; print the curve, write JSON and plot after each point: it takes long."""
-    from scripts.benchmark.plots import plot_curve
+    from vllm_saguaro.benchmark.plots import plot_curve
 
     output = arguments.output or results_path("curve")
     plot = arguments.plot or output.with_suffix(".png")
@@ -66,7 +67,7 @@ def curve(arguments: argparse.Namespace) -> None:
 
 def plot(arguments: argparse.Namespace) -> None:
     """Make a picture of reports that exist; their runs are taken together."""
-    from scripts.benchmark.plots import PLOTS
+    from vllm_saguaro.benchmark.plots import PLOTS
 
     reports = [Report.read(path) for path in arguments.reports]
     first = arguments.reports[0]

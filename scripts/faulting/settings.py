@@ -10,9 +10,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.client import ROOT
-from scripts.benchmark.settings import SettingsError, relative
+from scripts.repository import ROOT
 from scripts.soaking.settings import KV_CACHE_BYTES, MAX_MODEL_LENGTH, MAX_RUNNING, MODEL_NAME
+from vllm_saguaro.benchmark.settings import SettingsError, relative
 from vllm_saguaro.config import METHOD, OWN_KEYS, VLLM_KEYS
 
 

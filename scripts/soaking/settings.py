@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.client import ROOT
-from scripts.benchmark.settings import SettingsError, relative
+from scripts.repository import ROOT
+from vllm_saguaro.benchmark.settings import SettingsError, relative
 from vllm_saguaro.config import METHOD, OWN_KEYS, VLLM_KEYS
 
 KINDS = ("kill", "stop", "oom", "slow")

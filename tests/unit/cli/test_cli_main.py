@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from scripts.benchmark.client import ROOT
+from scripts.repository import ROOT
 from vllm_saguaro.cli import doctor_command, main, simulate_command, watch_command
 from vllm_saguaro.cli.usage import UsageError
 

@@ -156,7 +156,7 @@ def _check_script(script: str, rest: Sequence[str]) -> None:
     given = module.with_command(list(rest)) if hasattr(module, "with_command") else list(rest)
     arguments = _parse(module.parser(), given)
     if script in ("scripts/bench.py", "scripts/demo.py") and hasattr(arguments, "modes"):
-        from scripts.benchmark.options import settings_from
+        from vllm_saguaro.benchmark.options import settings_from
 
         settings_from(arguments)
     for word in given:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.client import ROOT
-from scripts.benchmark.records import MODES, Engine, Workload
+from vllm_saguaro.benchmark.checkout import PAIR, in_checkout
+from vllm_saguaro.benchmark.records import MODES, Engine, Workload
 
 MAX_MODEL_LENGTH = 1024
 KV_CACHE_BYTES = 512 << 20
@@ -37,7 +37,7 @@ class Settings:
     `sweep`: keys of saguaro's speculative config, each with the values to make engines of.
     """
 
-    target: Path = ROOT / "assets" / "pair" / "target"
+    target: Path = PAIR
     draft: Path | None = None
     prompt_file: Path | None = None
     modes: tuple[str, ...] = MODES
@@ -233,10 +233,7 @@ class Settings:
 
 def relative(path: Path) -> str:
     """A path inside the project as the project names it; another one by its last two parts."""
-    path = path.resolve()
-    if path.is_relative_to(ROOT):
-        return path.relative_to(ROOT).as_posix()
-    return "/".join(("...", *path.parts[-2:]))
+    return in_checkout(path) or "/".join(("...", *path.resolve().parts[-2:]))
 
 
 def allowed_cores() -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scripts.benchmark.forecasts import (
+from vllm_saguaro.benchmark.forecasts import (
     ACCEPTANCE_BINS,
     CANDIDATES,
     HIT_BINS,
@@ -16,8 +16,8 @@ from scripts.benchmark.forecasts import (
     CalibrationError,
     shares,
 )
-from scripts.benchmark.records import Report, Run
-from scripts.benchmark.summary import Spread, Summary
+from vllm_saguaro.benchmark.records import Report, Run
+from vllm_saguaro.benchmark.summary import Spread, Summary
 
 NOTHING = "-"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from scripts.benchmark import counters
+from vllm_saguaro.benchmark import counters
 
 if TYPE_CHECKING:
     from torch import Tensor

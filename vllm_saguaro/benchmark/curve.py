@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.benchmark.progress import Progress
-from scripts.benchmark.records import SCHEMA, Report
-from scripts.benchmark.session import measure
-from scripts.benchmark.settings import Settings
-from scripts.benchmark.summary import Spread, summarise
-from scripts.benchmark.tables import number, percent, render, spread
+from vllm_saguaro.benchmark.progress import Progress
+from vllm_saguaro.benchmark.records import SCHEMA, Report
+from vllm_saguaro.benchmark.session import measure
+from vllm_saguaro.benchmark.settings import Settings
+from vllm_saguaro.benchmark.summary import Spread, summarise
+from vllm_saguaro.benchmark.tables import number, percent, render, spread
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from scripts.benchmark.records import Engine, Run, Workload
-from scripts.benchmark.summary import Spread, paired, summarise, summarise_alone
-from tests.unit.scripts.test_bench_reports import (
+from tests.unit.benchmark.test_bench_reports import (
     DRAFT_3,
     DRAFT_4,
     GREEDY,
@@ -18,6 +16,8 @@ from tests.unit.scripts.test_bench_reports import (
     make_repetition,
     make_report,
 )
+from vllm_saguaro.benchmark.records import Engine, Run, Workload
+from vllm_saguaro.benchmark.summary import Spread, paired, summarise, summarise_alone
 
 
 def test_spread_of_values() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from scripts.benchmark.records import Engine, Repetition, Report, Run, Workload
+from vllm_saguaro.benchmark.records import Engine, Repetition, Report, Run, Workload
 
 PLAIN = Engine("plain")
 DRAFT_3 = Engine("draft_model", 3)

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.records import MODES
-from scripts.benchmark.settings import Settings, relative
+from vllm_saguaro.benchmark.records import MODES
+from vllm_saguaro.benchmark.settings import Settings, relative
 from vllm_saguaro.config import AUTO, DRAFT_SAMPLE_METHODS, FAN_OUTS
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from scripts.benchmark import tables
-from scripts.benchmark.compare import compare_text, differences, ratio
-from scripts.benchmark.curve import curve_json, curve_text, points_of
-from scripts.benchmark.records import Engine
-from scripts.benchmark.summary import Spread, summarise
-from tests.unit.scripts.test_bench_reports import SAGUARO, make_report
+from tests.unit.benchmark.test_bench_reports import SAGUARO, make_report
+from vllm_saguaro.benchmark import tables
+from vllm_saguaro.benchmark.compare import compare_text, differences, ratio
+from vllm_saguaro.benchmark.curve import curve_json, curve_text, points_of
+from vllm_saguaro.benchmark.records import Engine
+from vllm_saguaro.benchmark.summary import Spread, summarise
 
 
 def test_columns_are_aligned() -> None:

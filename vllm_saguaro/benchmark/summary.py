@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from scripts.benchmark import counters, forecasts
-from scripts.benchmark.records import Engine, Run, Workload
 from vllm_saguaro.algorithm.timing import ideal_ratio
+from vllm_saguaro.benchmark import counters, forecasts
+from vllm_saguaro.benchmark.records import Engine, Run, Workload
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ def deepened(source: Path, layers: int | None) -> Path:
     """
     if layers is None:
         return source
-    from scripts import deepen  # imports torch
+    from vllm_saguaro.benchmark import deepen  # imports torch
 
     made_from = [(str(path), path.stat()) for path in sorted(source.iterdir()) if path.is_file()]
     made_from.append(("", Path(deepen.__file__).stat()))

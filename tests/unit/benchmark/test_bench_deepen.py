@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from scripts.deepen import deepen
+from vllm_saguaro.benchmark.deepen import deepen
 
 
 def make_source(folder: Path, **changes: object) -> Path:

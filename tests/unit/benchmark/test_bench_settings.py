@@ -10,9 +10,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from scripts import bench
-from scripts.benchmark import options, provenance, settings
-from scripts.benchmark.client import ROOT
-from scripts.benchmark.settings import Settings, SettingsError
+from scripts.repository import ROOT
+from vllm_saguaro.benchmark import options, provenance, settings
+from vllm_saguaro.benchmark.settings import Settings, SettingsError
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from scripts.benchmark.records import Report, Run
-from scripts.benchmark.summary import Spread
-from scripts.benchmark.tables import render, same_text, spread
+from vllm_saguaro.benchmark.records import Report, Run
+from vllm_saguaro.benchmark.summary import Spread
+from vllm_saguaro.benchmark.tables import render, same_text, spread
 
 _ADDED = {"top_p": [1.0], "sweep": {}, "forecasts": False}
 """Settings that older reports do not have, and what they were then."""

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from scripts.benchmark import counters
+from vllm_saguaro.benchmark import counters
 
 
 @dataclass

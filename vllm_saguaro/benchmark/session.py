@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark import procfs, provenance
-from scripts.benchmark.client import WorkerHandle
-from scripts.benchmark.counters import HITS, count
-from scripts.benchmark.deepened import deepened
-from scripts.benchmark.progress import Progress
-from scripts.benchmark.records import Engine, Repetition, Report, Run, Workload
-from scripts.benchmark.settings import Settings
-from scripts.benchmark.summary import find, summarise
+from vllm_saguaro.benchmark import procfs, provenance
+from vllm_saguaro.benchmark.client import WorkerHandle
+from vllm_saguaro.benchmark.counters import HITS, count
+from vllm_saguaro.benchmark.deepened import deepened
+from vllm_saguaro.benchmark.progress import Progress
+from vllm_saguaro.benchmark.records import Engine, Repetition, Report, Run, Workload
+from vllm_saguaro.benchmark.settings import Settings
+from vllm_saguaro.benchmark.summary import find, summarise
 
 WARM_UP_TOKENS = 24
 WARM_UP_BATCHES = 2

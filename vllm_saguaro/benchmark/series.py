@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from scripts.benchmark.forecasts import HITS, ORACLE, shares
-from scripts.benchmark.records import Report, Run, as_typed
-from scripts.benchmark.summary import Spread, Summary, summarise
+from vllm_saguaro.benchmark.forecasts import HITS, ORACLE, shares
+from vllm_saguaro.benchmark.records import Report, Run, as_typed
+from vllm_saguaro.benchmark.summary import Spread, Summary, summarise
 
 
 @dataclass

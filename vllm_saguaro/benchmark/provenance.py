@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.client import ROOT
-from scripts.benchmark.procfs import busy_share
-from scripts.benchmark.settings import allowed_cores
+from vllm_saguaro.benchmark.checkout import CHECKOUT
+from vllm_saguaro.benchmark.procfs import busy_share
+from vllm_saguaro.benchmark.settings import allowed_cores
 
 PACKAGES = ("torch", "vllm", "transformers", "vllm-saguaro")
 
@@ -44,7 +44,9 @@ def collect(cores: Iterable[int], arguments: list[str] | None = None) -> dict[st
 
 def command(arguments: list[str]) -> str:
     """As it was typed, the project's folder left out of paths."""
-    return "python " + shlex.join(argument.replace(f"{ROOT}/", "") for argument in arguments)
+    if CHECKOUT is not None:
+        arguments = [argument.replace(f"{CHECKOUT}/", "") for argument in arguments]
+    return "python " + shlex.join(arguments)
 
 
 def git_state() -> dict[str, Any]:
@@ -55,9 +57,11 @@ def git_state() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
+    if CHECKOUT is None:
+        return None
     try:
         result = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+            ["git", *arguments], cwd=CHECKOUT, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
         )
     except (OSError, subprocess.CalledProcessError):
         return None

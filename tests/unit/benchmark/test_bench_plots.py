@@ -9,11 +9,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from scripts import bench
-from scripts.benchmark.plots import PLOTS
-from scripts.benchmark.records import Engine, Report, Run, Workload
-from scripts.benchmark.series import batch_panels, hit_panels, sweep_panels
-from scripts.benchmark.summary import Spread
-from tests.unit.scripts.test_bench_reports import SAGUARO, make_repetition, make_report, saguaro_counters
+from tests.unit.benchmark.test_bench_reports import SAGUARO, make_repetition, make_report, saguaro_counters
+from vllm_saguaro.benchmark.plots import PLOTS
+from vllm_saguaro.benchmark.records import Engine, Report, Run, Workload
+from vllm_saguaro.benchmark.series import batch_panels, hit_panels, sweep_panels
+from vllm_saguaro.benchmark.summary import Spread
 
 WARM = Workload(8, 1.0, 0.9)
 

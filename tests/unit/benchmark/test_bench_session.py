@@ -13,11 +13,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from scripts.benchmark import deepened, procfs, provenance, session
-from scripts.benchmark.client import WorkerError, WorkerHandle
-from scripts.benchmark.progress import Progress
-from scripts.benchmark.settings import Settings
-from scripts.benchmark.worker import Stopwatch
+from vllm_saguaro.benchmark import deepened, procfs, provenance, session
+from vllm_saguaro.benchmark.client import WorkerError, WorkerHandle
+from vllm_saguaro.benchmark.progress import Progress
+from vllm_saguaro.benchmark.settings import Settings
+from vllm_saguaro.vllm_hooks.benchmark_probes import Stopwatch
 
 
 class FakeWorker:
@@ -208,7 +208,7 @@ def test_a_deepened_copy_is_made_once(tmp_path: Path, monkeypatch: pytest.Monkey
         made.append(layers)
         (destination / "config.json").write_text(json.dumps({"num_hidden_layers": layers}))
 
-    monkeypatch.setattr("scripts.deepen.deepen", fake_deepen)
+    monkeypatch.setattr("vllm_saguaro.benchmark.deepen.deepen", fake_deepen)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert deepened.deepened(source, None) == source
     first = deepened.deepened(source, 6)

@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.procfs import session_seconds
-
-ROOT = Path(__file__).resolve().parents[2]
+from vllm_saguaro.benchmark.checkout import CHECKOUT
+from vllm_saguaro.benchmark.procfs import session_seconds
 
 _PATIENCE = 30.0
 """Seconds a worker may take to end by itself."""
@@ -37,10 +36,12 @@ class WorkerHandle:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
         }
+        if CHECKOUT is not None:  # it need not be installed
+            path = (str(CHECKOUT), os.environ.get("PYTHONPATH"))
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         with log.open("w", encoding="utf-8") as log_file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "scripts.benchmark.worker"],
-                cwd=ROOT,
+                [sys.executable, "-m", "vllm_saguaro.benchmark.worker"],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -8,11 +8,11 @@ from typing import Any
 
 import matplotlib
 
-from scripts.benchmark.curve import Point
-from scripts.benchmark.records import Report
-from scripts.benchmark.series import Line, batch_panels, hit_panels, sweep_panels
-from scripts.benchmark.summary import Spread, Summary
 from vllm_saguaro.algorithm.timing import ideal_ratio
+from vllm_saguaro.benchmark.curve import Point
+from vllm_saguaro.benchmark.records import Report
+from vllm_saguaro.benchmark.series import Line, batch_panels, hit_panels, sweep_panels
+from vllm_saguaro.benchmark.summary import Spread, Summary
 
 matplotlib.use("Agg")  # no display; chosen before pyplot is loaded
 

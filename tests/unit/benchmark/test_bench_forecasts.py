@@ -11,8 +11,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from scripts.benchmark import forecasts, tables
-from scripts.benchmark.forecasts import (
+from tests.unit.benchmark.test_bench_reports import GREEDY, SAGUARO, make_repetition, make_report
+from tests.unit.drafting.checks import make_engine
+from tests.unit.drafting.fake_model import FakeModel
+from vllm_saguaro.algorithm.calibration import BINS, NUM_CLASSES, Calibration, Event, class_of
+from vllm_saguaro.algorithm.outcomes import Beliefs, choose, scores
+from vllm_saguaro.benchmark import forecasts, tables
+from vllm_saguaro.benchmark.forecasts import (
     ACCEPTANCE_BINS,
     HIT_BINS,
     HITS,
@@ -22,17 +27,12 @@ from scripts.benchmark.forecasts import (
     CalibrationError,
     ForecastProbe,
 )
-from scripts.benchmark.records import Run
-from scripts.benchmark.summary import summarise, summarise_alone
-from scripts.benchmark.worker import ForecastWatch
-from tests.unit.drafting.checks import make_engine
-from tests.unit.drafting.fake_model import FakeModel
-from tests.unit.scripts.test_bench_reports import GREEDY, SAGUARO, make_repetition, make_report
-from vllm_saguaro.algorithm.calibration import BINS, NUM_CLASSES, Calibration, Event, class_of
-from vllm_saguaro.algorithm.outcomes import Beliefs, choose, scores
+from vllm_saguaro.benchmark.records import Run
+from vllm_saguaro.benchmark.summary import summarise, summarise_alone
 from vllm_saguaro.drafting.forecast import Forecast, Forecaster
 from vllm_saguaro.placement.inline import InlineChannel
 from vllm_saguaro.placement.mailbox import MailboxShape
+from vllm_saguaro.vllm_hooks.benchmark_probes import ForecastWatch
 
 K = 3
 

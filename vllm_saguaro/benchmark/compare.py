@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from vllm_saguaro.benchmark.records import Report, Run
 from vllm_saguaro.benchmark.summary import Spread
 from vllm_saguaro.benchmark.tables import render, same_text, spread
 
-_ADDED = {"top_p": [1.0], "sweep": {}, "forecasts": False}
+_ADDED = {"top_p": [1.0], "sweep": {}, "forecasts": False, "dataset": "prompts", "category": None}
 """Settings that older reports do not have, and what they were then."""
 
 
@@ -17,6 +20,25 @@ def ratio(first: Run, second: Run) -> Spread:
     """
     a, b = (Spread.of(one.tokens_per_second for one in run.repetitions) for run in (first, second))
     return Spread(b.median / a.median, b.low / a.high, b.high / a.low)
+
+
+def compare_json(first: Report, second: Report) -> dict[str, Any]:
+    """The same as plain values: what differs, and each configuration that both have."""
+    theirs = {run.name: run for run in second.runs}
+    pairs = [(run, theirs[run.name]) for run in first.runs if run.name in theirs]
+    return {
+        "differs": differences(first, second),
+        "configurations": [
+            {
+                "name": mine.name,
+                "a": asdict(Spread.of(one.tokens_per_second for one in mine.repetitions)),
+                "b": asdict(Spread.of(one.tokens_per_second for one in other.repetitions)),
+                "ratio": asdict(ratio(mine, other)),
+                "same_text": _texts(mine, other),
+            }
+            for mine, other in pairs
+        ],
+    }
 
 
 def compare_text(first: Report, second: Report) -> str:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vllm_saguaro.cli.exposition import samples
+
 PREFIXES = ("vllm:spec_decode_", "vllm:saguaro_")
+SERVED_PREFIXES = (*PREFIXES, "vllm:generation_tokens", "vllm:num_requests_")
+
+GENERATED = "vllm:generation_tokens"
+RUNNING = "vllm:num_requests_running"
+WAITING = "vllm:num_requests_waiting"
 
 DRAFTS = "vllm:spec_decode_num_drafts"
 DRAFT_TOKENS = "vllm:spec_decode_num_draft_tokens"
@@ -47,6 +54,28 @@ def flatten(metrics: Iterable[Any]) -> dict[str, float]:
                 add(f"{metric.name}[{position}]{suffix}", value)
         else:
             add(f"{metric.name}{suffix}", metric.value)
+    return table
+
+
+def from_exposition(text: str) -> dict[str, float]:
+    """A server's `/metrics` as the same table, of the names that start with one of `SERVED_PREFIXES`.
+
+    A counter has no `_total` here, a histogram no buckets, and a counter by position is a vector.
+    """
+    table: dict[str, float] = {}
+    for sample in samples(text):
+        if not sample.name.startswith(SERVED_PREFIXES) or sample.name.endswith(("_created", "_bucket")):
+            continue
+        labels = {key: value for key, value in sorted(sample.labels.items()) if key not in _LABELS_OF_THE_ENGINE}
+        name = sample.name.removesuffix("_total")
+        for part in ("count", "sum"):
+            if name.endswith(f"_seconds_{part}"):
+                name = f"{name.removesuffix(f'_{part}')}.{part}"
+        if name == ACCEPTED_PER_POSITION and "position" in labels:
+            name += f"[{labels.pop('position')}]"
+        if labels:
+            name += "{" + ",".join(f"{key}={value}" for key, value in labels.items()) + "}"
+        table[name] = table.get(name, 0) + sample.value
     return table
 
 

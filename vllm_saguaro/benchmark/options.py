@@ -1,4 +1,4 @@
-"""The command-line options that `bench.py` and `demo.py` share."""
+"""The command-line options that `bench` and `demo.py` share."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vllm_saguaro.benchmark.prompts import DATASETS
 from vllm_saguaro.benchmark.records import MODES
 from vllm_saguaro.benchmark.settings import Settings, relative
 from vllm_saguaro.config import AUTO, DRAFT_SAMPLE_METHODS, FAN_OUTS
+
+DEPTHS = [(40, 2), (20, 2), (12, 2), (12, 4), (12, 6), (12, 9)]
 
 
 def add_options(parser: argparse.ArgumentParser, defaults: Settings) -> None:
@@ -28,10 +31,12 @@ def add_options(parser: argparse.ArgumentParser, defaults: Settings) -> None:
     )
     pair.add_argument(
         "--prompt-file",
+        "--dataset-path",
         type=Path,
         metavar="JSONL",
         help='lines of {"prompt": ...} (default: prompts.jsonl beside the target)',
     )
+    add_dataset(pair)
     pair.add_argument(
         "--target-layers",
         type=int,
@@ -177,12 +182,25 @@ def add_options(parser: argparse.ArgumentParser, defaults: Settings) -> None:
     )
 
 
+def add_dataset(group: Any) -> None:
+    """What is in the file of prompts, and which of it."""
+    group.add_argument(
+        "--dataset",
+        choices=DATASETS,
+        default=DATASETS[0],
+        help="what is in that file: our prompts, or Spec-Bench's question.jsonl (default: %(default)s)",
+    )
+    group.add_argument("--category", metavar="NAME", help="only questions of this category of spec_bench")
+
+
 def settings_from(arguments: argparse.Namespace) -> Settings:
     """The settings that the options say."""
     return Settings(
         target=arguments.target,
         draft=arguments.draft,
         prompt_file=arguments.prompt_file,
+        dataset=arguments.dataset,
+        category=arguments.category,
         modes=tuple(arguments.modes),
         batch=_unique(arguments.batch),
         temperature=_unique(arguments.temperature),
@@ -252,6 +270,18 @@ def key_values(text: str) -> tuple[str, tuple[Any, ...]]:
     if any(value == "" or isinstance(value, list | dict) for value in values):
         raise argparse.ArgumentTypeError(f"{text!r} is not KEY=V1,V2,... with numbers and words")
     return key, _unique(values)
+
+
+def add_depths(parser: argparse.ArgumentParser) -> None:
+    """The points of a curve."""
+    parser.add_argument(
+        "--depths",
+        nargs="+",
+        type=depths,
+        default=DEPTHS,
+        metavar="T:D",
+        help=f"layers of target and draft (default: {' '.join(f'{t}:{d}' for t, d in DEPTHS)})",
+    )
 
 
 def depths(text: str) -> tuple[int, int]:

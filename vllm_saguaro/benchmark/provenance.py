@@ -22,6 +22,9 @@ PACKAGES = ("torch", "vllm", "transformers", "vllm-saguaro")
 FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8")
 """Processor flags that decide how fast which type is."""
 
+COMMAND = ("vllm-saguaro", "__main__.py")
+"""What the first word ends in where it is the package's command, wherever that is installed."""
+
 BUSY = 0.05
 """A share of the cores' time beyond which somebody else's work would be seen in the numbers."""
 
@@ -46,6 +49,9 @@ def command(arguments: list[str]) -> str:
     """As it was typed, the project's folder left out of paths."""
     if CHECKOUT is not None:
         arguments = [argument.replace(f"{CHECKOUT}/", "") for argument in arguments]
+    program = Path(arguments[0]).name if arguments else ""
+    if program in COMMAND:
+        return shlex.join(["vllm-saguaro", *arguments[1:]])
     return "python " + shlex.join(arguments)
 
 

@@ -143,6 +143,8 @@ class Report:
             raise ValueError(
                 f"this file has format {data.get('schema')!r}, known is {SCHEMA}: is it a report of bench.py?"
             )
+        if "servers" in data:
+            raise ValueError("this file is a report of servers, whose runs are no engines of ours")
         if "runs" not in data:
             raise ValueError("this file has no runs of its own: is it a curve?")
         runs = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_saguaro.benchmark.checkout import PAIR, in_checkout
+from vllm_saguaro.benchmark.prompts import read_prompts
 from vllm_saguaro.benchmark.records import MODES, Engine, Workload
 
 MAX_MODEL_LENGTH = 1024
@@ -40,6 +40,8 @@ class Settings:
     target: Path = PAIR
     draft: Path | None = None
     prompt_file: Path | None = None
+    dataset: str = "prompts"
+    category: str | None = None
     modes: tuple[str, ...] = MODES
     batch: tuple[int, ...] = (1,)
     temperature: tuple[float, ...] = (0.0,)
@@ -163,9 +165,8 @@ class Settings:
         return self.options | dict(engine.options)
 
     def read_prompts(self) -> list[str]:
-        """The prompts, one JSON object with "prompt" a line."""
-        lines = self.prompt_path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["prompt"] for line in lines if line.strip()]
+        """All prompts of the file, or of the category."""
+        return read_prompts(self.prompt_path, self.dataset, self.category)
 
     def order(self, engine: Engine, target: Path, draft: Path) -> dict[str, Any]:
         """What the worker of `engine` is told first; `target` and `draft` are the folders to load, deepened or not.

@@ -81,3 +81,14 @@ def test_vectors_and_means() -> None:
     assert counters.vector(table, "w") == []
     assert counters.mean(table, "h") == pytest.approx(0.5)
     assert counters.mean(table, "g") is None
+
+
+def test_a_servers_metrics_are_the_same_table() -> None:
+    recorded = Path(__file__).parents[1] / "cli" / "recorded" / "first.txt"
+    found = counters.from_exposition(recorded.read_text(encoding="utf-8"))
+    assert found[counters.HITS] == 40
+    assert counters.by_label(found, counters.MISSES) == {"not_predicted": 6, "late": 59, "absent": 0}
+    assert counters.mean(found, counters.VERIFY) is not None
+    assert len(counters.vector(found, counters.ACCEPTED_PER_POSITION)) == 4
+    assert counters.count(found, counters.GENERATED) > 0
+    assert not [name for name in found if "_bucket" in name or "_created" in name or "_total" in name]

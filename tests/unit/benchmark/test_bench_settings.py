@@ -213,6 +213,8 @@ def test_provenance_says_which_processor() -> None:
 def test_provenance_says_what_was_typed_and_installed() -> None:
     words = [f"{ROOT}/scripts/bench.py", "--option", "a=b c"]
     assert provenance.command(words) == "python scripts/bench.py --option 'a=b c'"
+    for program in ("/somewhere/bin/vllm-saguaro", f"{ROOT}/vllm_saguaro/cli/__main__.py"):
+        assert provenance.command([program, "bench", "--k", "3"]) == "vllm-saguaro bench --k 3"
     assert provenance.versions().keys() == {"python", "torch", "vllm", "transformers", "vllm-saguaro"}
     assert provenance.versions()["vllm-saguaro"] is not None
 

@@ -82,8 +82,8 @@ def check_command(words: Sequence[str], serve_parser: ServeParser) -> None:
     elif program == "vllm":
         _check_vllm(rest, serve_parser)
     elif program == "vllm-saguaro":
-        parser = importlib.import_module("vllm_saguaro.cli.main").parser()
-        _parse(parser, rest[: rest.index("--")] if "--" in rest else rest)
+        main = importlib.import_module("vllm_saguaro.cli.main")
+        _parse(main.parser(), main.completed(rest[: rest.index("--")] if "--" in rest else rest))
     elif program == "pip":
         _check_pip(rest)
     elif program == "curl":

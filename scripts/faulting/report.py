@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scripts.benchmark.provenance import warnings
-from scripts.benchmark.tables import NOTHING
 from scripts.faulting.compare import Texts
 from scripts.faulting.episode import Episode
 from scripts.faulting.session import Run
 from scripts.faulting.settings import Settings
+from vllm_saguaro.benchmark.provenance import warnings
+from vllm_saguaro.benchmark.tables import NOTHING
 
 SCHEMA = 1
 _SHOWN = 5

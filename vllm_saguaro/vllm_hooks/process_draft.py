@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from vllm.logger import init_logger
 
-from vllm_saguaro import cores
+from vllm_saguaro import cores, counters
 from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
 from vllm_saguaro.placement.device_mailbox import MailboxDraft
 from vllm_saguaro.placement.process import ProcessChannel
@@ -61,7 +61,7 @@ def open_process_draft(
         with cores.born_on(cpus):
             return ProcessChannel(MODULE, told, shape, environment)
 
-    channel = RestartingChannel(start, config.draft_restarts, page, logger)
+    channel = RestartingChannel(start, config.draft_restarts, page, logger, hits=lambda: page.value(counters.HITS))
     try:
         draft = MailboxDraft(channel, shape, device, lookup, logger, with_q=config.draft_sample_method != "greedy")
         draft.wait_until_ready()

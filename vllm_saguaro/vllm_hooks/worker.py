@@ -110,8 +110,9 @@ class SaguaroWorker(CPUWorker):
                 resident = self._channel.resident_bytes if self._channel is not None else 0
                 # A draft in an actor that takes no memory here is on another node.
                 if self._channel is not None and (resident or self._options["placement"] != "ray"):
-                    budget = KV_BYTES["cpu"] * self._drafts
-                    self.requested_cpu_memory -= budget + resident
+                    taken = KV_BYTES["cpu"] * self._drafts + resident
+                    # Of a pool its share: the other engines on its node, whichever of them started it, take theirs.
+                    self.requested_cpu_memory -= taken // (self._drafts if self._options["draft_pool"] else 1)
             return super().determine_available_memory()
 
     def execute_model(self, scheduler_output: Any) -> Any:

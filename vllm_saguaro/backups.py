@@ -83,7 +83,7 @@ class Backups:
         reached = min(len(turn.speculation) for turn in turns)
         self._policy.observe_jit(reached or depth, seconds)
         if not reached:  # a wait in vain is worth what drafts are that are never accepted
-            self._policy.observe_rows([Judged(Source.JIT, 1, 0)], 0, 0)
+            self._policy.observe_drafts([Judged(Source.JIT, 1, 0)])
         for turn in turns:
             if turn.speculation:
                 self._page.add(counters.BACKUPS["jit"])

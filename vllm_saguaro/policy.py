@@ -7,7 +7,7 @@ Tokens are counted and passes timed as they come; the choices are pure functions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import cast, get_args
@@ -100,14 +100,16 @@ class Policy:
         self._tokens.observe(tokens_out)
         self._seconds.observe(whole)
 
-    def observe_rows(self, judged: Sequence[Judged], hits: int, outcomes: int) -> None:
-        """What came of the drafts in a step, and how many of its outcomes were hits."""
+    def observe_drafts(self, judged: Iterable[Judged]) -> None:
+        """What came of drafts that were verified."""
         for row in judged:
             chances = self._accepted[row.source]
             for j in range(min(row.accepted + 1, row.verified, self._most)):
                 chances[j].observe(1.0 if j < row.accepted else 0.0)
-        if outcomes:
-            self._hit_rate.observe(hits / outcomes, outcomes)
+
+    def observe_look_up(self, hit: bool) -> None:
+        """An outcome was looked for in the cache, of a request that the draft side has."""
+        self._hit_rate.observe(1.0 if hit else 0.0)
 
     def observe_jit(self, depth: int, seconds: float) -> None:
         """Just-in-time drafts were `depth` deep after `seconds`."""

@@ -125,7 +125,7 @@ class Speculator:
             request = self._requests.get(row.request_id)
             if row.sampled and row.verified and request is not None and request.drawn is not None:
                 judged.append(Judged(request.drawn.source, row.verified, len(row.sampled) - 1))
-        self.policy.observe_rows(judged, 0, 0)
+        self.policy.observe_drafts(judged)
 
     def _look_up(self, row: Verified) -> Turn:
         """Find the outcome (k, t*) of a row among the predicted ones."""
@@ -150,7 +150,7 @@ class Speculator:
         if not turn.speculation:
             return self._miss(turn, Miss.LATE)
         turn.drawn = Drawn(Source.CACHE, request.stamp, table.version, branch)
-        self.policy.observe_rows((), 1, 1)
+        self.policy.observe_look_up(hit=True)
         self.page.add(counters.HITS)
         if len(turn.speculation) < self._num_speculative_tokens:
             self.page.add(counters.LATE_TABLES)
@@ -162,7 +162,7 @@ class Speculator:
     def _miss(self, turn: Turn, cause: Miss) -> Turn:
         self.page.add(counters.MISSES[cause])
         if cause is not Miss.ABSENT:
-            self.policy.observe_rows((), 0, 1)
+            self.policy.observe_look_up(hit=False)
         return turn
 
     def _settle(self, turn: Turn, step: Step) -> None:

@@ -73,7 +73,7 @@ def test_before_anything_is_known_it_goes_by_the_priors() -> None:
 def test_each_position_learns_its_own_chance_and_a_rejection_hides_those_after_it() -> None:
     policy = Policy(K, "none")
     for _ in range(2000):
-        policy.observe_rows([Judged(Source.CACHE, 4, 2)], 0, 0)
+        policy.observe_drafts([Judged(Source.CACHE, 4, 2)])
     first, second, third, fourth = policy.reach(Source.CACHE)
     assert (first, second, third) == pytest.approx((1, 1, 0), abs=1e-3)
     assert fourth == pytest.approx(0.7 * third), "never tried"
@@ -82,7 +82,7 @@ def test_each_position_learns_its_own_chance_and_a_rejection_hides_those_after_i
 
 def test_drafts_that_the_scheduler_left_out_were_not_rejected() -> None:
     policy = Policy(K, "none")
-    policy.observe_rows([Judged(Source.CACHE, 2, 2)] * 50, 0, 0)
+    policy.observe_drafts([Judged(Source.CACHE, 2, 2)] * 50)
     first, second, third, fourth = policy.reach(Source.CACHE)
     assert min(first, second) > 0.9
     assert (third / second, fourth / third) == pytest.approx((0.7, 0.7))
@@ -90,25 +90,28 @@ def test_drafts_that_the_scheduler_left_out_were_not_rejected() -> None:
 
 def test_a_draft_by_hand() -> None:
     policy = Policy(1, "none")
-    policy.observe_rows([Judged(Source.NGRAM, 1, 1)], 0, 0)
+    policy.observe_drafts([Judged(Source.NGRAM, 1, 1)])
     # prior 0.4 of weight 4, which fades by 0.99
     assert policy.reach(Source.NGRAM) == pytest.approx([(0.99 * 4 * 0.4 + 1) / (0.99 * 4 + 1)])
 
 
 def test_more_drafts_than_k_are_counted_up_to_k() -> None:
     policy = Policy(2, "none")
-    policy.observe_rows([Judged(Source.CACHE, 5, 5)], 0, 0)
+    policy.observe_drafts([Judged(Source.CACHE, 5, 5)])
     assert len(policy.reach(Source.CACHE)) == 2
 
 
-def test_the_hit_rate_weighs_outcomes_and_not_steps() -> None:
-    together, apart = Policy(K, "none"), Policy(K, "none")
-    together.observe_rows([], 3, 4)
-    for _ in range(4):
-        apart.observe_rows([], 3, 4)
-    assert abs(apart.hit_rate - 0.75) < abs(together.hit_rate - 0.75) < 0.05
-    together.observe_rows([], 0, 0)
-    assert 0.75 < together.hit_rate < 0.8
+def test_the_hit_rate_goes_from_its_prior_to_what_was_found_of_late() -> None:
+    policy = Policy(K, "none")
+    for hit in (True, True, True, False):
+        policy.observe_look_up(hit)
+    assert 0.75 < policy.hit_rate < 0.8
+    for number in range(4000):
+        policy.observe_look_up(hit=number % 4 == 0)
+    assert policy.hit_rate == pytest.approx(0.25, abs=0.01)
+    for _ in range(4000):
+        policy.observe_look_up(hit=True)
+    assert policy.hit_rate == pytest.approx(1, abs=0.01)
 
 
 def test_the_rate_is_tokens_out_by_the_whole_time_of_a_step() -> None:
@@ -151,8 +154,9 @@ def test_the_number_falls_from_all_to_none_as_the_batch_grows() -> None:
 def test_bad_drafts_are_not_worth_verifying_where_good_ones_are() -> None:
     good, bad = informed(Policy(K, "none")), informed(Policy(K, "none"))
     for _ in range(500):
-        good.observe_rows([Judged(Source.CACHE, K, K)], 1, 1)
-        bad.observe_rows([Judged(Source.CACHE, K, 0)], 1, 1)
+        for policy, accepted in ((good, K), (bad, 0)):
+            policy.observe_drafts([Judged(Source.CACHE, K, accepted)])
+            policy.observe_look_up(hit=True)
     for policy in (good, bad):
         policy.resting(8)
     assert (good.drafts(8), bad.drafts(8)) == (K, 0)
@@ -237,7 +241,8 @@ def test_another_draft_side_is_tried_at_once_and_judged_by_itself() -> None:
     """One that hung was late with everything, and the rests had grown long."""
     policy = informed(Policy(K, "none"))
     list(serve(policy, 64, 2000))
-    policy.observe_rows((), 0, 2000)
+    for _ in range(2000):
+        policy.observe_look_up(hit=False)
     assert policy.quiet
     assert policy.hit_rate < 0.1
     policy.begin_anew()
@@ -298,10 +303,10 @@ def test_n_grams_that_are_never_right_are_given_up() -> None:
     for depth in (1, 2, 3, 4) * 20:
         policy.observe_jit(depth, 10.0 * depth)
     for _ in range(500):
-        policy.observe_rows([Judged(Source.NGRAM, K, K)], 0, 0)
+        policy.observe_drafts([Judged(Source.NGRAM, K, K)])
     assert policy.back_up([True, False], 3, K).rows == ("ngram", "none")
     for _ in range(1000):
-        policy.observe_rows([Judged(Source.NGRAM, K, 0)], 0, 0)
+        policy.observe_drafts([Judged(Source.NGRAM, K, 0)])
     assert policy.back_up([True, False], 3, K).rows == ("none", "none")
 
 

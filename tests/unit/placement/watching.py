@@ -26,8 +26,18 @@ def gone(pid: int) -> bool:
         return True
 
 
-def cpu_seconds(pid: int) -> float:
-    """Time that a process has used."""
+def becomes_idle(pid: int) -> bool:
+    """Whether a process comes to use hardly any time."""
+    return until(lambda: _used_in_a_second(pid) < 0.05)
+
+
+def _used_in_a_second(pid: int) -> float:
+    before = _cpu_seconds(pid)
+    time.sleep(1.0)
+    return _cpu_seconds(pid) - before
+
+
+def _cpu_seconds(pid: int) -> float:
     return sum(map(int, _status(pid)[11:13])) / os.sysconf("SC_CLK_TCK")
 
 

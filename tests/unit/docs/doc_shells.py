@@ -53,6 +53,7 @@ def run(command: Shown, way: Runs, folder: Path, **servers: str) -> str:
             stderr=said,
             text=True,
             start_new_session=True,
+            preexec_fn=_hear_ctrl_c,
         )
         try:
             status = _interrupted(process, way, said) if way.interrupted else process.wait(SECONDS)
@@ -87,6 +88,11 @@ def end(process: subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _hear_ctrl_c() -> None:
+    """A test run in the background ignores it, and all that it starts would."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _interrupted(process: subprocess.Popen[str], way: Runs, said: object) -> int:

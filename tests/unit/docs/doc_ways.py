@@ -68,7 +68,7 @@ SMALL_SERVER = (
     "--enforce-eager"
 )
 SMALL_BENCH = (
-    "--target-layers 3 --draft-layers 2 --k 2 --branches 6 --batch 1 --temperature 0 --top-p 1 --sampling coupled "
+    "--target-layers 6 --draft-layers 3 --k 2 --branches 6 --batch 1 --temperature 0 --top-p 1 --sampling coupled "
     "--baseline-sampling greedy --fan-out ranked --prompts 1 --tokens 8 --repetitions 1 --eager "
     "--output {folder}/x.json"
 )
@@ -80,7 +80,7 @@ WAYS: tuple[Way, ...] = (
     # scripts/bench.py, vllm-saguaro bench
     Runs(r"python scripts/bench\.py plot .*", Cost.QUICK, "--plot {folder}/x.png", r"written to \S+x\.png"),
     Runs(r"python scripts/bench\.py compare .*", Cost.QUICK, says=r"B / A"),
-    Runs(r"python scripts/bench\.py curve .*", Cost.LONG, f"{SMALL_BENCH} --depths 3:2", r"target:draft layers"),
+    Runs(r"python scripts/bench\.py curve .*", Cost.LONG, f"{SMALL_BENCH} --depths 6:3", r"target:draft layers"),
     Runs(r"python scripts/bench\.py --.*", Cost.LONG, SMALL_BENCH, r"== batch 1, T=0"),
     Runs(
         r"vllm-saguaro bench --against-server .*",

@@ -26,9 +26,11 @@ class FakeServer:
         ids: bool = True,
         metrics: bool = True,
         longest: int = 1024,
+        hits: int = 3,
     ) -> None:
         self.drafts, self.odd, self.flaw, self.others, self.models = drafts, odd or {}, flaw, others, models
         self.ids, self.metrics, self.longest = ids, metrics, longest
+        self.hits = hits
         self.bodies: list[dict[str, Any]] = []
         self.most_at_once = 0
         self._at_once = self._made = self._rounds = 0
@@ -85,7 +87,7 @@ class FakeServer:
                 f'vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {4 * rounds}.0',
                 f'vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {(self.drafts - 1) * rounds}.0',
                 f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="0"}} {rounds}.0',
-                f'vllm:saguaro_hits_total{{engine="0"}} {3 * rounds}.0',
+                f'vllm:saguaro_hits_total{{engine="0"}} {self.hits * rounds}.0',
                 f'vllm:saguaro_misses_total{{cause="late",engine="0"}} {rounds}.0',
                 f'vllm:saguaro_target_wait_seconds_sum{{engine="0"}} {0.002 * rounds}',
                 f'vllm:saguaro_target_wait_seconds_count{{engine="0"}} {rounds}.0',

@@ -151,7 +151,7 @@ class _Session:
     def _body(self, server: About, load: Load, prompt: str, tokens: int, salt: str) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": server.model,
-            "prompt": prompt,
+            **({"messages": [{"role": "user", "content": prompt}]} if self._settings.chat else {"prompt": prompt}),
             "max_tokens": tokens,
             "temperature": load.temperature,
             "ignore_eos": True,  # every server makes the same number of tokens

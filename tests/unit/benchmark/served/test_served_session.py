@@ -158,6 +158,17 @@ def test_a_server_without_metrics_is_measured_all_the_same(make: Make, prompts: 
     assert report.runs[0].repetitions[0].counters == {}
 
 
+def test_a_chat_has_the_prompt_as_a_users_message(make: Make, prompts: Path) -> None:
+    server, other = make(), make(odd={"p3": 2})
+    report = quietly(settings_of(prompts, server, other, chat=True))
+    assert all(
+        body["messages"] == [{"role": "user", "content": body["messages"][0]["content"]}] for body in server.bodies
+    )
+    assert not any("prompt" in body for body in server.bodies)
+    assert [one.tokens for one in report.runs[0].repetitions] == [60, 60]
+    assert [one.differing for one in report.runs[1].repetitions] == [{3: 2}] * 2
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_prompts_that_come_again_are_salted_unless_the_cache_is_asked_for(
     cached: bool, make: Make, prompts: Path

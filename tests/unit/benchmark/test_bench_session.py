@@ -17,7 +17,6 @@ from vllm_saguaro.benchmark import deepened, procfs, provenance, session
 from vllm_saguaro.benchmark.client import WorkerError, WorkerHandle
 from vllm_saguaro.benchmark.progress import Progress
 from vllm_saguaro.benchmark.settings import Settings
-from vllm_saguaro.vllm_hooks.benchmark_probes import Stopwatch
 
 
 class FakeWorker:
@@ -187,15 +186,6 @@ def test_processor_time_of_a_session() -> None:
         assert procfs.session_seconds(process.pid) >= 0.25
         process.communicate(b"\n")
     assert procfs.session_seconds(process.pid) == 0
-
-
-def test_stopwatch_adds_up_even_when_a_call_fails() -> None:
-    stopwatch = Stopwatch()
-    sleep = stopwatch.wrap(time.sleep)
-    sleep(0.02)
-    with pytest.raises(TypeError):
-        sleep("long")
-    assert stopwatch.seconds >= 0.02
 
 
 def test_a_deepened_copy_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,7 @@ class _Session:
             finally:
                 self._progress.end()
         self._judge_reference(servers[0])
+        self._judge_drafts(servers, runs)
         told = {server.name: dataclasses.asdict(server) for server in servers}
         for each, url in settings.to_json()["servers"].items():
             told[each]["url"] = url
@@ -150,7 +151,7 @@ class _Session:
     def _body(self, server: About, load: Load, prompt: str, tokens: int, salt: str) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": server.model,
-            "prompt": prompt,
+            **({"messages": [{"role": "user", "content": prompt}]} if self._settings.chat else {"prompt": prompt}),
             "max_tokens": tokens,
             "temperature": load.temperature,
             "ignore_eos": True,  # every server makes the same number of tokens
@@ -183,6 +184,13 @@ class _Session:
                     f"{first.name} itself gives another greedy text for {len(unsteady)} of {len(alone)} prompts "
                     f"from one repetition to the next ({load.name}): its batches are not invariant"
                 )
+
+    def _judge_drafts(self, servers: Sequence[About], runs: Sequence[Run]) -> None:
+        """Numbers say nothing of a method that did not work."""
+        for run in runs:
+            saguaro = any(server.is_saguaro for server in servers if server.name == run.server)
+            if saguaro and not any(count(one.counters, counters.HITS) for one in run.repetitions):
+                self._note(f"{run.name}: no table was ever there when it was needed; is the draft side running?")
 
     def _note(self, text: str) -> None:
         if text not in self._notes:

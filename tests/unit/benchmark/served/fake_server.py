@@ -26,9 +26,11 @@ class FakeServer:
         ids: bool = True,
         metrics: bool = True,
         longest: int = 1024,
+        hits: int = 3,
     ) -> None:
         self.drafts, self.odd, self.flaw, self.others, self.models = drafts, odd or {}, flaw, others, models
         self.ids, self.metrics, self.longest = ids, metrics, longest
+        self.hits = hits
         self.bodies: list[dict[str, Any]] = []
         self.most_at_once = 0
         self._at_once = self._made = self._rounds = 0
@@ -51,6 +53,7 @@ class FakeServer:
                 web.get("/version", self._version),
                 web.get("/metrics", self._metrics),
                 web.post("/v1/completions", self._completions),
+                web.post("/v1/chat/completions", self._completions),
             ]
         )
         runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -85,7 +88,7 @@ class FakeServer:
                 f'vllm:spec_decode_num_draft_tokens_total{{engine="0"}} {4 * rounds}.0',
                 f'vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {(self.drafts - 1) * rounds}.0',
                 f'vllm:spec_decode_num_accepted_tokens_per_pos_total{{engine="0",position="0"}} {rounds}.0',
-                f'vllm:saguaro_hits_total{{engine="0"}} {3 * rounds}.0',
+                f'vllm:saguaro_hits_total{{engine="0"}} {self.hits * rounds}.0',
                 f'vllm:saguaro_misses_total{{cause="late",engine="0"}} {rounds}.0',
                 f'vllm:saguaro_target_wait_seconds_sum{{engine="0"}} {0.002 * rounds}',
                 f'vllm:saguaro_target_wait_seconds_count{{engine="0"}} {rounds}.0',
@@ -110,15 +113,19 @@ class FakeServer:
 
     async def _stream(self, response: web.StreamResponse, body: dict[str, Any]) -> None:
         wanted = body["max_tokens"] - (1 if self.flaw == "short" else 0)
-        start = sum(body["prompt"].encode()) % 100
-        turn = self.odd.get(body["prompt"], wanted)
+        prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
+        start = sum(prompt.encode()) % 100
+        turn = self.odd.get(prompt, wanted)
+        if "messages" in body:
+            await self._send(response, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
         tokens = [start + place + (1000 if place >= turn else 0) for place in range(wanted)]
         for first in range(0, wanted, self.drafts):
             piece = tokens[first : first + self.drafts]
             await asyncio.sleep(0.002)
             if self.flaw == "hangs" and first:
                 await asyncio.sleep(60)
-            choice = {"index": 0, "text": "".join(f" {token}" for token in piece)}
+            text = "".join(f" {token}" for token in piece)
+            choice = {"index": 0, **({"delta": {"content": text}} if "messages" in body else {"text": text})}
             await self._send(response, {"choices": [choice | ({"token_ids": piece} if self.ids else {})]})
             self._made += len(piece) + (self.others if not first else 0)
             self._rounds += 1

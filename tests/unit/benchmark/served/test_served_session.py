@@ -145,10 +145,28 @@ def test_who_else_is_served_is_said(make: Make, prompts: Path) -> None:
     assert report.notes == ["plain made 30 tokens for others while it was measured (1 at once, T=0)"]
 
 
+def test_drafts_that_are_never_there_are_said(make: Make, prompts: Path) -> None:
+    report = quietly(settings_of(prompts, make(), make(drafts=2, hits=0)))
+    assert report.notes == [
+        "saguaro, 1 at once, T=0: no table was ever there when it was needed; is the draft side running?"
+    ]
+
+
 def test_a_server_without_metrics_is_measured_all_the_same(make: Make, prompts: Path) -> None:
     report = quietly(settings_of(prompts, make(metrics=False)))
     assert report.notes == ["plain shows no /metrics: no hit rate and no acceptance of it"]
     assert report.runs[0].repetitions[0].counters == {}
+
+
+def test_a_chat_has_the_prompt_as_a_users_message(make: Make, prompts: Path) -> None:
+    server, other = make(), make(odd={"p3": 2})
+    report = quietly(settings_of(prompts, server, other, chat=True))
+    assert all(
+        body["messages"] == [{"role": "user", "content": body["messages"][0]["content"]}] for body in server.bodies
+    )
+    assert not any("prompt" in body for body in server.bodies)
+    assert [one.tokens for one in report.runs[0].repetitions] == [60, 60]
+    assert [one.differing for one in report.runs[1].repetitions] == [{3: 2}] * 2
 
 
 @pytest.mark.parametrize("cached", [False, True])

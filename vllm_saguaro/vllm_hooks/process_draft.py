@@ -22,6 +22,7 @@ from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.process import ProcessChannel
 from vllm_saguaro.placement.ray_channel import RayChannel
 from vllm_saguaro.placement.restarting import RestartingChannel
+from vllm_saguaro.trace import ROUNDS
 from vllm_saguaro.vllm_hooks.ray_draft import MODULE, ray_draft
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def open_process_draft(
         support=SUPPORT,
         vocab_size=options["target_vocab_size"],
         device_steps=STEPS,
+        rounds=ROUNDS if config.trace is not None else 0,
     )
     environment = _environment(config, options, device)
 

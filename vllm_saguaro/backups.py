@@ -14,6 +14,7 @@ from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Step, Want
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.policy import Judged, Policy, Source
+from vllm_saguaro.trace import Trace
 from vllm_saguaro.turn import Drawn, Turn
 
 _POLL_SECONDS = 20e-6
@@ -25,8 +26,8 @@ _HANGS_AFTER = 4.0
 class Backups:
     """N-gram guesses, and drafts that the draft side makes just in time."""
 
-    def __init__(self, channel: Channel, page: CounterPage, policy: Policy) -> None:
-        self._channel, self._page, self._policy = channel, page, policy
+    def __init__(self, channel: Channel, page: CounterPage, policy: Policy, trace: Trace) -> None:
+        self._channel, self._page, self._policy, self._trace = channel, page, policy, trace
 
     def serve(self, turns: Sequence[Turn], most: int) -> None:
         """Drafts from elsewhere for the rows that missed, and the rest of those that are late.
@@ -67,7 +68,7 @@ class Backups:
         more = self._policy.more_depths(have, most, len(found))
         if not more:
             return
-        seconds = self._await(found, have + more)
+        seconds = self._await(found, have + more, "late")
         if seconds:
             gained = sum(len(turn.speculation) for turn in found) - sum(before)
             self._policy.observe_late(more, gained / len(found), seconds)
@@ -77,7 +78,7 @@ class Backups:
 
     def _wait(self, turns: Sequence[Turn], depth: int) -> None:
         """Wait for just-in-time drafts of outcomes that nobody predicted."""
-        seconds = self._await(turns, depth)
+        seconds = self._await(turns, depth, "just in time")
         if not seconds:  # the draft side could not be told
             return
         reached = min(len(turn.speculation) for turn in turns)
@@ -88,7 +89,7 @@ class Backups:
             if turn.speculation:
                 self._page.add(counters.BACKUPS["jit"])
 
-    def _await(self, turns: Sequence[Turn], depth: int) -> float:
+    def _await(self, turns: Sequence[Turn], depth: int, why: str) -> float:
         """Have the draft side go on with these outcomes alone, and wait, but never for long; the seconds it took.
 
         0.0 where it was not told: it is not there, has no room, or hangs.
@@ -106,8 +107,10 @@ class Backups:
             if not waiting or not self._channel.alive or time.perf_counter() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
-        seconds = time.perf_counter() - began
+        ended = time.perf_counter()
+        seconds = ended - began
         self._page.observe(counters.BACKUP_WAIT, seconds)
+        self._trace.waited(began, ended, len(turns), why)
         return seconds
 
     def _arrived(self, turn: Turn, depth: int) -> bool:

@@ -46,6 +46,7 @@ OWN_KEYS: Final = (
     "adaptive",
     "draft_restarts",
     "draft_replicas",
+    "trace",
 )
 RAY_KEYS: Final = ("num_cpus", "num_gpus", "resources", "runtime_env", "namespace", "address")
 
@@ -123,6 +124,7 @@ class SaguaroConfig:
     adaptive: bool | None = None
     draft_restarts: int = 5
     draft_replicas: int = 1
+    trace: str | None = None
     draft_sample_method: str = "coupled"
     num_speculative_tokens: int = 4
     draft_max_length: int = 0
@@ -149,6 +151,10 @@ class SaguaroConfig:
         _require_choice("fan_out", self.fan_out, FAN_OUTS)
         _require_choice("placement", self.placement, PLACEMENTS)
         _require_choice("backup", self.backup, BACKUPS)
+        if self.trace is not None and not (isinstance(self.trace, str) and self.trace.strip()):
+            raise SaguaroConfigError(
+                f'trace must be the name of a file, not {_show(self.trace)}: write for example "trace.json"'
+            )
         if self.draft_cpus is not None:
             _require_cpus(self.draft_cpus)
         if self.ray_options is not None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 import numpy as np
 
@@ -183,6 +183,35 @@ class Table:
     def speculation(self, branch: int) -> tuple[int, ...]:
         """The drafts of a branch, as deep as they are."""
         return tuple(int(row[branch]) for row in self.drafts)
+
+
+class Work(IntEnum):
+    """What the draft side was busy with."""
+
+    ROUND = 1
+    """Tables for outcomes that are yet to come: glue, fork, decode."""
+    PURSUIT = 2
+    """Drafts for outcomes that are known already, made just in time: there is no glue."""
+    PROMPT = 3
+    """A piece of a text: glue alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One piece of work of the draft side, told for a trace and for nothing else.
+
+    Times in nanoseconds of its machine's CLOCK_MONOTONIC: it fed the tokens that were lacking from `began` to `glued`,
+    chose outcomes until `forked`, and decoded until `ended`. `rows` requests together, `branches` of each at most; of
+    a `PROMPT` the tokens read, and 0.
+    """
+
+    work: Work
+    began: int
+    glued: int
+    forked: int
+    ended: int
+    rows: int
+    branches: int
 
 
 class Miss(StrEnum):

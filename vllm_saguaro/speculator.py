@@ -18,6 +18,7 @@ from vllm_saguaro.messages import Admit, Miss, Outcome, Proposals, Release, Samp
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.policy import Judged, Policy, Source
 from vllm_saguaro.slots import Slots
+from vllm_saguaro.trace import Trace
 from vllm_saguaro.turn import Drawn, Request, Turn, Verified
 
 _LONGEST_REST = 63
@@ -47,11 +48,14 @@ class Speculator:
         page: CounterPage,
         log: logging.Logger,
         policy: Policy,
+        trace: Trace | None = None,
     ) -> None:
+        """`trace`: whom to tell what happens; None: nobody asks."""
         self.channel = channel
         self.page = page
         self.policy = policy
-        self._backups = Backups(channel, page, policy)
+        self._trace = trace or Trace()
+        self._backups = Backups(channel, page, policy, self._trace)
         self._num_speculative_tokens = num_speculative_tokens
         self._log = log
         self._requests: dict[str, Request] = {}
@@ -79,9 +83,12 @@ class Speculator:
         `tokens_in`: tokens that the step fed, where it only decoded.
         """
         known_at = time.perf_counter()
+        self._trace.forward_ended(known_at, rows)
         self._notice_lives()
         self._measure(rows, tokens_in, known_at)
-        if self.policy.resting(len(rows)):
+        resting = self.policy.resting(len(rows))
+        self._trace.drawing(not resting)
+        if resting:
             self.page.add(counters.QUIET_STEPS)
             self._in_hand_at = time.perf_counter()
             return [[] for _ in rows]
@@ -97,6 +104,8 @@ class Speculator:
             turn.speculation = turn.speculation[:worth]
         self._backups.serve(turns, worth)
         in_hand_at = time.perf_counter()
+        if turns:
+            self._trace.served(known_at, rows)
 
         step = Step()
         for turn in turns:
@@ -237,6 +246,7 @@ class Speculator:
             if not self.policy.quiet:
                 self._admit(request_id, tokens, sampling, step)
         self._post(step)
+        self._trace.forward_began()
 
     def _admit(self, request_id: str, tokens: Sequence[int], sampling: Sampling, step: Step) -> None:
         if not self._slots.has_room:  # perhaps no draft side is there yet, and it is not known how much it can hold

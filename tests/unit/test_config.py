@@ -69,9 +69,19 @@ def test_options_cross_processes_as_json() -> None:
         draft_sample_method="greedy",
         num_speculative_tokens=3,
         draft_max_length=2048,
+        trace="trace.json",
     )
     travelled = json.loads(json.dumps({**config.to_dict(), "draft": {"model": "x"}}))
     assert SaguaroConfig.from_dict(travelled) == config
+
+
+@pytest.mark.parametrize("value", [7, "", "  ", True, ["a"]])
+def test_a_trace_is_the_name_of_a_file(value: Any) -> None:
+    shown = json.dumps(value) if isinstance(value, str) else repr(value)
+    expected = f'trace must be the name of a file, not {" ".join(shown.split())}: write for example "trace.json"'
+    assert refusal(trace=value) == expected
+    assert split_options({"trace": "rounds.json"})[0].trace == "rounds.json"
+    assert split_options({})[0].trace is None
 
 
 def test_a_dotted_option_gives_draft_cpus_as_a_number() -> None:

@@ -24,12 +24,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "policy": {"algorithm", "messages", "counters"},
     "turn": {"policy", "messages"},
     "slots": {"placement", "messages"},
-    "backups": {"turn", "policy", "placement", "messages", "counters"},
-    "speculator": {"slots", "backups", "turn", "policy", "placement", "messages", "counters"},
+    "trace_file": {"config"},
+    "trace": {"trace_file", "turn", "placement", "messages", "counters"},
+    "backups": {"turn", "trace", "policy", "placement", "messages", "counters"},
+    "speculator": {"slots", "backups", "turn", "trace", "policy", "placement", "messages", "counters"},
     "device_options": {"config"},
 }
 """What each room may import beside itself; `vllm_hooks`, `cli` and `benchmark` may import everything."""
-LIGHT = ("__init__.py", "config.py", "device_options.py", "cores.py", "messages.py", "counters.py")
+LIGHT = ("__init__.py", "config.py", "device_options.py", "cores.py", "messages.py", "counters.py", "trace_file.py")
 UNPICKLING = (
     "pickle",
     "_pickle",

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from vllm_saguaro.drafting.diary import diary
 from vllm_saguaro.drafting.engine import DraftEngine
 from vllm_saguaro.drafting.trunk import Tree, Trunk
-from vllm_saguaro.messages import Admit, Outcome, Release, Stamp, Step, Table, Want
+from vllm_saguaro.messages import Admit, Outcome, Release, Round, Stamp, Step, Table, Want, Work
 
 MAX_ROWS_A_TREE = 256
 """Branches of all requests together; with more requests each gets fewer, so that a round stays a few forwards long."""
@@ -38,10 +39,15 @@ class Entry:
 class DraftLoop:
     """Keeps a table of predicted outcomes ready for every request: extend, fork, K times grow, publish as it goes."""
 
-    def __init__(self, engine: DraftEngine, publish: Callable[[Table], None]) -> None:
-        """`publish(table)` is called when a table is forked (depth 0) and again at every depth."""
+    def __init__(
+        self, engine: DraftEngine, publish: Callable[[Table], None], note: Callable[[Round], None] | None = None
+    ) -> None:
+        """`publish(table)` is called when a table is forked (depth 0) and again at every depth; `note(round)`, for a
+        trace, when all tables of a round are as they stay.
+        """
         self.engine = engine
         self._publish = publish
+        self._diary = diary(note)
         self._entries: dict[int, Entry] = {}
         """By slot, in the order in which they were told."""
         self._tree: Tree | None = None
@@ -101,7 +107,7 @@ class DraftLoop:
             if entry.stamp.slot not in settled:
                 self.engine.drop_branches(entry.trunk)
                 entry.forked, entry.again = False, True
-        self._tree, self._growing = None, []
+        self._finish()
 
     def _pursue(self, wants: Sequence[Want]) -> None:
         """Outcomes that the target waits at: their branches alone, before anything else."""
@@ -123,15 +129,17 @@ class DraftLoop:
         entries = [entry for entry, _ in wanted]
         self._stop_growing({entry.stamp.slot for entry in entries})
         self._let_go()
+        self._diary.begin(len(entries), Work.PURSUIT)
         depth = max(want.depth for _, want in wanted)
         tree = self.engine.pursue([(entry.trunk, want.accepted, want.bonus) for entry, want in wanted], depth)
         for entry in entries:
             entry.forked = True
         self._growing = [entry for entry in entries if entry.trunk.branches]
         self._publish_growing(anew=True)
+        self._diary.forked(1)
         self._tree = tree
         if tree is None or tree.finished:
-            self._tree, self._growing = None, []
+            self._finish()
 
     def _begin_round(self) -> bool:
         """Glue and fork for every request that awaits a table and lacks at most a few tokens."""
@@ -147,7 +155,9 @@ class DraftLoop:
             tokens += pending
         if not entries:
             return False
+        self._diary.begin(len(entries))
         self.engine.extend([e.trunk for e in entries], self._few)
+        self._diary.glued()
         ready = [e for e in entries if e.trunk.valid == e.trunk.length]
         for entry in entries:
             entry.forked = True  # also where no block was left: this round goes without, the next one tries again
@@ -157,9 +167,12 @@ class DraftLoop:
             self._tree = self.engine.fork([e.trunk for e in ready], share)
             self._growing = [e for e in ready if e.trunk.branches]
             self._publish_growing()
+            self._diary.forked(share if self._growing else 0)
             after_outcomes = [e.known_at for e in ready if e.stamp.round > 0 and not e.again]
             if after_outcomes:  # the reading of a prompt is no glue
                 pace.observe_glue(time.perf_counter() - max(after_outcomes))
+        if self._tree is None:
+            self._diary.end()
         return True
 
     def _grow(self, tree: Tree) -> None:
@@ -167,8 +180,14 @@ class DraftLoop:
         self.engine.grow(tree)
         self.engine.pace.observe_step(len(tree.next_ids), time.perf_counter() - began)
         self._publish_growing()
+        self._diary.grown()
         if tree.finished:
-            self._tree, self._growing = None, []
+            self._finish()
+
+    def _finish(self) -> None:
+        """What the tree under way has reached is what there is."""
+        self._tree, self._growing = None, []
+        self._diary.end()
 
     def _prefill(self) -> bool:
         """A piece of a text that is not read yet: in turns of the one that was told first and of the shortest rest.
@@ -183,12 +202,14 @@ class DraftLoop:
         self._first_next = not self._first_next
         entry = waiting[0] if self._first_next else min(waiting, key=lambda e: e.trunk.lacking)
         model, trunk, alone = self.engine.model, entry.trunk, self.alone and len(self._entries) == 1
-        before = trunk.valid
+        before, began = trunk.valid, self._diary.now()
         if self.engine.has_room_for(trunk):
             self.engine.extend([trunk], model.max_tokens if alone else min(PROMPT_PIECE, model.max_tokens))
         if trunk.valid == before:
             self.engine.release(trunk)  # half a prompt is of no use, and others may need the blocks
             entry.forked = True  # tried again at its next outcome
+        else:
+            self._diary.read(began, trunk.valid - before)
         return True
 
     # ---- what the target side says -----------------------------------------------------------------------------
@@ -260,7 +281,7 @@ class DraftLoop:
         self._leaving.append(entry.trunk)
         self._growing = [other for other in self._growing if other is not entry]
         if not self._growing:
-            self._tree = None
+            self._finish()
 
     def _let_go(self) -> None:
         for trunk in self._leaving:

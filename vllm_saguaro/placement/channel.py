@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from vllm_saguaro.messages import Proposals, Stamp, Step, Table
+from vllm_saguaro.messages import Proposals, Round, Stamp, Step, Table
 
 
 class Channel(Protocol):
@@ -79,6 +79,18 @@ class Lender(Protocol):
 
     def lend(self) -> memoryview | None:
         """The mailbox of the present life; None where there is none. It stays mapped as long as anyone has it."""
+        ...
+
+
+@runtime_checkable
+class Traced(Protocol):
+    """Who can say what a draft side was busy with."""
+
+    def rounds(self) -> Sequence[Round]:
+        """The rounds of its present life since the last call; none where its mailbox has no room for them.
+
+        For one thread alone, which may be another than that of the other calls.
+        """
         ...
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
-from vllm_saguaro.messages import Admit, Release, Sampling, Stamp, Step
-from vllm_saguaro.placement.channel import LendingChannel
+from vllm_saguaro.messages import Admit, Release, Round, Sampling, Stamp, Step
+from vllm_saguaro.placement.channel import LendingChannel, Traced
 from vllm_saguaro.placement.device_q import write_certain, write_logits
 from vllm_saguaro.placement.device_tables import TableReader
 from vllm_saguaro.placement.layout import DEVICE_WORDS, RECORD_HEADER, MailboxShape
@@ -113,6 +113,10 @@ class MailboxDraft:
         self._life: _Life | None = None
         self._retired: list[_Life] = []
         self._given: _Given | None = None
+
+    def rounds(self) -> Sequence[Round]:
+        """What the draft side was busy with since the last call. From any one thread."""
+        return self._channel.rounds() if isinstance(self._channel, Traced) else []
 
     def wait_until_ready(self) -> None:
         """Return once the draft has loaded. Raises `DraftFailed` when it cannot, or is closed meanwhile."""

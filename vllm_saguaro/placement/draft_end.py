@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
-from vllm_saguaro.messages import Step, Table
+from vllm_saguaro.messages import Round, Step, Table
 from vllm_saguaro.placement.mailbox import DraftState
 
 YIELD_SECONDS = 2e-3
@@ -27,6 +28,11 @@ class DraftMailbox(Protocol):
     @property
     def dropped(self) -> int:
         """How many steps did not decode, and were dropped."""
+        ...
+
+    @property
+    def note(self) -> Callable[[Round], None] | None:
+        """Where rounds are told, for a trace; None: nobody asks."""
         ...
 
     def receive(self) -> Step | None:

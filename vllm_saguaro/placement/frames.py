@@ -6,6 +6,7 @@
     STATE    draft to target: state (32 bits), longest text (32)
     TAKEN    draft to target: how many steps the draft side has taken so far (64)
     TABLE    draft to target: one depth of a table (`TableFrames`)
+    ROUND    draft to target: a round that has ended, as `rounds.py` has it (7 x 64); where a trace is asked for
 
 Every kind has a bound for its length, from the shape of the mailbox. What is beyond it, or has another magic, version
 or kind, is a `FrameError`: after it nothing of the stream means anything.
@@ -21,15 +22,17 @@ from enum import IntEnum
 
 import numpy as np
 
-from vllm_saguaro.messages import GONE, Proposals, Stamp, Table
+from vllm_saguaro.messages import GONE, Proposals, Round, Stamp, Table
 from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.meeting import VERSION
+from vllm_saguaro.placement.rounds import round_of
 
 _MAGIC = 0x4753  # "SG"
 _HEADER = struct.Struct("<HBBI")
 _TABLE = struct.Struct("<iiqdHHHxx")  # slot, generation, round, seconds, branches, depth, candidates of q
 STATE = struct.Struct("<ii")
 TAKEN = struct.Struct("<q")
+_ROUND = struct.Struct("<7q")
 
 
 class Kind(IntEnum):
@@ -39,6 +42,7 @@ class Kind(IntEnum):
     STATE = 2
     TAKEN = 3
     TABLE = 4
+    ROUND = 5
 
 
 class FrameError(ValueError):
@@ -57,11 +61,12 @@ def bounds_of_steps(shape: MailboxShape) -> dict[int, int]:
 
 def bounds_of_tables(shape: MailboxShape) -> dict[int, int]:
     """What the draft side may send, and how long it may be."""
-    return {
+    bounds = {
         Kind.STATE: STATE.size,
         Kind.TAKEN: TAKEN.size,
         Kind.TABLE: _TABLE.size + shape.branches * max(8, 4 + 8 * shape.support),
     }
+    return {**bounds, Kind.ROUND: _ROUND.size} if shape.rounds else {**bounds}
 
 
 class FrameReader:
@@ -88,6 +93,27 @@ class FrameReader:
             start, at = at + _HEADER.size, at + _HEADER.size + size
             yield Kind(kind), bytes(held[start:at])
         del held[:at]
+
+
+def encode_round(one: Round) -> bytes:
+    """A round as a frame."""
+    return pack(Kind.ROUND, _ROUND.pack(*dataclasses.astuple(one)))
+
+
+def decode_round(payload: bytes, shape: MailboxShape, now: int) -> Round:
+    """The round in a frame that came at `now`, in nanoseconds: its end.
+
+    The other node has another clock: what is true of its times is how long everything took. Raises `FrameError`.
+    """
+    try:
+        one = round_of(list(_ROUND.unpack(payload)), shape.branches)
+    except struct.error as error:
+        raise FrameError(str(error)) from None
+    if one is None:
+        raise FrameError("a round that cannot be")
+    later = now - one.ended
+    began, glued, forked = (at + later for at in (one.began, one.glued, one.forked))
+    return dataclasses.replace(one, began=began, glued=glued, forked=forked, ended=now)
 
 
 def encode_table(table: Table) -> bytes:

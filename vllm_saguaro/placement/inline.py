@@ -7,22 +7,30 @@ returns, so every table is complete and the target waits for all of it.
 from __future__ import annotations
 
 import mmap
+import time
 from collections.abc import Callable, Sequence
 
 from vllm_saguaro.drafting.engine import DraftEngine
 from vllm_saguaro.drafting.loop import DraftLoop
-from vllm_saguaro.messages import Proposals, Stamp, Step, Table
+from vllm_saguaro.messages import Proposals, Round, Stamp, Step, Table
 from vllm_saguaro.placement.mailbox import Mailbox, MailboxShape
 
 
 class InlineChannel:
     """A draft side that works when it is told something, and is done when the call returns."""
 
-    def __init__(self, make_engine: Callable[[], DraftEngine], shape: MailboxShape) -> None:
+    def __init__(
+        self,
+        make_engine: Callable[[], DraftEngine],
+        shape: MailboxShape,
+        drafted: Callable[[float, float], None] | None = None,
+    ) -> None:
+        """`drafted` is told from when to when the target's thread drafted (`time.perf_counter`)."""
         # Anonymous pages are there once they are used: the room for q costs nothing where there is none.
         self._mailbox = Mailbox(memoryview(mmap.mmap(-1, shape.total_bytes)), shape)
         self._engine = make_engine()
-        self._loop = DraftLoop(self._engine, self._mailbox.publish)
+        self._loop = DraftLoop(self._engine, self._mailbox.publish, self._mailbox.note)
+        self._drafted = drafted
         self.alive = True
         self.shards: Sequence[range] = (range(shape.slots),)
 
@@ -52,9 +60,12 @@ class InlineChannel:
         received = self._mailbox.receive()
         if received is None:
             return False
+        began = time.perf_counter()
         self._loop.submit(received)
         while self._loop.advance():
             pass
+        if self._drafted is not None:
+            self._drafted(began, time.perf_counter())
         return True
 
     def read(self, slot: int) -> Table | None:
@@ -64,6 +75,10 @@ class InlineChannel:
     def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
         """The q of a branch's drafts."""
         return self._mailbox.proposals(stamp, version, branch, depth) if self.alive else None
+
+    def rounds(self) -> Sequence[Round]:
+        """What was drafted since the last call."""
+        return self._mailbox.rounds()
 
     def wait_until_ready(self) -> None:
         """Nothing to wait for: the engine was made in the constructor."""

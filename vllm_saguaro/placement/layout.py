@@ -2,7 +2,7 @@
 
 In 64-bit words:
 
-    control  [16]               head and tail of the ring, state of the draft side, its maximum length; from word 8 on
+    control  [24]               head and tail of the ring, state of the draft side, its maximum length; from word 8 on
                                 magic and version, and the sizes of `MailboxShape`
     tables   [slots][cell]      sequence, generation, round, branches, depth, nanoseconds, keys [N], drafts [K][N]
     device   [8]                number of the newest record; `device` and `records` are written by the target's device
@@ -12,6 +12,8 @@ In 64-bit words:
     q        [slots][2][cell]   generation, round, sequence; then of each draft [K][N] its M candidates (32 bits each),
                                 and their probabilities (float32). Rounds take turns between the two
     ring     [ring_bytes]       frames: length (8 bytes), then the step as `wire` encodes it, padded to 8
+    rounds   [1 + rounds * 8]   number of the newest; then of each its number, and what `rounds.py` says of it. For a
+                                trace alone; absent without `rounds`
 """
 
 from __future__ import annotations
@@ -19,16 +21,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-CONTROL_WORDS = 16
+CONTROL_WORDS = 24
 CELL_HEADER = 6
 Q_HEADER = 3
 DEVICE_WORDS = 8
 RECORD_HEADER = 3
 ROW_HEADER = 8
+ROUND_WORDS = 8
 _SIGNATURE, _SIZES = 8, 9
 _MAGIC = 0x53474D42  # "SGMB"
-_VERSION = 3
-"""Version 1 had no magic, version 2 no records."""
+_VERSION = 4
+"""Version 1 had no magic, version 2 no records, version 3 no rounds."""
 
 
 class LayoutError(ValueError):
@@ -41,8 +44,8 @@ class MailboxShape:
 
     `vocab_size` is the target's: a table with a token id that is not below it does not exist for the reader. Pages of
     the q area are touched only when used: at temperature 0 they cost no memory. `device_steps`: how many records of
-    steps of the target's device there is room for; 0: its outcomes come through the ring. Raises `ValueError` for other
-    numbers.
+    steps of the target's device there is room for; 0: its outcomes come through the ring. `rounds`: how many rounds of
+    the draft side there is room for until they are read; 0: nobody asks. Raises `ValueError` for other numbers.
     """
 
     slots: int
@@ -52,10 +55,11 @@ class MailboxShape:
     support: int
     vocab_size: int = 2**31
     device_steps: int = 0
+    rounds: int = 0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            least = 0 if name == "device_steps" else 1
+            least = 0 if name in ("device_steps", "rounds") else 1
             if type(value) is not int or not least <= value <= 2**31:
                 raise ValueError(f"a mailbox with {name} {value!r}: give a whole number from {least} to 2**31")
         if self.ring_bytes % 8:
@@ -98,9 +102,14 @@ class MailboxShape:
         return self.q_at + 8 * self.slots * 2 * self.q_words
 
     @property
+    def rounds_at(self) -> int:
+        """Where the rounds begin, in bytes."""
+        return self.ring_at + self.ring_bytes
+
+    @property
     def total_bytes(self) -> int:
         """Size of the whole mailbox."""
-        return self.ring_at + self.ring_bytes
+        return self.rounds_at + (8 * (1 + self.rounds * ROUND_WORDS) if self.rounds else 0)
 
 
 def sign(words: memoryview, shape: MailboxShape) -> None:

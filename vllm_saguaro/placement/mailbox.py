@@ -17,15 +17,17 @@ import array
 import struct
 import threading
 import time
+from collections.abc import Callable
 from enum import IntEnum
 
 import numpy as np
 
-from vllm_saguaro.messages import GONE, Proposals, Stamp, Step, Table
+from vllm_saguaro.messages import GONE, Proposals, Round, Stamp, Step, Table
 from vllm_saguaro.placement import layout
 from vllm_saguaro.placement.distribution import is_distribution
 from vllm_saguaro.placement.layout import CELL_HEADER, CONTROL_WORDS, Q_HEADER, LayoutError, MailboxShape
 from vllm_saguaro.placement.records import Records
+from vllm_saguaro.placement.rounds import Rounds
 from vllm_saguaro.placement.wire import Limits, WireError, decode, encode
 
 _HEAD, _TAIL, _STATE, _MAX_LENGTH, _ASLEEP, _DROPPED, _TAKEN = range(7)
@@ -65,7 +67,7 @@ class Mailbox:
         self._buffer = buffer
         self._cells = buffer[: shape.tables_bytes]
         self._words = self._cells.cast("q")
-        self._ring = buffer[shape.ring_at : shape.total_bytes]
+        self._ring = buffer[shape.ring_at : shape.rounds_at]
         cells = np.frombuffer(self._cells, np.uint32).reshape(-1, 2)[CONTROL_WORDS:]
         tables = cells.reshape(shape.slots, shape.cell_words, 2)[:, CELL_HEADER:]
         # Of each key the token and the accepted drafts, of each draft the token and nothing.
@@ -81,12 +83,17 @@ class Mailbox:
         self._fence = threading.Lock()
         self._oldest = self._oldest_record = (-1, 0.0)
         self._records = Records(buffer, shape) if shape.device_steps else None
+        self._rounds_bytes = buffer[shape.rounds_at : shape.total_bytes]
+        self._rounds = Rounds(self._rounds_bytes.cast("q"), shape) if shape.rounds else None
 
     def close(self) -> None:
         """Let go of the buffer."""
         self._records = None
         del self._halves, self._q_stamps, self._q_tokens, self._q_probabilities
-        for view in (self._words, self._cells, self._ring, self._buffer):
+        if self._rounds is not None:
+            self._rounds.close()
+            self._rounds = None
+        for view in (self._words, self._cells, self._ring, self._rounds_bytes, self._buffer):
             view.release()
 
     # ---- state of the draft side -------------------------------------------------------------------------------
@@ -312,6 +319,17 @@ class Mailbox:
                 return None
         found = Proposals(tokens, probabilities)
         return found if is_distribution(found, self.shape.vocab_size) else None
+
+    # ---- rounds: draft -> target, for a trace ------------------------------------------------------------------
+
+    @property
+    def note(self) -> Callable[[Round], None] | None:
+        """Draft side: where its rounds are told; None: nobody asks."""
+        return None if self._rounds is None else self._rounds.put
+
+    def rounds(self) -> list[Round]:
+        """Target side: the rounds since the last call; for one thread."""
+        return [] if self._rounds is None else self._rounds.take()
 
     # ---- memory ------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllm_saguaro.messages import Proposals, Stamp, Table
+from vllm_saguaro.messages import Proposals, Round, Stamp, Table
 from vllm_saguaro.placement.channel import DraftFailed
 from vllm_saguaro.placement.mailbox import DraftState, Mailbox
 
@@ -67,6 +67,11 @@ class MailboxChannel:
     def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
         """The q of a branch's drafts; it stays readable when the draft side has ended."""
         return None if self._closed else self._mailbox.proposals(stamp, version, branch, depth)
+
+    def rounds(self) -> Sequence[Round]:
+        """What the draft side was busy with since the last call."""
+        with self._closing:  # another thread may close what is read here
+            return [] if self._closed else self._mailbox.rounds()
 
     def wait_until_ready(self) -> None:
         """Wait for the draft side to come and to load its model. Raises `DraftFailed` when it does not."""

@@ -3,7 +3,7 @@
 The target side listens (`Listener`), on an address of this node that other nodes reach, or on a nameless socket of this
 machine; whoever places the draft side gives it the `Invitation`. The draft side connects and says
 
-    hello    magic (4 bytes), version (16 bits), token (32 bytes), sizes of the mailbox (7 x 64 bits)
+    hello    magic (4 bytes), version (16 bits), token (32 bytes), sizes of the mailbox (8 x 64 bits)
 
 and is answered with magic, version and a digest that takes the token to make, so that neither talks to a stranger.
 Whoever has not the token is hung up on. After the first who has it, nobody is listened to.
@@ -25,7 +25,7 @@ from typing import Any
 
 from vllm_saguaro.placement.layout import MailboxShape
 
-VERSION = 2
+VERSION = 3
 """Of the hello and of all frames after it."""
 TOKEN_BYTES = 32
 _MAGIC = b"SGLK"

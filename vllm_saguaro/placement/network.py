@@ -159,6 +159,8 @@ class NetworkChannel(MailboxChannel):
     def _take(self, kind: Kind, payload: bytes) -> None:
         if kind is Kind.TABLE:
             self._mailbox.publish(self._tables.decode(payload))
+        elif kind is Kind.ROUND and self._mailbox.note is not None:
+            self._mailbox.note(frames.decode_round(payload, self._shape, time.monotonic_ns()))
         elif kind is Kind.TAKEN:
             self._count_taken(*_fields(frames.TAKEN, payload))
         else:

@@ -11,11 +11,12 @@ import select
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 
-from vllm_saguaro.messages import Step, Table
+from vllm_saguaro.messages import Round, Step, Table
 from vllm_saguaro.placement import frames
 from vllm_saguaro.placement.draft_end import SLEEP_MILLISECONDS, YIELD_SECONDS, TargetGone
-from vllm_saguaro.placement.frames import FrameError, FrameReader, Kind, encode_table
+from vllm_saguaro.placement.frames import FrameError, FrameReader, Kind, encode_round, encode_table
 from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.mailbox import DraftState
 from vllm_saguaro.placement.meeting import Invitation, knock
@@ -44,6 +45,7 @@ class FarMailbox:
         self._taken = self._told = 0
         self._states: list[bytes] = []
         self._tables: dict[int, list[bytes]] = {}
+        self._rounds: deque[bytes] = deque(maxlen=shape.rounds)
         self._unsent = memoryview(b"")
 
     def receive(self) -> Step | None:
@@ -69,6 +71,14 @@ class FarMailbox:
             self._tables.pop(slot, None)  # to the end of the row, too
             self._tables[slot] = [frame]
         self.flush()
+
+    @property
+    def note(self) -> Callable[[Round], None] | None:
+        """Where rounds are told; None: nobody asks. They go with what is sent next, the newest where there are many."""
+        return self._tell_round if self.shape.rounds else None
+
+    def _tell_round(self, one: Round) -> None:
+        self._rounds.append(encode_round(one))
 
     def announce(self, state: DraftState, max_length: int = 0) -> None:
         """Tell the state, and the longest text that the draft can hold."""
@@ -107,6 +117,8 @@ class FarMailbox:
         if self._taken != self._told:
             self._told = self._taken
             parts.append(frames.pack(Kind.TAKEN, frames.TAKEN.pack(self._taken)))
+        parts += self._rounds
+        self._rounds.clear()
         size = 0
         while self._tables and size < _SEND_BYTES:
             depths = self._tables.pop(next(iter(self._tables)))

@@ -239,7 +239,7 @@ class DraftPool:
             member = None
             try:
                 engine = self._make_engine(place.ask, blocks)
-                member = Member(place, end, DraftLoop(engine, end.mailbox.publish), blocks)
+                member = Member(place, end, DraftLoop(engine, end.mailbox.publish, end.mailbox.note), blocks)
                 self._members.append(member)
                 end.mailbox.announce(DraftState.READY, self._room.max_length)
                 self._log.info(

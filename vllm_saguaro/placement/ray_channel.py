@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
-from vllm_saguaro.messages import Proposals, Stamp, Step, Table
+from vllm_saguaro.messages import Proposals, Round, Stamp, Step, Table
 from vllm_saguaro.placement.channel import DraftFailed, NotAdmitted
 from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.network import NetworkChannel
@@ -150,6 +150,10 @@ class RayChannel:
     def proposals(self, stamp: Stamp, version: int, branch: int, depth: int) -> Proposals | None:
         """The q of a branch's drafts; it stays readable when the actor has ended."""
         return self._link.proposals(stamp, version, branch, depth) if self._link is not None else None
+
+    def rounds(self) -> Sequence[Round]:
+        """What the actor was busy with since the last call."""
+        return self._link.rounds() if self._link is not None else []
 
     def lend(self) -> memoryview | None:
         """The mailbox, for a device, where the actor is on this node; None where it is not, or is still to come."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import Proposals, Stamp, Step, Table
-from vllm_saguaro.placement.channel import Channel, Lender, NotAdmitted
+from vllm_saguaro.messages import Proposals, Round, Stamp, Step, Table
+from vllm_saguaro.placement.channel import Channel, Lender, NotAdmitted, Traced
 
 _LONGEST_GAP = 1.0
 """Seconds between two looks that count as watched. A longer gap means that this process itself stood still, or the
@@ -56,15 +56,17 @@ class RestartingChannel:
         log: logging.Logger,
         care: Care | None = None,
         clock: Callable[[], float] = time.monotonic,
+        told: Callable[[bool], None] = lambda up: None,
         hits: Callable[[], float] | None = None,
     ) -> None:
         """`start` begins a life; it is called here for the first one. `restarts`: how many in a row, at most.
 
-        `clock`: seconds, for all times of `care`. `hits`: how many outcomes have had drafts so far, where that is
-        counted elsewhere (by a device, which tells its outcomes past `post`); any thread may ask.
+        `clock`: seconds, for all times of `care`. `told`, from any thread: whether the draft side answers from now on.
+        `hits`: how many outcomes have had drafts so far, where that is counted elsewhere (by a device, which tells its
+        outcomes past `post`); any thread may ask.
         """
         self._start, self._restarts, self._page, self._log = start, restarts, page, log
-        self._care, self._clock = care or Care(), clock
+        self._care, self._clock, self._told = care or Care(), clock, told
         self._hits = hits or (lambda: 0.0)
         self._hits_before = self._hits()
         self._lock = threading.Lock()
@@ -137,6 +139,12 @@ class RestartingChannel:
         with self._lock:
             return None if self._present is None else self._present.proposals(stamp, version, branch, depth)
 
+    def rounds(self) -> Sequence[Round]:
+        """What the present life was busy with since the last call."""
+        with self._lock:
+            present = self._present
+        return present.rounds() if isinstance(present, Traced) else []
+
     def lend(self) -> memoryview | None:
         """The present life's mailbox, for a device, where it lies in memory of this machine."""
         with self._lock:
@@ -200,6 +208,7 @@ class RestartingChannel:
         if up != self._said_up:
             self._said_up = up
             self._page.count_in(counters.DRAFT_UP, 1 if up else -1)
+            self._told(up)
 
     # ---- the thread that looks after it ------------------------------------------------------------------------
 

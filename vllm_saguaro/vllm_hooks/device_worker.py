@@ -7,6 +7,7 @@ forward (`execute_model`), and is shut down. vLLM 0.32 and 0.33, `v1/worker/gpu_
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -15,6 +16,9 @@ from vllm.utils.mem_utils import format_gib
 from vllm_saguaro import counters
 from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
 from vllm_saguaro.device_messages import DeviceDraft
+from vllm_saguaro.placement.channel import Traced
+from vllm_saguaro.trace import Trace, WrittenTrace
+from vllm_saguaro.trace_file import TraceFile
 from vllm_saguaro.vllm_hooks import compatibility, marked_sampler, runner_v2
 from vllm_saguaro.vllm_hooks.device_counters import DeviceCounters
 from vllm_saguaro.vllm_hooks.device_drafts import open_device_draft
@@ -43,6 +47,7 @@ class DeviceDraftWorker(_Worker):
             )
         self._options: dict[str, Any] = getattr(vllm_config.speculative_config, OPTIONS_ATTRIBUTE)
         self._speculator: SaguaroSpeculator | None = None
+        self._trace: Trace | None = None
         super().__init__(*args, **kwargs)
 
     def init_device(self) -> None:
@@ -50,6 +55,8 @@ class DeviceDraftWorker(_Worker):
         super().init_device()
         runner, config = self.model_runner, SaguaroConfig.from_dict(self._options)
         self._page = attach_page(self._options.get("counters"))
+        if config.trace is not None:
+            self._trace = WrittenTrace(TraceFile(config.trace), 1, self._page, logger)
         self._speculator = SaguaroSpeculator(
             runner.req_states,
             config.num_speculative_tokens,
@@ -67,6 +74,8 @@ class DeviceDraftWorker(_Worker):
         draft = self._open_draft()
         logger.info("Saguaro: the draft holds %s GiB of the target's device.", format_gib(draft.resident_bytes))
         self._speculator.attach(draft)
+        if self._trace is not None and isinstance(draft, Traced):
+            self._trace.watch(0, draft)
         if self._options["placement"] == "stream":  # a process counts its lives itself
             self._page.set(counters.DRAFT_UP, 1)
 
@@ -79,9 +88,14 @@ class DeviceDraftWorker(_Worker):
     def execute_model(self, scheduler_output: Any) -> Any:
         """Tell the draft who left, run the target, and tell the draft who came, by the slots that the runner chose."""
         assert self._speculator is not None
+        began = time.perf_counter()
         self._speculator.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)
         self._speculator.follow_step(scheduler_output)
+        if self._trace is not None:
+            drafts = scheduler_output.scheduled_spec_decode_tokens.values()
+            self._trace.enqueued(began, len(scheduler_output.num_scheduled_tokens), sum(map(bool, drafts)))
+            self._trace.counted()
         return output
 
     def shutdown(self) -> None:
@@ -89,6 +103,8 @@ class DeviceDraftWorker(_Worker):
         speculator, self._speculator = self._speculator, None
         try:
             if speculator is not None:
+                if self._trace is not None:
+                    self._trace.close()
                 speculator.close()
                 if self._page.value(counters.HITS):
                     logger.info("Saguaro: hit rate %.3f.", self._page.hit_rate)

@@ -12,6 +12,7 @@ from vllm_saguaro.algorithm.sampling import SUPPORT
 from vllm_saguaro.config import SaguaroConfig
 from vllm_saguaro.drafting.loop import MAX_ROWS_A_TREE
 from vllm_saguaro.placement.layout import MailboxShape
+from vllm_saguaro.trace import ROUNDS
 
 KV_BYTES: Final = {"cpu": 1 << 30, "cuda": 8 << 30}
 """KV budget of a draft, by its device. On a CPU its pages are touched only when used: a small load costs little."""
@@ -33,6 +34,7 @@ def mailbox_shape(
         support=SUPPORT,
         vocab_size=options["target_vocab_size"],
         device_steps=device_steps,
+        rounds=ROUNDS if config.trace is not None else 0,
     )
 
 

@@ -115,7 +115,7 @@ def load_and_serve(end: DraftEnd, options: dict[str, Any]) -> NoReturn:
         raise
     gc.freeze()  # what is loaded now lives as long as the process: no collection need look at it again
     end.mailbox.announce(DraftState.READY, engine.model.max_length)
-    serve(end, DraftLoop(engine, end.mailbox.publish))
+    serve(end, DraftLoop(engine, end.mailbox.publish, end.mailbox.note))
 
 
 def load_engine(options: Mapping[str, Any]) -> DraftEngine:

@@ -19,6 +19,7 @@ from typing import Any, Final
 from vllm_saguaro import cores
 from vllm_saguaro.config import METHOD, SaguaroConfig, SaguaroConfigError, split_options
 from vllm_saguaro.device_options import on_device, on_host
+from vllm_saguaro.trace_file import checked_path
 from vllm_saguaro.vllm_hooks import compatibility
 from vllm_saguaro.vllm_hooks.compatibility import Runner
 from vllm_saguaro.vllm_hooks.draft_choice import check_vocabularies, choose_draft, read_vocab_size, resolve_folder
@@ -200,6 +201,8 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     # the requests beyond it, so vLLM is told that there is none.
     draft.max_model_len = target.max_model_len
 
+    if config.trace is not None:
+        config = dataclasses.replace(config, trace=checked_path(config.trace))
     plan = _plan_cores(config, parallel.tensor_parallel_size)
     if plan is not None:
         logger.info("saguaro: %s", plan.describe())
@@ -225,7 +228,16 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     }
     setattr(speculative, OPTIONS_ATTRIBUTE, options)
     request_checks.open_door()
+    if getattr(engine_args, "otlp_traces_endpoint", None):
+        _open_door_of_spans()
     return speculative
+
+
+def _open_door_of_spans() -> None:
+    """Only where requests are traced: it imports vLLM's engine."""
+    from vllm_saguaro.vllm_hooks import request_spans
+
+    request_spans.open_door()
 
 
 def _worker_class(runner: Runner) -> str:

@@ -8,6 +8,7 @@ tensor-parallel target the first has a draft side; the others emit what it sampl
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,8 @@ from vllm_saguaro.placement.restarting import RestartingChannel
 from vllm_saguaro.placement.sharded import ShardedChannel
 from vllm_saguaro.policy import Policy
 from vllm_saguaro.speculator import Speculator
+from vllm_saguaro.trace import Trace, WrittenTrace
+from vllm_saguaro.trace_file import TraceFile
 from vllm_saguaro.vllm_hooks import compatibility, cpu_sampler, ranks, rejection_sampler, runner_v1
 from vllm_saguaro.vllm_hooks.draft_options import KV_BYTES, draft_options, mailbox_shape
 from vllm_saguaro.vllm_hooks.draft_process import load_engine
@@ -53,6 +56,7 @@ class SaguaroWorker(CPUWorker):
         self._options: dict[str, Any] = getattr(vllm_config.speculative_config, OPTIONS_ATTRIBUTE)
         self._former: tuple[tuple[int, ...], int] | None = None
         self._channel: Channel | None = None
+        self._trace = Trace()
         self._drafter = SilentDrafter()
         plan = self._options["cores"]
         with self._all_or_nothing():
@@ -87,10 +91,13 @@ class SaguaroWorker(CPUWorker):
         slots = SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs
         shape = mailbox_shape(config, self._options, slots, self.model_config.max_model_len)
         self._page = attach_page(self._options.get("counters"))
+        drafts = min(config.draft_replicas, shape.slots)
+        if config.trace is not None:
+            self._trace = WrittenTrace(TraceFile(config.trace), drafts, self._page, logger)
         self._channel = self._open_channel(config, shape)
         steps = config.num_speculative_tokens
         policy = Policy(steps, config.backup, config.chooses_itself)
-        speculator = Speculator(self._channel, steps, self._page, logger, policy)
+        speculator = Speculator(self._channel, steps, self._page, logger, policy, self._trace)
         guesses, has_q = config.backup in ("auto", "ngram"), config.draft_sample_method != "greedy"
         return SaguaroDrafter(speculator, self.model_runner, keys, guesses, has_q)
 
@@ -138,6 +145,7 @@ class SaguaroWorker(CPUWorker):
             raise
 
     def _undo(self) -> None:
+        self._trace.close()
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -150,15 +158,22 @@ class SaguaroWorker(CPUWorker):
         if config.placement == "inline":
             logger.warning("Drafting inline, in the target's own thread: for debugging and ablation, not for speed.")
             self._page.set(counters.DRAFT_UP, 1)
-            return InlineChannel(lambda: load_engine(draft_options(config, self._options, shape.slots, ())), shape)
+            drafted = self._trace.drafted_inline if config.trace is not None else None
+            options = draft_options(config, self._options, shape.slots, ())
+            inline = InlineChannel(lambda: load_engine(options), shape, drafted)
+            self._trace.draft_up(0, True)
+            self._trace.watch(0, inline)
+            return inline
         drafts = min(config.draft_replicas, shape.slots)
         parts = cores.shared_out(plan["draft"], drafts) if plan else [()] * drafts
         if drafts > 1 and plan and len(plan["draft"]) < drafts:
             logger.warning("Saguaro: %d drafts share %d cores.", drafts, len(plan["draft"]))
-        channels = [self._open_draft(config, cpus, shape) for cpus in parts]
+        channels = [self._open_draft(config, cpus, shape, number) for number, cpus in enumerate(parts)]
         return channels[0] if drafts == 1 else ShardedChannel(channels, shape.slots, logger)
 
-    def _open_draft(self, config: SaguaroConfig, cpus: Sequence[int], shape: MailboxShape) -> Channel:
+    def _open_draft(
+        self, config: SaguaroConfig, cpus: Sequence[int], shape: MailboxShape, number: int
+    ) -> RestartingChannel:
         plan, options = self._options["cores"], draft_options(config, self._options, shape.slots, cpus)
         environment = cores.draft_environment(dict(os.environ), cpus or [0])
 
@@ -173,7 +188,10 @@ class SaguaroWorker(CPUWorker):
                     return RayChannel(draft, shape, environment)
                 return ProcessChannel(MODULE, options, shape, environment)
 
-        return RestartingChannel(start, config.draft_restarts, self._page, logger)
+        told = functools.partial(self._trace.draft_up, number)
+        channel = RestartingChannel(start, config.draft_restarts, self._page, logger, told=told)
+        self._trace.watch(number, channel)
+        return channel
 
     @property
     def _drafts(self) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.unit.placement.device_sides import lookup
 from vllm_saguaro.messages import Proposals, Stamp, Table
 from vllm_saguaro.placement.device_tables import DeviceTables, TableReader
-from vllm_saguaro.placement.layout import MailboxShape
+from vllm_saguaro.placement.layout import CONTROL_WORDS, MailboxShape
 from vllm_saguaro.placement.mailbox import Mailbox
 
 SHAPE = MailboxShape(
@@ -135,7 +135,7 @@ def test_what_comes_out_of_any_words_is_what_the_host_would_find_or_tokens_at_le
 ) -> None:
     memory = Memory()
     publish(memory.box)
-    cell = 16 + SLOT * SHAPE.cell_words
+    cell = CONTROL_WORDS + SLOT * SHAPE.cell_words
     for word_at, word in changes:
         memory.box._words[cell + word_at] = word
     table, tables = memory.box.read(SLOT), read(memory.reader)

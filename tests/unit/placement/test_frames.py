@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import struct
 
 import numpy as np
@@ -10,9 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_saguaro.messages import Proposals, Stamp, Table
+from vllm_saguaro.messages import Proposals, Round, Stamp, Table, Work
 from vllm_saguaro.placement import frames
-from vllm_saguaro.placement.frames import FrameError, FrameReader, Kind, TableFrames, encode_table
+from vllm_saguaro.placement.frames import (
+    FrameError,
+    FrameReader,
+    Kind,
+    TableFrames,
+    decode_round,
+    encode_round,
+    encode_table,
+)
 from vllm_saguaro.placement.mailbox import MailboxShape
 from vllm_saguaro.placement.meeting import VERSION
 
@@ -220,3 +229,37 @@ def test_the_largest_table_is_within_its_bound() -> None:
     keys = encode_table(Table(STAMP, [0] * n, [0] * n, []))
     depth = encode_table(Table(STAMP, [0] * n, [0] * n, [[1] * n], newest=q))
     assert max(len(keys), len(depth)) == HEAD + BOUNDS[Kind.TABLE]
+
+
+# ---- rounds, for a trace --------------------------------------------------------------------------------------------
+
+TRACED = dataclasses.replace(SHAPE, rounds=8)
+ROUND = Round(Work.ROUND, 1_000, 1_200, 1_300, 1_900, 3, SHAPE.branches)
+
+
+def test_a_round_of_another_node_ends_when_it_is_heard_of() -> None:
+    """The other node has another clock; how long everything took is the same by both."""
+    ((kind, payload),) = FrameReader(frames.bounds_of_tables(TRACED)).feed(encode_round(ROUND))
+    assert kind is Kind.ROUND
+    expected = dataclasses.replace(ROUND, began=9_000_100, glued=9_000_300, forked=9_000_400, ended=9_001_000)
+    assert decode_round(payload, TRACED, now=9_001_000) == expected
+
+
+def test_rounds_come_only_where_a_trace_is_asked_for() -> None:
+    with pytest.raises(FrameError, match="no frame that may come here"):
+        list(FrameReader(BOUNDS).feed(encode_round(ROUND)))
+
+
+@pytest.mark.parametrize("wrong", [{"work": 0}, {"branches": SHAPE.branches + 1}, {"glued": 999}, {"rows": -1}])
+def test_a_round_that_cannot_be_is_refused(wrong: dict[str, int]) -> None:
+    payload = encode_round(dataclasses.replace(ROUND, **wrong))[HEAD:]  # type: ignore[arg-type]
+    with pytest.raises(FrameError, match="a round that cannot be"):
+        decode_round(payload, TRACED, now=9_001_000)
+
+
+@given(st.binary(max_size=100) | st.binary(min_size=56, max_size=56))
+def test_any_bytes_are_a_round_or_an_error(payload: bytes) -> None:
+    with contextlib.suppress(FrameError):
+        found = decode_round(payload, TRACED, now=10**15)
+        assert found.began <= found.glued <= found.forked <= found.ended == 10**15
+        assert 0 <= found.branches <= SHAPE.branches

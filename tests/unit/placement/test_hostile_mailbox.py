@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.unit.placement.soundness import assert_sound_q, assert_sound_step, assert_sound_table
 from tests.unit.placement.strategies import steps_within
 from vllm_saguaro.messages import GONE, Proposals, Release, Stamp, Step, Table
-from vllm_saguaro.placement.mailbox import DraftState, Mailbox, MailboxShape
+from vllm_saguaro.placement.layout import CONTROL_WORDS, MailboxShape
+from vllm_saguaro.placement.mailbox import DraftState, Mailbox
 from vllm_saguaro.placement.wire import Limits, encode
 
 SHAPE = MailboxShape(slots=2, branches=3, num_speculative_tokens=2, ring_bytes=512, support=4, vocab_size=100)
@@ -18,7 +19,7 @@ LIMITS = Limits(SHAPE.slots, SHAPE.num_speculative_tokens, SHAPE.ring_bytes)
 HEAD, TAIL, STATE, MAX_LENGTH, ASLEEP, DROPPED = range(6)
 SEQUENCE, GENERATION, ROUND, BRANCHES, DEPTH, NANOSECONDS, KEYS = range(7)
 STAMP = Stamp(1, 5, 6)
-CELL = 16 + SHAPE.cell_words
+CELL = CONTROL_WORDS + SHAPE.cell_words
 """Where the cell of slot 1 begins."""
 
 words = st.integers(-(2**63), 2**63 - 1)

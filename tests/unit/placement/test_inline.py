@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import logging
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +14,7 @@ from tests.unit.drafting.simulated_target import SimulatedTarget
 from vllm_saguaro import counters
 from vllm_saguaro.algorithm.sampling import SUPPORT
 from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import Admit, Miss, Noise, Sampling, Stamp, Step
+from vllm_saguaro.messages import Admit, Miss, Noise, Sampling, Stamp, Step, Work
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.placement.inline import InlineChannel
 from vllm_saguaro.placement.mailbox import MailboxShape
@@ -39,6 +41,29 @@ def test_a_table_is_finished_when_post_returns() -> None:
     table = channel.read(1)
     assert table is not None
     assert (table.stamp, len(table.drafts), len(table.bonus)) == (Stamp(1, 1, 0), K, BRANCHES)
+
+
+def test_rounds_are_told_where_a_trace_is_asked_for() -> None:
+    waits: list[tuple[float, float]] = []
+    shape = dataclasses.replace(SHAPE, rounds=4)
+    model = FakeModel(num_blocks=512, max_length=200)
+    channel = InlineChannel(
+        lambda: make_engine(model, K, BRANCHES), shape, lambda began, ended: waits.append((began, ended))
+    )
+    before = time.perf_counter()
+    channel.post(ADMIT)
+    (wait,) = waits
+    (one,) = channel.rounds()
+    assert (one.work, one.rows, one.branches) == (Work.ROUND, 1, BRANCHES)
+    assert before <= wait[0] <= one.began / 1e9
+    assert one.ended / 1e9 <= wait[1]
+    assert channel.rounds() == []
+
+
+def test_no_rounds_are_told_where_none_is_asked_for() -> None:
+    channel = inline()
+    channel.post(ADMIT)
+    assert channel.rounds() == []
 
 
 def test_a_step_that_is_too_large_is_refused() -> None:

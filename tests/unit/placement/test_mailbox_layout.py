@@ -41,6 +41,7 @@ def test_the_second_to_open_it_finds_what_the_first_one_wrote() -> None:
         ("support", 4),
         ("vocab_size", 1001),
         ("device_steps", 1),
+        ("rounds", 1),
     ],
 )
 def test_another_shape_is_refused_by_name(name: str, value: int) -> None:
@@ -62,7 +63,7 @@ def test_every_size_is_looked_at() -> None:
 def test_another_version_is_refused_with_what_to_do() -> None:
     memory = made()
     memory[SIGNATURE_AT] += 1
-    with pytest.raises(LayoutError, match=r"layout 4, and here is layout 3: .* same vllm_saguaro"):
+    with pytest.raises(LayoutError, match=r"layout 5, and here is layout 4: .* same vllm_saguaro"):
         Mailbox(memoryview(memory), SHAPE)
 
 
@@ -100,7 +101,7 @@ def test_refused_memory_is_let_go_of() -> None:
 @pytest.mark.parametrize("value", [0, -8, 2**31 + 8, 8.0, "8", None, True])
 def test_sizes_that_cannot_be_are_refused_by_name(field: str, value: object) -> None:
     """They may come from the other side."""
-    least = 0 if field == "device_steps" else 1
+    least = 0 if field in ("device_steps", "rounds") else 1
     if value == least == 0:  # no records
         return
     with pytest.raises(ValueError, match=f"{field} {value!r}: give a whole number from {least}"):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.unit.placement.far_draft import SHAPE, drafting
 from tests.unit.placement.test_far_draft import admit, table_of
 from tests.unit.placement.watching import until
-from vllm_saguaro.messages import Stamp, Table
+from vllm_saguaro.messages import Round, Stamp, Table, Work
 from vllm_saguaro.placement import frames, meeting
 from vllm_saguaro.placement.channel import DraftFailed
 from vllm_saguaro.placement.draft_end import TargetGone
@@ -266,6 +266,38 @@ def test_a_lost_node_is_looked_for_within_seconds(channel: NetworkChannel, peer:
     assert idle + interval * count <= 6
     assert milliseconds <= 6000
     assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+# ---- rounds, for a trace --------------------------------------------------------------------------------------------
+
+
+def test_the_newest_rounds_of_a_draft_side_far_away_come_with_what_is_sent_next() -> None:
+    shape = dataclasses.replace(SHAPE, rounds=2)
+    channel = NetworkChannel("127.0.0.1", shape)
+    with contextlib.closing(channel), knock(channel.invitation) as connection:
+        far = FarMailbox(connection, shape)
+        assert far.note is not None
+        for rows in (1, 2, 3):
+            far.note(Round(Work.ROUND, 1_000, 2_000, 3_000, 6_000, rows, 4))
+        before = time.monotonic_ns()
+        far.announce(DraftState.READY, 50)
+        found: list[Round] = []
+
+        def heard() -> bool:
+            found.extend(channel.rounds())
+            return len(found) == 2
+
+        assert until(heard)
+        assert [one.rows for one in found] == [2, 3]
+        for one in found:
+            assert before <= one.ended <= time.monotonic_ns()
+            assert (one.ended - one.began, one.glued - one.began, one.forked - one.began) == (5_000, 1_000, 2_000)
+
+
+def test_nobody_is_told_of_rounds_where_no_trace_is_asked_for(channel: NetworkChannel) -> None:
+    with knock(channel.invitation) as connection:
+        assert FarMailbox(connection, SHAPE).note is None
+    assert channel.rounds() == []
 
 
 # ---- the draft side, with a bad target ------------------------------------------------------------------------------

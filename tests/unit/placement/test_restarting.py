@@ -14,7 +14,7 @@ import pytest
 from tests.unit.placement.watching import until
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
-from vllm_saguaro.messages import Outcome, Proposals, Release, Stamp, Step, Table
+from vllm_saguaro.messages import Outcome, Proposals, Release, Round, Stamp, Step, Table, Work
 from vllm_saguaro.placement import restarting
 from vllm_saguaro.placement.channel import Channel, DraftFailed, NotAdmitted
 from vllm_saguaro.placement.restarting import Care, RestartingChannel
@@ -22,6 +22,7 @@ from vllm_saguaro.placement.restarting import Care, RestartingChannel
 STEP = Step(releases=[Release(Stamp(0, 1, 0))])
 CARE = Care(look_every=1e6, first_back_off=1, longest_back_off=6, good_life=300, hang=10, longest_hang=40)
 """Only the tests look."""
+ROUND = Round(Work.ROUND, 1, 2, 3, 4, 1, 5)
 
 
 class Life:
@@ -128,6 +129,36 @@ def watched() -> Iterator[Watched]:
 @pytest.fixture
 def ward(watched: Watched) -> Ward:
     return watched()
+
+
+def test_whether_it_answers_is_told_as_it_changes() -> None:
+    told: list[bool] = []
+    lives = [Life(), Life()]
+    channel = RestartingChannel(
+        lambda: lives.pop(0), 5, CounterPage(), logging.getLogger("saguaro-test"), QUICK, told=told.append
+    )
+    first = channel._present
+    assert isinstance(first, Life)
+    assert told == []
+    channel.wait_until_ready()
+    assert told == [True]
+    first.alive = False
+    assert until(lambda: told == [True, False, True])
+    channel.close()
+    assert told == [True, False, True, False]
+
+
+def test_the_rounds_are_those_of_the_present_life() -> None:
+    class Telling(Life):
+        def rounds(self) -> list[Round]:
+            return [ROUND]
+
+    for life, expected in ((Telling(), [ROUND]), (Life(), [])):
+        ward = Ward(life)
+        ward.channel.wait_until_ready()
+        assert list(ward.channel.rounds()) == expected
+        ward.channel.close()
+        assert list(ward.channel.rounds()) == []
 
 
 def test_a_sound_draft_side_is_passed_through(ward: Ward) -> None:

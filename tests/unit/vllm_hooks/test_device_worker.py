@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from vllm_saguaro import counters
 from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
+from vllm_saguaro.messages import Round, Work
 from vllm_saguaro.vllm_hooks import device_worker
 from vllm_saguaro.vllm_hooks.device_worker import DeviceDraftWorker
 from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
@@ -61,8 +64,9 @@ class FakeDraft:
         self.happened.append("draft ends")
 
 
-def config(use_v2: bool = True) -> Any:
-    options = SaguaroConfig(placement="stream", draft_max_length=16).to_dict() | {"draft": {}, "target_vocab_size": 8}
+def config(use_v2: bool = True, trace: str | None = None) -> Any:
+    ours = SaguaroConfig(placement="stream", draft_max_length=16, trace=trace)
+    options = ours.to_dict() | {"draft": {}, "target_vocab_size": 8}
     speculative = SimpleNamespace(**{OPTIONS_ATTRIBUTE: options})
     return SimpleNamespace(use_v2_model_runner=use_v2, speculative_config=speculative)
 
@@ -101,6 +105,40 @@ def test_from_the_start_to_the_end(happened: Happened) -> None:
         *("who leaves", "forward", "who came"),
         *("draft ends", "worker ends", "worker ends"),
     ]
+
+
+class TellingDraft(FakeDraft):
+    def rounds(self) -> list[Round]:
+        return [Round(Work.ROUND, 1000, 2000, 3000, 4000, 2, 5)]
+
+
+def test_a_trace_has_what_the_host_knows(happened: Happened, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    monkeypatch.setattr(device_worker, "open_device_draft", lambda *_: TellingDraft(happened))
+    worker: Any = WorkerUnderTest(config(trace=str(path)), happened)
+    worker.init_device()
+    worker.load_model()
+    worker._speculator.begin_step = worker._speculator.follow_step = lambda output: None
+    for hits in (0, 3):
+        worker._page.add(counters.HITS, hits)
+        step = SimpleNamespace(num_scheduled_tokens={"a": 5, "b": 1}, scheduled_spec_decode_tokens={"a": [1, 2]})
+        assert worker.execute_model(step) == "output"
+    worker.shutdown()
+    told = [json.loads(line.removesuffix(",")) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    found = [(event["name"], event["pid"], event["args"]) for event in told if event["ph"] != "M"]
+    steps = [("enqueue", 1, {"step": step, "rows": 2, "verifying": 1}) for step in (1, 2)]
+    assert [event for event in found if event[0] == "enqueue"] == steps
+    assert [event for event in found if event[0] == "draft up"] == [("draft up", 2, {})]
+    outcomes = ("outcomes", 1, {"step": 2, "hits": 3, "not_predicted": 0, "absent": 0})
+    assert [event for event in found if event[0] == "outcomes"] == [outcomes]
+    assert ("round", 2, {"step": 1, "rows": 2, "branches": 5}) in found
+
+
+def test_without_a_trace_there_is_none(happened: Happened) -> None:
+    worker: Any = WorkerUnderTest(config(), happened)
+    worker.init_device()
+    worker.load_model()
+    assert worker._trace is None
 
 
 def test_a_worker_that_ends_before_it_began(happened: Happened) -> None:

@@ -209,6 +209,29 @@ def test_one_dict_and_one_arguments_object_serve_twice(pair: Path) -> None:
     assert options_of(first) == options_of(again) == options_of(other)
 
 
+def test_a_trace_is_begun_before_anything_is_loaded(pair: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    config = engine(pair, speculative_config={"method": "saguaro", "trace": str(path)}).create_engine_config()
+    assert SaguaroConfig.from_dict(options_of(config)).trace == str(path)
+    assert path.read_text(encoding="utf-8") == "[\n"
+
+
+def test_a_trace_that_cannot_be_written_is_refused(pair: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    said = refusal(pair, {"method": "saguaro", "trace": str(missing / "trace.json")})
+    assert said == f"trace: there is no folder {missing}: make it, or name a file in one that is there"
+
+
+@pytest.mark.parametrize("endpoint", [None, "grpc://localhost:4317"])
+def test_requests_have_spans_of_their_own_where_they_are_traced(
+    pair: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str | None
+) -> None:
+    opened: list[bool] = []
+    monkeypatch.setattr(engine_args, "_open_door_of_spans", lambda: opened.append(True))
+    engine(pair, speculative_config="saguaro", otlp_traces_endpoint=endpoint).create_engine_config()
+    assert bool(opened) == (endpoint is not None)
+
+
 def test_our_options_do_not_change_what_vllm_compiles(pair: Path) -> None:
     few, many = (engine(pair, speculative_config={"method": "saguaro", "branches": n}) for n in (6, 12))
     assert few.create_engine_config().compute_hash() == many.create_engine_config().compute_hash()

@@ -18,13 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.benchmark.client import ROOT, WorkerError
-from scripts.benchmark.options import add_options, settings_from
-from scripts.benchmark.progress import ProgressBar, say
-from scripts.benchmark.session import measure
-from scripts.benchmark.settings import Settings, SettingsError
-from scripts.benchmark.summary import summarise
-from scripts.benchmark.tables import demo_table
+from scripts.repository import ROOT
+from vllm_saguaro.benchmark.client import WorkerError
+from vllm_saguaro.benchmark.options import add_options, settings_from
+from vllm_saguaro.benchmark.progress import ProgressBar, say
+from vllm_saguaro.benchmark.session import measure
+from vllm_saguaro.benchmark.settings import Settings, SettingsError
+from vllm_saguaro.benchmark.summary import summarise
+from vllm_saguaro.benchmark.tables import demo_table
 
 DEFAULTS = Settings(
     k=(4,),
@@ -43,7 +44,7 @@ SERVED_CACHE_BYTES = 1 << 30
 
 def show(settings: Settings, output: Path) -> None:
     """Measure, print the table, write JSON and plot."""
-    from scripts.benchmark.plots import plot_speeds
+    from vllm_saguaro.benchmark.plots import plot_speeds
 
     say(
         f"{settings.prompts} held-out prompts x {settings.tokens} tokens, {settings.repetitions} times, through each "

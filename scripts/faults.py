@@ -18,17 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.benchmark import provenance
-from scripts.benchmark.client import ROOT
-from scripts.benchmark.progress import say
-from scripts.benchmark.records import write_json
-from scripts.benchmark.settings import SettingsError, allowed_cores
 from scripts.faulting.nodes import ClusterError
 from scripts.faulting.report import failures, report_json, report_text
 from scripts.faulting.session import measure
 from scripts.faulting.settings import KINDS_OF, Kind, Settings
+from scripts.repository import ROOT
 from scripts.soaking.pair import add_pair_options
 from scripts.soaking.server import ServerError
+from vllm_saguaro.benchmark import provenance
+from vllm_saguaro.benchmark.progress import say
+from vllm_saguaro.benchmark.records import write_json
+from vllm_saguaro.benchmark.settings import SettingsError, allowed_cores
 
 FAILED, WRONG_OPTION = 1, 2
 

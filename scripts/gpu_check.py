@@ -23,12 +23,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.benchmark.client import ROOT
-from scripts.benchmark.records import write_json
 from scripts.gpu_checking.session import Session
 from scripts.gpu_checking.settings import MODES, Settings, SettingsError, on_cpu
 from scripts.gpu_checking.shapes import PAIRS
 from scripts.gpu_checking.tables import failures, speed_table
+from scripts.repository import ROOT
+from vllm_saguaro.benchmark.records import write_json
 
 
 def parser() -> argparse.ArgumentParser:

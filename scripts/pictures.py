@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.benchmark.client import ROOT
-from scripts.benchmark.records import Report
+from scripts.repository import ROOT
+from vllm_saguaro.benchmark.records import Report
 
 REPORT = ROOT / "docs" / "results" / "batches_1_4.json"
 OUTPUT = ROOT / "docs" / "pictures"

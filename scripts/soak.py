@@ -17,16 +17,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.benchmark.client import ROOT
-from scripts.benchmark.progress import say
-from scripts.benchmark.records import write_json
-from scripts.benchmark.settings import SettingsError
+from scripts.repository import ROOT
 from scripts.soaking.journal import Journal
 from scripts.soaking.pair import add_pair_options
 from scripts.soaking.report import report_json, report_text
 from scripts.soaking.server import ServerError
 from scripts.soaking.session import sit
 from scripts.soaking.settings import KINDS, Settings
+from vllm_saguaro.benchmark.progress import say
+from vllm_saguaro.benchmark.records import write_json
+from vllm_saguaro.benchmark.settings import SettingsError
 
 FAILED, WRONG_OPTION, UNFINISHED = 1, 2, 3
 

@@ -233,6 +233,11 @@ def split_options(options: Mapping[Any, Any]) -> tuple[SaguaroConfig, dict[str, 
     if "draft_sample_method" in passed:
         own["draft_sample_method"] = passed.pop("draft_sample_method")
     config = SaguaroConfig(**own)
+    if "draft_pool_engines" in own and config.draft_pool is None:
+        raise SaguaroConfigError(
+            f"draft_pool_engines is {config.draft_pool_engines}, but there is no draft_pool: name the pool too "
+            '("draft_pool": "drafts"), or leave draft_pool_engines out'
+        )
     passed["num_speculative_tokens"] = config.num_speculative_tokens
     _check_vllm_values(passed)
     return config, passed

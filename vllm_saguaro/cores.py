@@ -265,16 +265,18 @@ def pin(cpus: Sequence[int]) -> None:
 
 @contextlib.contextmanager
 def born_on(cpus: Sequence[int]) -> Iterator[None]:
-    """Processes and threads that the calling thread starts inside are on these CPUs from their first moment.
+    """Processes that the calling thread starts inside may use these CPUs, too, from their first moment: they begin
+    where there is room, which is there while the target has its own. Without CPUs nothing changes.
 
-    A draft that binds itself once it runs has imported half of Python on the target's cores by then, and the target
-    stands still for as long. Without CPUs nothing changes.
+    A draft that binds itself once it runs has imported half of Python on the target's cores by then. The calling thread
+    keeps the CPUs that it has: moved to others it would wait for them with Python's lock in its hands (neither the
+    system call nor the start of a process lets go of it), and so would the target, for as long as they are busy.
     """
     if not cpus or not hasattr(os, "sched_setaffinity"):
         yield
         return
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cpus)
+    os.sched_setaffinity(0, before.union(cpus))
     try:
         yield
     finally:

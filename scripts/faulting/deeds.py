@@ -17,6 +17,7 @@ from scripts.faulting import link
 from scripts.faulting.memory import starve
 from scripts.faulting.nodes import Cluster
 from scripts.faulting.settings import Kind
+from scripts.faulting.standing import Watch
 from scripts.soaking import faults, metrics, processes
 from scripts.soaking.server import Server
 from vllm_saguaro.cli.exposition import Snapshot
@@ -35,13 +36,17 @@ class ImpossibleError(RuntimeError):
 
 @dataclass(frozen=True)
 class Scene:
-    """Where a fault is done. `cluster`: of Ray nodes, where the draft is in one of ours. `patience`: seconds."""
+    """Where a fault is done. `cluster`: of Ray nodes, where the draft is in one of ours. `patience`: seconds.
+
+    `watch`: tells where the time of a gap went.
+    """
 
     server: Server
     cluster: Cluster | None
     session: aiohttp.ClientSession
     random: random.Random
     patience: float
+    watch: Watch | None = None
 
     async def drafts(self) -> list[int]:
         """Process ids of the draft sides. Looked for beside the event loop, which has streams to read."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from scripts.faulting.deeds import DEEDS, LOOK_SECONDS, ImpossibleError, Scene
 from scripts.faulting.settings import Kind
+from scripts.faulting.standing import Spent, to_json
 from scripts.faulting.streams import Streams, Told
 from scripts.soaking import metrics
 from scripts.soaking.stalls import Window
@@ -22,7 +23,8 @@ AFTER_SECONDS = 3.0
 class Episode:
     """What a fault came to. Times in seconds from its beginning; None: it did not happen. `in_flight`: requests.
 
-    `quiet` and `window`: when streams were watched, before and since, with the longest time between two pieces of one.
+    `quiet` and `window`: when streams were watched, before and since, with the longest time between two pieces of one;
+    `spent_quiet` and `spent`: where that went.
     `restarts`: how often the draft side was started again. `left_off`: when the engine said that it would not any more.
     """
 
@@ -37,6 +39,8 @@ class Episode:
     left_off: float | None = None
     restarts: int = 0
     impossible: bool = False
+    spent_quiet: dict[str, Spent] = field(default_factory=dict)
+    spent: dict[str, Spent] = field(default_factory=dict)
 
     @property
     def recovered(self) -> bool:
@@ -61,6 +65,8 @@ class Episode:
             "longest_gap_quiet": round(self.quiet.longest, 4),
             "window_seconds": round(self.window.end - self.window.begin, 2),
             "longest_gap": round(self.window.longest, 4),
+            "spent_quiet": to_json(self.spent_quiet),
+            "spent": to_json(self.spent),
             "draft_up": self.draft_up,
             "hits_back": self.hits_back,
             "left_off": self.left_off,
@@ -90,6 +96,9 @@ async def undergo(placement: str, kind: Kind, scene: Scene, streams: Streams, se
         episode.done, episode.impossible = f"not done: {error}", True
     finally:
         episode.window.end = time.monotonic()
+    if scene.watch is not None:
+        episode.spent_quiet = scene.watch.spent(*quiet.longest_at)
+        episode.spent = scene.watch.spent(*episode.window.longest_at)
     return episode
 
 

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from scripts.benchmark.client import ROOT
 from scripts.faulting.settings import FAR
+from scripts.repository import ROOT
 from scripts.soaking import processes
 from scripts.soaking.server import free_port
 

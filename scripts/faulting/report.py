@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from scripts.benchmark.provenance import warnings
-from scripts.benchmark.tables import NOTHING
 from scripts.faulting.compare import Texts
 from scripts.faulting.episode import Episode
 from scripts.faulting.session import Run
 from scripts.faulting.settings import Settings
+from scripts.faulting.standing import most_waited
+from vllm_saguaro.benchmark.provenance import warnings
+from vllm_saguaro.benchmark.tables import NOTHING
 
 SCHEMA = 1
 _SHOWN = 5
@@ -65,7 +66,7 @@ def report_text(settings: Settings, about: dict[str, Any], runs: Sequence[Run], 
     lines = [
         f"{about['processor']['model']}, {len(about['cores_allowed'])} cores, vLLM {about['versions']['vllm']}, "
         f"revision {git[:10]}{changed}, {about['date'][:10]}; {settings.concurrency} streams at a time. "
-        "Longest gap: between two pieces of any stream.",
+        "Longest gap: between two pieces of any stream. Waiting for a core: whoever did so longest in that gap.",
         "",
         faults_table(runs),
         "",
@@ -92,6 +93,7 @@ def faults_table(runs: Sequence[Run]) -> str:
             str(sum(each.lost for each in episode.requests(run.told))),
             _milliseconds(episode.quiet.longest),
             _milliseconds(episode.window.longest),
+            _waited(episode),
             _seconds(episode.draft_up),
             _return(episode),
             str(episode.restarts),
@@ -100,7 +102,7 @@ def faults_table(runs: Sequence[Run]) -> str:
         for episode in run.episodes
     ]
     headers = ("draft in", "fault", "done", "in flight", "lost", "longest gap before, ms", "longest gap, ms",
-               "draft up after, s", "hits after, s", "restarts")  # fmt: skip
+               "of it waiting for a core, ms", "draft up after, s", "hits after, s", "restarts")  # fmt: skip
     return markdown(headers, rows, left=3)
 
 
@@ -140,6 +142,12 @@ def report_json(settings: Settings, about: dict[str, Any], runs: Sequence[Run], 
 
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.0f}"
+
+
+def _waited(episode: Episode) -> str:
+    """Who waited longest for a core in the longest gap; a look more on either side may make it more than the gap."""
+    most = most_waited(episode.spent)
+    return NOTHING if most is None else f"{most[0]} {_milliseconds(min(most[1], episode.window.longest))}"
 
 
 def _seconds(seconds: float | None) -> str:

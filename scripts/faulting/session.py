@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from scripts.faulting.deeds import Scene
 from scripts.faulting.episode import Episode, undergo, wait_for_hits
 from scripts.faulting.nodes import Cluster
 from scripts.faulting.settings import Serving, Settings
+from scripts.faulting.standing import Watch
 from scripts.faulting.streams import POOL, Pool, Streams, Told
-from scripts.soaking import client
+from scripts.soaking import client, processes
 from scripts.soaking.holdings import Sums, by_name
 from scripts.soaking.server import End, Server, VllmServer
 from scripts.soaking.stretch import quiet
@@ -151,9 +152,17 @@ async def go_through(
             if not server.alive:
                 return
 
-    await _beside(streams, faults)
+    with Watch(await asyncio.to_thread(_lasting, server)) as watch:
+        scene = replace(scene, watch=watch)
+        await _beside(streams, faults)
     await quiet(session, server)
     run.after = by_name(await asyncio.to_thread(server.snapshot))
+
+
+def _lasting(server: Server) -> dict[str, int]:
+    """Processes that outlive every draft side, by name."""
+    named = ((processes.name_of(pid), pid) for pid in server.members())
+    return {name: pid for name, pid in named if name not in (*SHORT_LIVED, "resource_tracker")}
 
 
 async def _beside(streams: Streams, doing: Callable[[], Awaitable[None]]) -> None:

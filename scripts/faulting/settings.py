@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from scripts.benchmark.settings import SettingsError, relative
 from scripts.soaking.pair import KV_CACHE_BYTES, MAX_RUNNING, PLAIN_WORDS, PairSettings
+from vllm_saguaro.benchmark.settings import SettingsError, relative
 from vllm_saguaro.config import METHOD
 
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.client import ROOT
+from scripts.repository import ROOT
 
 _PATIENCE = 20.0
 """Seconds a process may take to end by itself."""

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from scripts.benchmark import counters
-from scripts.benchmark.worker import end_with_parent
 from scripts.gpu_checking.timeline import overlap_of
 from scripts.gpu_checking.widened import register_loader
+from vllm_saguaro.benchmark import counters
+from vllm_saguaro.benchmark.worker import end_with_parent
 
 Json = dict[str, Any]
 

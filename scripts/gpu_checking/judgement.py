@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from scripts.benchmark.counters import ACCEPTED, DRAFTS, HITS, MISSES, count
 from scripts.gpu_checking.texts import SURPRISE, differences, surprises
+from vllm_saguaro.benchmark.counters import ACCEPTED, DRAFTS, HITS, MISSES, count
 
 Json = dict[str, Any]
 

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark import provenance
-from scripts.benchmark.settings import allowed_cores
 from scripts.gpu_checking import judgement
 from scripts.gpu_checking.child import Child, ChildError
 from scripts.gpu_checking.settings import Settings
 from scripts.gpu_checking.shapes import PAIRS, default_source, write_folder
+from vllm_saguaro.benchmark import provenance
+from vllm_saguaro.benchmark.settings import allowed_cores
 
 Json = dict[str, Any]
 Say = Callable[[str], None]

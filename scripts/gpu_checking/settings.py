@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.client import ROOT
 from scripts.gpu_checking.shapes import PAIRS
 from scripts.gpu_checking.texts import SURPRISE
 from scripts.gpu_checking.widened import LOAD_FORMAT
+from scripts.repository import ROOT
 
 MODES = ("plain", "saguaro", "draft_model")
 """In the order in which they run: the comparison comes last, it is the first to be left out where time runs short."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.client import ROOT
+from scripts.repository import ROOT
 
 RECORD = "widened_from.json"
 """Beside the config.json of a widened model: where its function comes from, and what it is widened to."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from scripts.benchmark.records import Report, Workload
-from scripts.benchmark.summary import summarise
 from scripts.illustrations.canvas import DRAFT, QUIET, TARGET, box, new_drawing, save
 from vllm_saguaro.algorithm.outcomes import fan_out_from_lengths
+from vllm_saguaro.benchmark.records import Report, Workload
+from vllm_saguaro.benchmark.summary import summarise
 
 _WORKLOAD = Workload(1, 0.0)
 _STEP = 2.6

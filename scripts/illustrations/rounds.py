@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.records import Engine, Report, Workload
-from scripts.benchmark.summary import Summary, summarise
 from scripts.illustrations.canvas import DRAFT, MISS, QUIET, TARGET, new_figure, save
+from vllm_saguaro.benchmark.records import Engine, Report, Workload
+from vllm_saguaro.benchmark.summary import Summary, summarise
 
 _WORKLOAD = Workload(1, 0.0)
 _SHOWN = 6

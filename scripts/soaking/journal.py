@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from scripts.benchmark.settings import SettingsError
+from vllm_saguaro.benchmark.settings import SettingsError
 
 SCHEMA = 1
 Record = dict[str, Any]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scripts.benchmark.client import ROOT
-from scripts.benchmark.options import key_value
-from scripts.benchmark.settings import SettingsError, relative
+from scripts.repository import ROOT
+from vllm_saguaro.benchmark.options import key_value
+from vllm_saguaro.benchmark.settings import SettingsError, relative
 from vllm_saguaro.config import OWN_KEYS, VLLM_KEYS
 
 MODEL_NAME = "pair"

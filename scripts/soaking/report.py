@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from scripts.benchmark.tables import NOTHING, render
 from scripts.soaking.accounts import Accounts
 from scripts.soaking.journal import SCHEMA, Journal, Record
 from scripts.soaking.settings import KINDS, Settings
 from scripts.soaking.stalls import added, quantile
+from vllm_saguaro.benchmark.tables import NOTHING, render
 
 _ROWS = 24
 """Faults that get a row each; beyond, only their kinds do. The JSON has all of them."""

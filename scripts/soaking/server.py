@@ -16,7 +16,7 @@ from typing import Protocol
 
 import aiohttp
 
-from scripts.benchmark.client import ROOT
+from scripts.repository import ROOT
 from scripts.soaking import processes
 
 START_SECONDS = 300.0

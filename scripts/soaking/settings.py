@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from scripts.benchmark.settings import SettingsError, relative
 from scripts.soaking.pair import KV_CACHE_BYTES, PLAIN_WORDS, PairSettings
+from vllm_saguaro.benchmark.settings import SettingsError, relative
 from vllm_saguaro.config import METHOD
 
 KINDS = ("kill", "stop", "oom", "slow")

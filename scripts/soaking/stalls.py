@@ -12,11 +12,15 @@ _BINS_A_DECADE = 20
 
 @dataclass
 class Window:
-    """A stretch of time (seconds of a monotonic clock) whose longest gap is wanted; open until `end` is known."""
+    """A stretch of time (seconds of a monotonic clock) whose longest gap is wanted; open until `end` is known.
+
+    `longest_at`: when the longest one began and ended.
+    """
 
     begin: float
     end: float = math.inf
     longest: float = 0.0
+    longest_at: tuple[float, float] = (0.0, 0.0)
 
     def touches(self, since: float, now: float) -> bool:
         """Whether a gap lies in it, in part at least."""
@@ -42,7 +46,8 @@ class Gaps:
         for window in self._windows:
             if window.touches(since, now):
                 inside = True
-                window.longest = max(window.longest, gap)
+                if gap > window.longest:
+                    window.longest, window.longest_at = gap, (since, now)
         if not inside:
             self.usual[bin_of(gap)] += 1
             self.longest_usual = max(self.longest_usual, gap)

@@ -11,8 +11,6 @@ from typing import Any
 
 import aiohttp
 
-from scripts.benchmark import provenance
-from scripts.benchmark.settings import allowed_cores
 from scripts.soaking import client, metrics
 from scripts.soaking.answers import Answer
 from scripts.soaking.faults import Planned
@@ -32,6 +30,8 @@ from scripts.soaking.server import Server, VllmServer
 from scripts.soaking.settings import Settings
 from scripts.soaking.stalls import Gaps
 from scripts.soaking.traffic import Asked, Traffic
+from vllm_saguaro.benchmark import provenance
+from vllm_saguaro.benchmark.settings import allowed_cores
 
 QUIET_SECONDS = 60.0
 """So long may it take until a server that is asked nothing says that nothing runs and no block is in use."""

@@ -243,6 +243,7 @@ def test_a_draft_pool_is_named() -> None:
         ({"draft_pool": "a", "placement": "process"}, 'draft_pool goes with placement "ray" alone, not "process"'),
         ({"draft_pool": "a", "placement": "inline"}, 'draft_pool goes with placement "ray" alone, not "inline"'),
         ({"draft_pool": "a", "draft_replicas": 2}, "draft_replicas is 2, but a draft_pool is one draft"),
+        ({"draft_pool_engines": 8}, "draft_pool_engines is 8, but there is no draft_pool: name the pool too"),
         ({"draft_pool_engines": 0}, "draft_pool_engines is out of range: 0; write a number from 1 to 64"),
         ({"draft_pool_engines": 65}, "draft_pool_engines is out of range: 65"),
         ({"draft_pools": "a"}, 'unknown key "draft_pools" in the speculative config: did you mean "draft_pool"?'),

@@ -133,15 +133,21 @@ def test_pinning_holds_for_the_calling_thread() -> None:
         os.sched_setaffinity(0, allowed)
 
 
-def test_a_process_is_born_on_its_cores_and_who_starts_it_stays_where_it_was() -> None:
-    allowed = sorted(os.sched_getaffinity(0))
+def test_a_process_is_born_with_its_cores_and_who_starts_it_is_not_moved_to_them() -> None:
+    allowed = os.sched_getaffinity(0)
+    mine, its = min(allowed), max(allowed)
     own = [sys.executable, "-S", "-c", "import os; print(sorted(os.sched_getaffinity(0)))"]
-    with cores.born_on(allowed[-1:]):
-        born = subprocess.run(own, capture_output=True, text=True, check=True).stdout
-    assert born.strip() == str(allowed[-1:])
-    assert sorted(os.sched_getaffinity(0)) == allowed
-    with cores.born_on(()):
-        assert sorted(os.sched_getaffinity(0)) == allowed
+    try:
+        os.sched_setaffinity(0, {mine})
+        with cores.born_on([its]):
+            assert os.sched_getaffinity(0) == {mine, its}
+            born = subprocess.run(own, capture_output=True, text=True, check=True).stdout
+        assert born.strip() == str(sorted({mine, its}))
+        assert os.sched_getaffinity(0) == {mine}
+        with cores.born_on(()):
+            assert os.sched_getaffinity(0) == {mine}
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_saguaro import __version__
-from vllm_saguaro.cli import doctor_command, simulate_command, watch_command
+from vllm_saguaro.cli import bench_command, doctor_command, simulate_command, watch_command
 from vllm_saguaro.cli.usage import UsageError
 
 DESCRIPTION = """Speculative speculative decoding (SSD / Saguaro) for vLLM: whether it will run, what it would gain,
@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   vllm-saguaro doctor                              what this machine and this vLLM allow
   vllm-saguaro doctor TARGET DRAFT                 and whether these two models fit, before any weights load
   vllm-saguaro simulate --world llama-70b          AR, SD, SSD and ours on four H100s and one more
+  vllm-saguaro bench --against-server plain=http://localhost:8000 saguaro=http://localhost:8001
   vllm-saguaro watch http://localhost:8000         hit rate, acceptance and misses of a running server
 
 `vllm-saguaro COMMAND --help` has more. Every command takes --json.
@@ -41,9 +42,14 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"vllm-saguaro {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (doctor_command, simulate_command, watch_command):
+    for command in (doctor_command, simulate_command, bench_command, watch_command):
         command.add_to(commands)
     return top
+
+
+def completed(words: Sequence[str]) -> list[str]:
+    """The words with what may be left out of them."""
+    return ["bench", *bench_command.with_part(words[1:])] if words[:1] == ["bench"] else list(words)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -52,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
     # What follows "--" is for vLLM's own parser: argparse itself would take it for further positionals.
     own, beyond = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     try:
-        arguments = parser().parse_args(own)
+        arguments = parser().parse_args(completed(own))
     except SystemExit as stop:  # argparse has said what was wrong, or printed the help
         return int(stop.code or 0)
     if beyond and arguments.command != "doctor":

@@ -91,9 +91,10 @@ def main() -> None:
 def _cluster(wanted: Mapping[str, Any], folder: str | None) -> Iterator[None]:
     """Connection to the cluster that is named, or to one that lives as long as this."""
     options: dict[str, Any] = {"namespace": wanted["namespace"], "logging_level": logging.WARNING}
+    own = wanted["daemon_cpus"] if wanted["address"] is None else wanted["cpus"]
+    if own:  # this process was begun on what cores there were, the target's among them
+        os.sched_setaffinity(0, own)
     if wanted["address"] is None:
-        if wanted["daemon_cpus"]:
-            os.sched_setaffinity(0, wanted["daemon_cpus"])
         options |= {
             "address": "local",
             "num_cpus": wanted["num_cpus"],

@@ -28,7 +28,10 @@ NAMESPACE = "saguaro"
 """Where pools have their names, unless `ray_options` say otherwise: by default each Ray job has a namespace of its own,
 in which no other engine would find them."""
 _SPARE_CALLS = 32
-"""Calls at once beyond one an engine: of those that ask where the pool is, wait for it to load, or are refused."""
+"""Calls at once beyond one an engine: of those that wait for the pool to load, or are refused."""
+_DOOR = "door"
+"""The threads of the pool's actor that answer where it is, and do nothing else: however many engines wait for it to
+load, one that asks this must not take it for silent."""
 _BETWEEN_TRIES_SECONDS = 1.0
 _ANSWER_SECONDS = 30.0
 """So long may a pool be silent that has a process."""
@@ -116,12 +119,13 @@ def _named(wanted: Mapping[str, Any]) -> Any:
         "threads": wanted["num_cpus"],
     }
     niceness = os.getpriority(os.PRIO_PROCESS, 0)
-    return ray.remote(PoolActor).options(**options).remote(wanted["module"], start, wanted["variables"], niceness)
+    actor = ray.remote(concurrency_groups={_DOOR: 1})(PoolActor).options(**options)
+    return actor.remote(wanted["module"], start, wanted["variables"], niceness)
 
 
 def _whereabouts(actor: Any, wanted: Mapping[str, Any], parent: Parent) -> tuple[str, int]:
     """Where the pool is, once it is placed. Raises `TimeoutError` when one that is placed does not answer."""
-    asked, waited, since_placed = actor.whereabouts.remote(), 0.0, 0.0
+    asked, waited, since_placed = actor.whereabouts.options(concurrency_group=_DOOR).remote(), 0.0, 0.0
     while True:
         try:
             node, pid = result(asked, parent, LOOK_SECONDS)

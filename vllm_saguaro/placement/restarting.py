@@ -56,13 +56,17 @@ class RestartingChannel:
         log: logging.Logger,
         care: Care | None = None,
         clock: Callable[[], float] = time.monotonic,
+        hits: Callable[[], float] | None = None,
     ) -> None:
         """`start` begins a life; it is called here for the first one. `restarts`: how many in a row, at most.
 
-        `clock`: seconds, for all times of `care`.
+        `clock`: seconds, for all times of `care`. `hits`: how many outcomes have had drafts so far, where that is
+        counted elsewhere (by a device, which tells its outcomes past `post`); any thread may ask.
         """
         self._start, self._restarts, self._page, self._log = start, restarts, page, log
         self._care, self._clock = care or Care(), clock
+        self._hits = hits or (lambda: 0.0)
+        self._hits_before = self._hits()
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -150,6 +154,7 @@ class RestartingChannel:
             present.wait_until_ready()
             self.max_length = present.max_length
             self._began_at = self._looked_at = self._clock()
+            self._hits_before = self._hits()
             self._say(up=True)
         except NotAdmitted as refusal:
             if refusal.disagrees:
@@ -231,7 +236,7 @@ class RestartingChannel:
         self._say(up=False)
         self._close(present)
         good = self._clock() - self._began_at >= self._care.good_life
-        if good or self._useful:
+        if good or self._useful or self._hits() > self._hits_before:
             self._failures = 0
         if good:
             self._ends = 0
@@ -308,6 +313,7 @@ class RestartingChannel:
             self._useful, self._refused_for = False, ""
             self._last_read.clear()
         self._hung_for, self._began_at, self._looked_at = 0.0, self._clock(), self._clock()
+        self._hits_before = self._hits()
         self._say(up=True)
 
     def _take_back(self, starting: Channel) -> None:

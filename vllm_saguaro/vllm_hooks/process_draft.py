@@ -6,6 +6,7 @@ The draft side is the one of runner V1 (`draft_process.py`), told of outcomes by
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from vllm.logger import init_logger
 
-from vllm_saguaro import cores
+from vllm_saguaro import cores, counters
 from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
 from vllm_saguaro.placement.device_mailbox import MailboxDraft
 from vllm_saguaro.placement.process import ProcessChannel
@@ -54,14 +55,17 @@ def open_process_draft(
     told = draft_options(config, options, slots, cpus, "cuda:0" if device.type == "cuda" else "cpu")
     environment = _environment(config, cpus, device)
 
+    lives = itertools.count()
+
     def start() -> ProcessChannel | RayChannel:
-        if config.placement == "ray":
-            draft = ray_draft(_with_gpu(config, device), told, plan, environment, slots)
-            return RayChannel(draft, shape, environment)
+        again = next(lives) > 0
         with cores.born_on(cpus):
+            if config.placement == "ray":
+                draft = ray_draft(_with_gpu(config, device), told, plan, environment, slots, again)
+                return RayChannel(draft, shape, environment)
             return ProcessChannel(MODULE, told, shape, environment)
 
-    channel = RestartingChannel(start, config.draft_restarts, page, logger)
+    channel = RestartingChannel(start, config.draft_restarts, page, logger, hits=lambda: page.value(counters.HITS))
     try:
         draft = MailboxDraft(channel, shape, device, lookup, logger, with_q=config.draft_sample_method != "greedy")
         draft.wait_until_ready()

@@ -32,9 +32,11 @@ def ray_draft(
     plan: Mapping[str, Any],
     environment: Mapping[str, str],
     slots: int = 0,
+    again: bool = False,
 ) -> RayDraft:
     """`options`: those of `load_engine`. `plan`: the cores, as `CorePlan.to_dict` has them. `environment`: of this
-    process. `slots`: requests that the draft may have. Raises `SaguaroConfigError` for a pool without a cluster.
+    process. `slots`: requests that the draft may have. `again`: it is not the first life, so that the target decodes
+    meanwhile. Raises `SaguaroConfigError` for a pool without a cluster.
     """
     asked = dict(config.ray_options or {})
     address = check_cluster(config)
@@ -50,7 +52,8 @@ def ray_draft(
         runtime_env=asked.get("runtime_env"),
         namespace=asked.get("namespace"),
         address=address,
-        daemon_cpus=sorted({*plan["target"], *cpus}),
+        # At the first start the target's cores have time to spare, and Ray takes long to come up on one alone.
+        daemon_cpus=sorted(cpus if again and cpus else {*plan["target"], *cpus}),
         variables={
             name: value
             for name, value in cleaned.items()

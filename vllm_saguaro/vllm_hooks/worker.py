@@ -8,6 +8,7 @@ tensor-parallel target the first has a draft side; the others emit what it sampl
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -110,8 +111,9 @@ class SaguaroWorker(CPUWorker):
                 resident = self._channel.resident_bytes if self._channel is not None else 0
                 # A draft in an actor that takes no memory here is on another node.
                 if self._channel is not None and (resident or self._options["placement"] != "ray"):
-                    budget = KV_BYTES["cpu"] * self._drafts
-                    self.requested_cpu_memory -= budget + resident
+                    taken = KV_BYTES["cpu"] * self._drafts + resident
+                    # Of a pool its share: the other engines on its node, whichever of them started it, take theirs.
+                    self.requested_cpu_memory -= taken // (self._drafts if self._options["draft_pool"] else 1)
             return super().determine_available_memory()
 
     def execute_model(self, scheduler_output: Any) -> Any:
@@ -160,11 +162,15 @@ class SaguaroWorker(CPUWorker):
         plan, options = self._options["cores"], draft_options(config, self._options, shape.slots, cpus)
         environment = cores.draft_environment(dict(os.environ), cpus or [0])
 
+        lives = itertools.count()
+
         def start() -> Channel:
-            if config.placement == "ray":
-                draft = ray_draft(config, options, {**plan, "draft": list(cpus)}, os.environ, shape.slots)
-                return RayChannel(draft, shape, environment)
+            again = next(lives) > 0
             with cores.born_on(cpus):
+                if config.placement == "ray":
+                    own = {**plan, "draft": list(cpus)}
+                    draft = ray_draft(config, options, own, os.environ, shape.slots, again)
+                    return RayChannel(draft, shape, environment)
                 return ProcessChannel(MODULE, options, shape, environment)
 
         return RestartingChannel(start, config.draft_restarts, self._page, logger)

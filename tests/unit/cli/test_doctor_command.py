@@ -67,7 +67,7 @@ def test_words_for_vllm_need_a_target(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.slow
 def test_the_committed_pair_will_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from scripts.benchmark.client import ROOT
+    from scripts.repository import ROOT
 
     monkeypatch.setattr(installation, "memory_available", lambda: (32 << 30, 31 << 30))  # whatever else runs here
     target = ROOT / "assets" / "pair" / "target"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmark.client import ROOT
+from scripts.repository import ROOT
 from vllm_saguaro.cli import simulate_command
 from vllm_saguaro.cli.main import main
 from vllm_saguaro.simulation import comparison, plan, published

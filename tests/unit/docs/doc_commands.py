@@ -82,8 +82,8 @@ def check_command(words: Sequence[str], serve_parser: ServeParser) -> None:
     elif program == "vllm":
         _check_vllm(rest, serve_parser)
     elif program == "vllm-saguaro":
-        parser = importlib.import_module("vllm_saguaro.cli.main").parser()
-        _parse(parser, rest[: rest.index("--")] if "--" in rest else rest)
+        main = importlib.import_module("vllm_saguaro.cli.main")
+        _parse(main.parser(), main.completed(rest[: rest.index("--")] if "--" in rest else rest))
     elif program == "pip":
         _check_pip(rest)
     elif program == "curl":
@@ -156,7 +156,7 @@ def _check_script(script: str, rest: Sequence[str]) -> None:
     given = module.with_command(list(rest)) if hasattr(module, "with_command") else list(rest)
     arguments = _parse(module.parser(), given)
     if script in ("scripts/bench.py", "scripts/demo.py") and hasattr(arguments, "modes"):
-        from scripts.benchmark.options import settings_from
+        from vllm_saguaro.benchmark.options import settings_from
 
         settings_from(arguments)
     for word in given:

@@ -15,6 +15,7 @@ NOT_FOR_USERS = {
     "kernels": "contracts between functions",
     "simulation": "of a command, which says what to write instead",
     "cli": "of a command, which says what to write instead",
+    "benchmark": "of a command, which says what to write instead",
 }
 """Rooms whose errors no engine shows."""
 INTERNAL = ("WireError", "FrameError", "LayoutError", "TargetGone", "Stranger", "Ended", "IndexError")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from tests.unit.docs.doc_pages import PAGES, ROOT, headings, links, name_of, site_slug, slug
+
+SOURCES = sorted(
+    path
+    for folder in ("vllm_saguaro", "scripts", "examples", "tests")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".sh", ".yaml") and "docs/" in path.read_text(encoding="utf-8")
+)
+"""Whatever else may point to a page: errors that name one, comments, help."""
 
 
 def trouble(page: Path, target: str) -> str:
@@ -33,10 +42,28 @@ def trouble(page: Path, target: str) -> str:
     return ""
 
 
+def other_links(text: str) -> list[str]:
+    """Links as `[name]: target` or in HTML."""
+    without_code = re.sub(r"^( *)```.*?^\1```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"^ *\[[^\]]+\]: \S+|<(?:img|a)\s[^>]*>", without_code, re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_link_leads_somewhere(page: Path) -> None:
     found = {target: trouble(page, target) for target in links(page.read_text(encoding="utf-8"))}
     assert {target: what for target, what in found.items() if what} == {}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_link_is_of_the_kind_that_is_looked_at(page: Path) -> None:
+    """Neither `[name]: target` nor HTML: no test would follow them."""
+    assert other_links(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=name_of)
+def test_every_page_that_the_source_names_is_there(source: Path) -> None:
+    named = re.findall(r"\bdocs/[\w/]+\.md(?:#[\w-]+)?", source.read_text(encoding="utf-8"))
+    assert {name: what for name in named if (what := trouble(ROOT / "README.md", name))} == {}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -61,6 +88,11 @@ def test_no_two_headings_of_a_page_have_one_anchor(page: Path) -> None:
 )
 def test_a_dead_link_would_be_noticed(target: str, what: str) -> None:
     assert trouble(ROOT / "docs" / "index.md", target) == what
+
+
+def test_links_of_another_kind_would_be_noticed() -> None:
+    text = '[a]: b.md\n<img src="c.png">\n```bash\n[d]: e\n```\n[f](g.md)\n'
+    assert other_links(text) == ["[a]: b.md", '<img src="c.png">']
 
 
 def test_links_are_found_outside_code_alone() -> None:

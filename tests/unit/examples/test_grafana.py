@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from scripts.benchmark.client import ROOT
+from scripts.repository import ROOT
 from vllm_saguaro.cli.exposition import Sample, samples
 from vllm_saguaro.counters import COUNTERS, GAUGES, HISTOGRAMS, CounterPage
 from vllm_saguaro.vllm_hooks.metrics import SaguaroCollector

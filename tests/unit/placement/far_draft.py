@@ -75,13 +75,17 @@ def serve_invited(start: Mapping[str, Any]) -> str:
 
 
 def open_pool(start: Mapping[str, Any]) -> DraftPool:
-    """As `vllm_hooks.draft_process.open_pool`. Option `role`: "fails" while it loads, "slow" to load."""
+    """As `vllm_hooks.draft_process.open_pool`. Option `role`: "fails" while it loads, "slow" to load. `loads_until`: a
+    file; it loads as long as that is not there.
+    """
     first = Ask(**start["ask"])
     role = first.options.get("role")
     if role == "fails":
         raise RuntimeError("this draft cannot be loaded")
     if role == "slow":
         time.sleep(2)
+    while "loads_until" in first.options and not Path(first.options["loads_until"]).exists():
+        time.sleep(0.1)
     of = model()
 
     def make(ask: Ask, blocks: Blocks) -> DraftEngine:

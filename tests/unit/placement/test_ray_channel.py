@@ -151,6 +151,7 @@ def test_the_draft_goes_beside_the_target_where_there_is_room(cluster: Any) -> N
     with opened(address=cluster.address) as channel:
         check_that_it_drafts(channel)
         assert isinstance(channel._link, PassedMemoryChannel)
+        assert sorted(os.sched_getaffinity(channel._placer.pid)) == sorted(os.sched_getaffinity(0))[-1:]
         actor = channel.pid
     assert until(lambda: gone(actor))
     assert groups_left(cluster) == []

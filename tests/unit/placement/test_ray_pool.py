@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE, VOCABULARY
-from tests.unit.placement.ray_cluster import another_target, environment, free_cpus, in_cluster, two_nodes
+from tests.unit.placement.ray_cluster import ROOT, another_target, environment, free_cpus, in_cluster, two_nodes
 from tests.unit.placement.test_far_draft import admit, table_of
 from tests.unit.placement.test_ray_channel import MODULE, check_that_it_drafts, needs_ray
 from tests.unit.placement.watching import gone, until
@@ -180,3 +185,33 @@ def test_a_slow_start_is_waited_for_by_all(cluster: Any) -> None:
         check_that_it_drafts(first)
         pool = first.pid
     assert until(lambda: gone(pool), LINGER + 15)
+
+
+CROWD = """
+import json, sys
+import ray
+from vllm_saguaro.placement import ray_pool_placer as placer
+
+wanted = json.loads(sys.argv[1])
+ray.init(wanted["address"], logging_level="ERROR", log_to_driver=False)
+placer._SPARE_CALLS = 0
+actor = placer._named(wanted)
+ray.get(actor.whereabouts.options(concurrency_group=placer._DOOR).remote(), timeout=120)
+waiting = [actor.draft_for.remote(placer._ask(wanted), {}) for _ in range(4)]
+assert not ray.wait(waiting, timeout=2)[0]
+class Parent:
+    def check(self): pass
+print("answer", placer._whereabouts(actor, wanted, Parent())[1])
+ray.kill(actor)
+"""
+
+
+def test_where_a_pool_is_is_told_however_many_wait_for_it_to_load(cluster: Any, tmp_path: Path) -> None:
+    """More than its actor takes at once, and it does not finish loading before it is asked."""
+    draft = wanted(cluster, "crowded", engines=1, options={"loads_until": str(tmp_path / "never")})
+    command = [sys.executable, "-c", CROWD, json.dumps(dataclasses.asdict(draft))]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=300)
+    assert run.returncode == 0, run.stderr
+    pool = int(run.stdout.rpartition("answer")[2])
+    assert until(lambda: gone(pool), 15)
+    assert until(lambda: named_actors(cluster) == [], 15)

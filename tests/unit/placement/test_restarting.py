@@ -68,14 +68,17 @@ class Life:
 class Ward:
     """A restarting channel over lives that the test hands out, and a clock that it winds."""
 
-    def __init__(self, *lives: Life | Exception, restarts: int = 5, care: Care = CARE) -> None:
+    def __init__(
+        self, *lives: Life | Exception, restarts: int = 5, care: Care = CARE, device_counts: bool = False
+    ) -> None:
         self.now = 1000.0
         self.lives = list(lives) or [Life() for _ in range(20)]
         self.started: list[tuple[float, Life]] = []
         self.page = CounterPage()
         log = logging.getLogger("saguaro-test")
         log.setLevel(logging.INFO)
-        self.channel = RestartingChannel(self._start, restarts, self.page, log, care, lambda: self.now)
+        hits = (lambda: self.page.value(counters.HITS)) if device_counts else None
+        self.channel = RestartingChannel(self._start, restarts, self.page, log, care, lambda: self.now, hits)
 
     def _start(self) -> Life:
         life = self.lives.pop(0)
@@ -223,6 +226,26 @@ def test_a_life_that_was_of_use_has_not_failed_and_is_still_not_started_again_an
     assert ward.up() == (1, 12, 0)
     gaps = [after - before for (before, _), (after, _) in zip(ward.started[-4:], ward.started[-3:], strict=False)]
     assert min(gaps) > 5.9, "the back-off goes on: only a long life makes up for that"
+
+
+def test_hits_that_a_device_counts_are_as_good_as_those_that_are_posted(watched: Watched) -> None:
+    ward = watched(device_counts=True)
+    ward.page.add(counters.HITS, 3)
+    for _ in range(12):
+        ward.page.add(counters.HITS)
+        ward.newest.alive = False
+        ward.run(10)
+    assert ward.up() == (1, 12, 0)
+
+
+def test_hits_that_a_device_counted_before_a_life_do_not_make_up_for_its_end(watched: Watched) -> None:
+    ward = watched(device_counts=True)
+    for _ in range(6):
+        ward.newest.alive = False
+        ward.run(0.3)
+        ward.page.add(counters.HITS, 5)  # the last ones of that life arrive
+        ward.run(10)
+    assert ward.up() == (0, 5, 1)
 
 
 @pytest.mark.parametrize("how", ["no hit", "of another round", "of another life", "without drafts"])

@@ -10,8 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from scripts import demo
-from scripts.benchmark.options import settings_from
-from tests.unit.scripts.test_bench_reports import make_report
+from tests.unit.benchmark.test_bench_reports import make_report
+from vllm_saguaro.benchmark.options import settings_from
 
 
 def test_the_options_have_the_demos_defaults() -> None:

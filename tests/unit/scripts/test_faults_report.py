@@ -16,6 +16,7 @@ from scripts.faulting.episode import Episode
 from scripts.faulting.report import failures, faults_table, report_json, report_text
 from scripts.faulting.session import Run
 from scripts.faulting.settings import Kind, Settings
+from scripts.faulting.standing import Spent
 from scripts.faulting.streams import Told
 from scripts.soaking.answers import Answer, Fate
 from scripts.soaking.server import End
@@ -45,6 +46,7 @@ def good() -> Run:
     died = Episode(
         "process", Kind.DYING, "each", 4, Window(20, 30, 0.06), Window(30, 60, 0.3), left_off=27.0, restarts=4
     )
+    killed.spent = {"Worker": Spent(0.02, 0.15), "reader": Spent(0.0, 0.01)}
     run = Run("process", [killed, died], [told(0, 5, 12), told(1, 12, 35)], warm=True)
     run.before, run.after = {"server": dict(HELD), "draft": dict(HELD)}, {"server": dict(HELD)}
     run.end = End(0, 1.0, [], [], [], 0)
@@ -58,8 +60,8 @@ def test_a_good_run_has_no_failures_and_a_row_for_each_fault() -> None:
     assert failures([good()], TEXTS) == []
     header, _, killed, died = faults_table([good()]).splitlines()
     assert header.startswith("| draft in | fault | done | in flight | lost |")
-    assert killed == "| process | kill | SIGKILL | 4 | 0 | 50 | 200 | 5.0 | 5.2 | 1 |"
-    assert died == "| process | dying | each | 4 | 0 | 60 | 300 | - | left off, 27.0 | 4 |"
+    assert killed == "| process | kill | SIGKILL | 4 | 0 | 50 | 200 | Worker 150 | 5.0 | 5.2 | 1 |"
+    assert died == "| process | dying | each | 4 | 0 | 60 | 300 | - | - | left off, 27.0 | 4 |"
 
 
 def lost(run: Run) -> None:

@@ -66,6 +66,8 @@ def test_each_fault_is_done_and_followed_to_its_end() -> None:
         assert found.in_flight > 0
         assert found.window.longest > 0
         assert found.quiet.longest > 0
+        assert {"reader", "host"} <= found.spent.keys()
+        assert {"reader", "host"} <= found.spent_quiet.keys()
     killed, hung, slowed = run.episodes
     assert killed.draft_up is not None
     assert killed.draft_up >= BACK_OFF_SECONDS / 2

@@ -11,8 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from scripts import faults
-from scripts.benchmark.settings import SettingsError
 from scripts.faulting.settings import DEFAULT_RESTARTS, KINDS_OF, Kind, Serving, Settings
+from vllm_saguaro.benchmark.settings import SettingsError
 
 
 def saguaro(serving: Serving) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from scripts import pictures
-from scripts.benchmark.records import Report
 from scripts.illustrations.branches import TEXT, K, cells, span_of
 from scripts.illustrations.outcomes import accepted_lengths
 from scripts.illustrations.rounds import depths_by, measured
+from vllm_saguaro.benchmark.records import Report
 
 
 def test_all_pictures_are_drawn_and_the_committed_ones_are_these(

@@ -7,8 +7,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from scripts.benchmark.settings import SettingsError
 from scripts.soaking.journal import Journal
+from vllm_saguaro.benchmark.settings import SettingsError
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from scripts.benchmark.client import ROOT
+from scripts.repository import ROOT
 from scripts.soaking import processes, server
 from scripts.soaking.settings import Settings
 

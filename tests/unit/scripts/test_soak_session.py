@@ -15,7 +15,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from scripts import soak
-from scripts.benchmark import provenance
 from scripts.soaking import client, episode, stretch, traffic
 from scripts.soaking.accounts import Accounts
 from scripts.soaking.answers import Answer, Fate
@@ -26,6 +25,7 @@ from scripts.soaking.session import sit
 from scripts.soaking.settings import Settings
 from scripts.soaking.traffic import Traffic
 from tests.unit.scripts.soak_server import SoakServer
+from vllm_saguaro.benchmark import provenance
 
 SMALL = Settings(requests=80, faults={}, warm_up=10, seed=1, hits_patience=5.0)
 

@@ -20,6 +20,7 @@ def test_a_gap_belongs_to_the_window_that_it_touches() -> None:
     gaps.piece(1.9, 2.7)  # ended after it
     gaps.piece(2.7, 2.72)
     assert window.longest == pytest.approx(0.8)
+    assert window.longest_at == (1.9, 2.7)
     assert sum(gaps.usual.values()) == 2
     assert gaps.longest_usual == pytest.approx(0.02)
 

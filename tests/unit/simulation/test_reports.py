@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from scripts.benchmark.client import ROOT
+from scripts.repository import ROOT
 from vllm_saguaro.simulation.reports import BRANCHES, ROWS_FACTOR, plan_of, read_report, world_of
 from vllm_saguaro.simulation.validation import own_lines
 from vllm_saguaro.simulation.world import WorldError

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
+from vllm_saguaro import counters
 from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.placement.layout import MailboxShape
@@ -121,5 +122,21 @@ def test_a_draft_that_does_not_come_up_leaves_nothing_open(monkeypatch: pytest.M
 
     monkeypatch.setattr(process_draft, "ProcessChannel", Channel)
     with pytest.raises(RuntimeError, match="no model there"):
-        process_draft.open_process_draft(options(), 2, CPU, 256, CounterPage(), lambda *_: None)  # type: ignore[arg-type]
+        process_draft.open_process_draft(options() | {"cores": None}, 2, CPU, 256, CounterPage(), lambda *_: None)  # type: ignore[arg-type]
     assert len(closed) == 1
+
+
+def test_its_hits_are_those_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    hits: list[Callable[[], float]] = []
+
+    class Restarting:
+        def __init__(self, *_: Any, **named: Any) -> None:
+            hits.append(named["hits"])
+            raise RuntimeError("seen")
+
+    monkeypatch.setattr(process_draft, "RestartingChannel", Restarting)
+    page = CounterPage()
+    with pytest.raises(RuntimeError, match="seen"):
+        process_draft.open_process_draft(options(), 2, CPU, 256, page, lambda *_: None)  # type: ignore[arg-type]
+    page.add(counters.HITS, 3)
+    assert hits[0]() == 3

@@ -41,3 +41,8 @@ def test_a_pool_without_a_cluster_is_refused_in_one_line() -> None:
 def test_the_cluster_of_the_environment_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert check_cluster(pooled()) == "10.0.0.1:6379"
+
+
+@pytest.mark.parametrize(("again", "expected"), [(False, [0, 1, 2, 3]), (True, [3])])
+def test_a_ray_of_our_own_starts_beside_the_draft_while_the_target_decodes(again: bool, expected: list[int]) -> None:
+    assert ray_draft(SaguaroConfig(placement="ray"), {}, PLAN, {}, again=again).daemon_cpus == expected

@@ -1,0 +1,1 @@
+"""Servers that run already, asked in turn: `vllm-saguaro bench --against-server`."""

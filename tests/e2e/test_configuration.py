@@ -10,35 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.vllm_hooks.model_folder import write_model
+
 pytestmark = pytest.mark.slow  # each command imports all of vLLM
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder without weights and without a draft, of a family that nobody knows."""
-    folder = tmp_path_factory.mktemp("target")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "vocab_size": 320,
-        "dtype": "float32",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    vocab = {f"w{i}": i for i in range(300)}
-    tokenizer = {
-        "version": "1.0",
-        "added_tokens": [],
-        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "w0"},
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return folder
+    return write_model(tmp_path_factory.mktemp("target"))
 
 
 def vllm(*words: str | Path) -> subprocess.CompletedProcess[str]:

@@ -68,9 +68,8 @@ SMALL_SERVER = (
     "--enforce-eager"
 )
 SMALL_BENCH = (
-    "--target-layers 6 --draft-layers 3 --k 2 --branches 6 --batch 1 --temperature 0 --top-p 1 --sampling coupled "
-    "--baseline-sampling greedy --fan-out ranked --prompts 1 --tokens 8 --repetitions 1 --eager "
-    "--output {folder}/x.json"
+    "--target-layers 6 --draft-layers 3 --k 2 --branches 6 --batch 1 --temperature 0 --top-p 1 --prompts 1 --tokens 8 "
+    "--repetitions 1 --eager --output {folder}/x.json"
 )
 EXAMPLES = "tests/unit/examples/test_examples.py"
 ON_A_CPU = "tests/unit/scripts/test_gpu_check.py::test_everything_that_a_cpu_can_show_is_shown"

@@ -109,7 +109,13 @@ WAYS: tuple[Way, ...] = (
     Serves(r"vllm serve MODEL(?: --port 8000)?", SMALL_SERVER, speculates=False),
     Serves(r"vllm serve MODEL .*--speculative-config .*", SMALL_SERVER),
     Runs(r"curl -s http://localhost:8000/metrics \| grep .*", Cost.LONG, says=r"vllm:saguaro_hits_total", asks=True),
-    Runs(r"python examples/client\.py", Cost.LONG, "--url {saguaro} --max-tokens 16", r"hits", asks=True),
+    Runs(
+        r"python examples/client\.py",
+        Cost.LONG,
+        "--url {saguaro} --max-tokens 16",
+        r"outcomes were predicted",
+        asks=True,
+    ),
     Runs(r"\.venv/bin/python examples/offline\.py", Cost.LONG),
     Cannot(r".*Qwen/.*", NO_MODEL),
     Cannot(

@@ -40,7 +40,7 @@ def test_each_draft_has_a_budget_and_its_process(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_engines_of_a_pool_on_its_node_take_a_part_of_it_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    pooled = {"placement": "ray", "draft_pool": "drafts", "draft_pool_engines": 4}
+    pooled: dict[str, Any] = {"placement": "ray", "draft_pool": "drafts", "draft_pool_engines": 4}
     taken = WANTED - left(monkeypatch, **pooled)
     assert 4 * taken == 4 * BUDGET + RESIDENT
 

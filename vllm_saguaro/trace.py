@@ -1,8 +1,7 @@
 """The rounds of both sides as a trace: who was busy when, and what came of it ([docs/tracing.md]).
 
-The target's thread puts what happened into a queue of bounded length, a microsecond an event. A thread takes it from
-there, with the rounds that the draft sides have told, and writes the file. What goes wrong with the file ends the trace
-and nothing else.
+The target's thread puts what happened into a queue of bounded length. A thread takes it from there, with the rounds
+that the draft sides have told, and writes the file. What goes wrong with the file ends the trace and nothing else.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import time
 import weakref
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vllm_saguaro import counters
@@ -111,7 +110,7 @@ class WrittenTrace(Trace):
         """When the outcomes of each step were known; the writing thread's."""
         names = {TARGET: "target"} | {pid: f"draft {number}" for number, pid in enumerate(self._drafts)}
         file.append(
-            json.dumps({"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": name}})
+            _json({"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": name}})
             for pid, name in names.items()
         )
         self._closing = threading.Event()
@@ -282,6 +281,10 @@ def _line(event: Event) -> str:
     what = {"name": event.name, "cat": "target" if event.of == TARGET else "draft"}
     at = round(event.at * 1e6, 3)
     if event.lasted is None:
-        return json.dumps({**what, "ph": "i", "s": "t", "ts": at, **place}, separators=(",", ":"))
+        return _json({**what, "ph": "i", "s": "t", "ts": at, **place})
     lasted = round(event.lasted * 1e6, 3)
-    return json.dumps({**what, "ph": "X", "ts": at, "dur": lasted, **place}, separators=(",", ":"))
+    return _json({**what, "ph": "X", "ts": at, "dur": lasted, **place})
+
+
+def _json(event: Mapping[str, object]) -> str:
+    return json.dumps(event, separators=(",", ":"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from tests.v2 import v2_plans
@@ -11,8 +14,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
 
 @pytest.fixture(scope="module")
-def runs() -> tuple[V2Run, V2Run]:
-    """Plain vLLM; and ours, a step ahead of what it knows."""
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the trace."""
+    return tmp_path_factory.mktemp("trace") / "trace.json"
+
+
+@pytest.fixture(scope="module")
+def runs(path: Path) -> tuple[V2Run, V2Run]:
+    """Plain vLLM; and ours, a step ahead of what it knows, with a trace."""
     ours = [
         v2_plans.greedy("greedy"),
         v2_plans.greedy_among_sampled("among sampled"),
@@ -23,7 +32,7 @@ def runs() -> tuple[V2Run, V2Run]:
         [
             {"options": OPTIONS, "scripted": False, "scenarios": [v2_plans.greedy("greedy")]},
             {
-                "options": OPTIONS | saguaro(placement="process", branches=8),
+                "options": OPTIONS | saguaro(placement="process", branches=8, trace=str(path)),
                 "scripted": False,
                 "async": True,
                 "scenarios": ours,
@@ -50,3 +59,20 @@ def test_tables_arrive_and_their_drafts_are_accepted(runs: tuple[V2Run, V2Run]) 
 def test_nothing_is_read_on_the_host(runs: tuple[V2Run, V2Run]) -> None:
     assert "synchronised" not in runs[1].answer
     assert runs[1]["guarded"].guard["propose"] > 5
+
+
+def test_the_trace_has_what_the_host_knows(runs: tuple[V2Run, V2Run], path: Path) -> None:
+    """Of an engine that ended without closing it: whole all the same."""
+    first, *lines = path.read_text(encoding="utf-8").splitlines()
+    events = [json.loads(line.removesuffix(",")) for line in lines]
+    assert first == "["
+    steps = [event["args"] for event in events if event["name"] == "enqueue"]
+    assert [args["step"] for args in steps] == list(range(1, len(steps) + 1))
+    assert max(args["verifying"] for args in steps) > 0
+    found = sum(event["args"]["hits"] for event in events if event["name"] == "outcomes")
+    assert 0 < found <= sum(one.metrics["vllm:saguaro_hits"] for one in runs[1].scenarios.values())
+    rounds = [event for event in events if event["name"] == "round"]
+    assert rounds
+    assert {event["pid"] for event in rounds} == {2}
+    assert max(event["args"]["branches"] for event in rounds) == 8
+    assert [event["pid"] for event in events if event["name"] == "draft up"] == [2]

@@ -61,12 +61,14 @@ def bounds_of_steps(shape: MailboxShape) -> dict[int, int]:
 
 def bounds_of_tables(shape: MailboxShape) -> dict[int, int]:
     """What the draft side may send, and how long it may be."""
-    bounds = {
+    bounds: dict[int, int] = {
         Kind.STATE: STATE.size,
         Kind.TAKEN: TAKEN.size,
         Kind.TABLE: _TABLE.size + shape.branches * max(8, 4 + 8 * shape.support),
     }
-    return {**bounds, Kind.ROUND: _ROUND.size} if shape.rounds else {**bounds}
+    if shape.rounds:
+        bounds[Kind.ROUND] = _ROUND.size
+    return bounds
 
 
 class FrameReader:

@@ -130,6 +130,7 @@ class DeviceEngine:
         for buffer, given in (
             (step.slots, outcomes.slots),
             (step.accepted, outcomes.accepted),
+            (step.verified, outcomes.verified),
             (step.bonus, outcomes.bonus),
             (step.lengths, outcomes.lengths),
         ):

@@ -159,6 +159,7 @@ class SaguaroSpeculator(BaseSpeculator):
             outcomes = DeviceOutcomes(
                 slots=slots,
                 accepted=num_sampled.to(torch.int32) - 1,
+                verified=(num_sampled + num_rejected).to(torch.int32) - 1,
                 bonus=bonus,
                 lengths=self._req_states.total_len.gpu[slots],
                 temperature=temperature[slots].masked_fill(self._certain[slots], 0.0),

@@ -279,6 +279,18 @@ def test_the_draws_follow_q_and_differ_from_branch_to_branch_and_round_to_round(
     assert len(seen) > 5
 
 
+@pytest.mark.parametrize(("verified", "judged"), [(3, 2), (2, 2), (1, 1), (0, 0)])
+def test_drafts_that_were_not_in_the_pass_are_not_learnt_from(verified: int, judged: int) -> None:
+    """One was accepted, where there were any: the next was rejected, or left out by the scheduler."""
+    world = World(FakeDeviceModel())
+    world.admit(0, PROMPT)
+    world.step({0: (0, 5)})
+    world.step({0: hit_of(world, 0)})
+    before = world.engine.round.maps._trials.sum().item()
+    world.draft.exchange(world.outcomes({0: (min(1, verified), 5)}, verified=[verified]))
+    assert world.engine.round.maps._trials.sum().item() - before == pytest.approx(judged)
+
+
 def test_deflated_drafts_are_told_as_they_were_drawn() -> None:
     world = World(FakeDeviceModel(), sampling_c=0.0, branches=8)
     world.admit(0, PROMPT, SAMPLED)

@@ -105,7 +105,8 @@ class DeviceRound:
     @property
     def resident_bytes(self) -> int:
         """State, step buffers, maps, and the rows of all buckets so far."""
-        rows = [tensor for pair in self._rows.values() for r in pair for tensor in (r.tables, r.input_ids, r.positions)]
+        each = [rows for pair in self._rows.values() for rows in pair]
+        rows = [tensor for r in each for tensor in (r.tables, r.input_ids, r.positions, r.lengths, r.slot_mapping)]
         held = self.state.resident_bytes + self.step.resident_bytes + self.maps.resident_bytes
         return held + sum(tensor.nbytes for tensor in rows)
 

@@ -213,6 +213,15 @@ def test_rows_in_another_order_and_padding_make_no_difference() -> None:
     assert all(world.step({slot: hit_of(world, slot) for slot in (7, 6, 3, 1, 0)}).hits)
 
 
+def test_buffers_of_all_batches_are_there_before_memory_is_measured() -> None:
+    world = World(FakeDeviceModel(), slots=8)
+    held = world.engine.resident_bytes
+    for slot in range(8):
+        world.admit(slot, PROMPT[: 2 + slot % 4])
+        world.step(dict.fromkeys(range(slot + 1), (0, 5)))
+    assert world.engine.resident_bytes == held
+
+
 def test_drafts_are_drawn_from_what_is_told_of_them_and_told_by_slot() -> None:
     world = World(FakeDeviceModel(), slots=3)
     world.admit(2, PROMPT, SAMPLED)

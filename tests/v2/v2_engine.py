@@ -247,3 +247,5 @@ PLANTS = {"unmarked": unmarked, "marked one late": marked_one_late, "reads on th
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a rank's process, which vLLM spawns: nothing of vLLM is imported yet
+    interpreted.install()

@@ -27,6 +27,8 @@ class DeviceOutcomes:
     slots [B] int64: the runner's request slots, all different; `slots_on_host` [B] int64 is the same on the host.
     accepted [B] int32: k, how many drafts were accepted; -1 where the step gave the row no token (a prompt that is not
     yet read to its end): such a row has no outcome, and its other entries say nothing.
+    verified [B] int32: how many drafts were in the pass, filler among them: K, or as few as the scheduler left; a row
+    that accepted all of those was not judged beyond them. Never less than `accepted`.
     bonus [B] int64: t*, the token after the accepted ones.
     lengths [B] int32: how many tokens the request has, with the bonus token.
     temperature [B] float32: of the request; 0 is greedy.
@@ -35,6 +37,7 @@ class DeviceOutcomes:
 
     slots: Tensor
     accepted: Tensor
+    verified: Tensor
     bonus: Tensor
     lengths: Tensor
     temperature: Tensor

@@ -48,7 +48,7 @@ class ScriptedDraft:
         self.recording = True
         self.events: list[tuple[str, int, str, int]] = []
         """admit and release: what, slot, request, tokens."""
-        self.rounds: list[tuple[str, int, int, int, int, float, int]] = []
+        self.rounds: list[tuple[str, int, int, int, int, float, int, int]] = []
         """Request, slot, accepted, bonus, length, temperature, ready of each row of each exchange."""
         self.closed = self.captured = 0
         self.samplings: dict[str, Sampling] = {}
@@ -153,5 +153,6 @@ class ScriptedDraft:
             outcomes.lengths.tolist(),
             outcomes.temperature.tolist(),
             ready.tolist(),
+            outcomes.verified.tolist(),
         )
         self.rounds.extend(zip(*columns, strict=True))

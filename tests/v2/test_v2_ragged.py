@@ -66,7 +66,7 @@ def test_slots_are_used_again_and_drafts_go_to_whom_they_belong(ragged: Three, n
 def test_a_row_without_a_token_has_no_outcome(ragged: Three) -> None:
     rows = [row for name in ("depths", "mixed") for row in ragged[1][name].rounds]
     assert {-1} < {row.accepted for row in rows}, "no chunk of a prompt beside requests that decode"
-    assert all(-1 <= row.accepted <= 4 for row in rows)
+    assert all(-1 <= row.accepted <= row.verified <= 4 for row in rows)
 
 
 def test_requests_that_the_draft_cannot_hold_are_counted_as_absent(ragged: Three) -> None:
@@ -78,4 +78,5 @@ def test_fewer_drafts_a_step_than_k_are_fine(ragged: Three) -> None:
     assert last["scheduled K"].tokens == plain["greedy"].tokens
     per_step = {row.accepted for row in last["scheduled K"].rounds}
     assert 3 in per_step
+    assert {row.verified for row in last["scheduled K"].rounds} > {0, 3}, "the draft is not told how many there were"
     assert not last.answer["facts"]["draft_logits"], "drafts that are never drawn need no q"

@@ -4,6 +4,9 @@ Standard input, one JSON object: `engines`, each with `options` (for `LLM`), `as
 of `tests.e2e.engine`, and may name a `script` (`scripted_drafts.py`), its `candidates`, a `plant` (PLANTS), and
 `guarded`: no reading on the host while it runs. The texts of all scenarios so far are what an oracle knows. Standard
 output, one JSON object when all are through. What vLLM writes goes to standard error.
+
+An engine of several ranks has its workers in processes of their own, which are asked from here (`v2_ranks.py`); from a
+scenario that says `apart` on its ranks are at odds.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Any
 from unittest import mock
 
 from tests.e2e.engine import KINDS, Engine
-from tests.v2 import interpreted, start_up
+from tests.v2 import interpreted, start_up, v2_ranks
 from tests.v2.scripted_drafts import ScriptedDraft
 from tests.v2.sync_guard import Synchronised, no_sync
 
@@ -45,6 +48,29 @@ class V2Engine(Engine):
     def draft(self) -> ScriptedDraft | None:
         speculator = getattr(self.worker, "_speculator", None)
         return getattr(speculator, "_draft", None)
+
+
+class RankedV2Engine(Engine):
+    """An `LLM` of several ranks."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.records = []
+        self.draft_pids = []
+        self.ours = llm.llm_engine.vllm_config.speculative_config is not None
+        if self.ours:
+            llm.collective_rpc(v2_ranks.record)
+
+    def begin(self, scenario: Json) -> None:
+        if scenario.get("apart"):
+            self.llm.collective_rpc(v2_ranks.go_apart)
+
+    def ranks(self) -> list[list[v2_ranks.Record]]:
+        """What each rank has written down since the last time."""
+        return self.llm.collective_rpc(v2_ranks.take_records) if self.ours else []
+
+    def rank_facts(self) -> Json:
+        return {"ranks": self.llm.collective_rpc(v2_ranks.facts)} if self.ours else {}
 
 
 def main() -> None:
@@ -81,8 +107,9 @@ def run_engine(spec: Json, texts: list[list[int]]) -> Json:
         scripted = mock.patch.object(device_worker, "open_device_draft", open_scripted)
     with scripted, interpreted.async_scheduling(spec.get("async", False)):
         llm = LLM(**spec["options"])
-    engine = V2Engine(llm)
-    answer: Json = {"scenarios": {}, "facts": facts(engine)}
+    divided = spec["options"].get("tensor_parallel_size", 1) > 1
+    engine: Any = RankedV2Engine(llm) if divided else V2Engine(llm)
+    answer: Json = {"scenarios": {}, "facts": engine.rank_facts() if divided else facts(engine)}
     if spec.get("start_up"):
         answer["start_up"] = start_up.walk_through(engine, opened)
     for scenario in spec["scenarios"]:
@@ -94,6 +121,7 @@ def run_engine(spec: Json, texts: list[list[int]]) -> Json:
             draft.events.clear()
             draft.rounds.clear()
         before = engine.metrics()
+        engine.begin(scenario)
         with contextlib.ExitStack() as stack:
             if scenario.get("plant"):
                 stack.enter_context(PLANTS[scenario["plant"]](engine))
@@ -110,6 +138,7 @@ def run_engine(spec: Json, texts: list[list[int]]) -> Json:
             "samplings": {name: s.temperature for draft in opened for name, s in draft.samplings.items()},
             "metrics": {name: value - before.get(name, 0.0) for name, value in engine.metrics().items()},
             "guard": guard,
+            "ranks": engine.ranks() if divided else [],
         }
         asked = scenario["requests"] if scenario["kind"] == "arrivals" else None
         prompts = [r["prompt"] for r in asked] if asked else scenario["prompts"]
@@ -218,3 +247,5 @@ PLANTS = {"unmarked": unmarked, "marked one late": marked_one_late, "reads on th
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a rank's process, which vLLM spawns: nothing of vLLM is imported yet
+    interpreted.install()

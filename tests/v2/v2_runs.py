@@ -38,6 +38,7 @@ class Round:
     length: int
     temperature: float
     ready: int
+    verified: int
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Scripted:
     samplings: dict[str, float]
     metrics: dict[str, float]
     guard: Json
+    ranks: list[list[tuple[str, list[int], list[int]]]]
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -71,8 +73,8 @@ class V2Run:
         return self.scenarios[name]
 
 
-def run_v2(specs: Sequence[Json]) -> list[V2Run]:
-    """Run all engines, in one process, and insist that it ended well."""
+def run_v2(specs: Sequence[Json], **environment: str) -> list[V2Run]:
+    """Run all engines, started from one process, and insist that it ended well."""
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.txt"
         with log.open("w") as file:
@@ -83,7 +85,7 @@ def run_v2(specs: Sequence[Json]) -> list[V2Run]:
                 stderr=file,
                 text=True,
                 cwd=ROOT,
-                env={**environment_at_start(), **ENVIRONMENT, **interpreted.ENVIRONMENT},
+                env={**environment_at_start(), **ENVIRONMENT, **interpreted.ENVIRONMENT, **environment},
                 check=False,
             )
         assert done.returncode == 0, log.read_text(errors="replace")[-6000:]

@@ -71,6 +71,8 @@ class DeviceEngine:
         self.state = SlotState.empty(model, *shape)
         secret = secrets.randbits(63) if seed is None else seed
         self.round = DeviceRound(model, operations, self.state, slots, secret, sampling_c)
+        for bucket in self.buckets:  # now, so that whoever measures memory next finds them all
+            self.round.rows(bucket)
         self._readings = Readings(model, self.state)
         self._lengths = LateLengths(self.state.length, self.state.alive, mark)
         self._tenants: dict[int, Tenant] = {}
@@ -130,6 +132,7 @@ class DeviceEngine:
         for buffer, given in (
             (step.slots, outcomes.slots),
             (step.accepted, outcomes.accepted),
+            (step.verified, outcomes.verified),
             (step.bonus, outcomes.bonus),
             (step.lengths, outcomes.lengths),
         ):

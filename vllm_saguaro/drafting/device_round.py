@@ -36,7 +36,7 @@ LOGITS_ROWS = 256
 class StepBuffers:
     """What one step of the target brings, and what is found for it. B: the largest batch.
 
-    In: slots [B] int64, accepted [B] int32, bonus [B] int64, lengths [B] int32, as in `DeviceOutcomes`.
+    In: slots [B] int64, accepted and verified [B] int32, bonus [B] int64, lengths [B] int32, as in `DeviceOutcomes`.
     Out: tokens [B, K] int64 and ready [B] int32, as in `DeviceDrafts`; q_tokens [B, K, M] int64 and log_q [B, K, M]
     float32, what the tokens were drawn from: certain ones and filler have log q = 0 at the token.
     Kept for the round: branch [B] int64, the one that was hit, or -1; speculation [B, K] int64, its drafts.
@@ -44,6 +44,7 @@ class StepBuffers:
 
     slots: Tensor
     accepted: Tensor
+    verified: Tensor
     bonus: Tensor
     lengths: Tensor
     tokens: Tensor
@@ -64,6 +65,7 @@ class StepBuffers:
         return cls(
             slots=filled(value=state.nobody),
             accepted=filled(value=-1, dtype=torch.int32),
+            verified=filled(dtype=torch.int32),
             bonus=filled(),
             lengths=filled(dtype=torch.int32),
             tokens=filled(k),
@@ -103,7 +105,8 @@ class DeviceRound:
     @property
     def resident_bytes(self) -> int:
         """State, step buffers, maps, and the rows of all buckets so far."""
-        rows = [tensor for pair in self._rows.values() for r in pair for tensor in (r.tables, r.input_ids, r.positions)]
+        each = [rows for pair in self._rows.values() for rows in pair]
+        rows = [tensor for r in each for tensor in (r.tables, r.input_ids, r.positions, r.lengths, r.slot_mapping)]
         held = self.state.resident_bytes + self.step.resident_bytes + self.maps.resident_bytes
         return held + sum(tensor.nbytes for tensor in rows)
 
@@ -164,7 +167,7 @@ class DeviceRound:
         branch = torch.where(active, step.branch[:size], -1)
         hit = branch >= 0
         under = torch.where(hit, self._num_drafts, 0).to(torch.int32)
-        self._learn(at, accepted, active)
+        self._learn(at, accepted, step.verified[:size], active)
         # A branch begins with the bonus token that it predicted, which is the last token of the text now.
         first = torch.div((lengths - 1).clamp_min(0), self.model.block_size, rounding_mode="floor").long()
         self._do.adopt(state.main, state.private, at, branch, first)
@@ -193,10 +196,10 @@ class DeviceRound:
         state.raw[at] = raw
         state.rounds[at] = state.rounds[at] + 1
 
-    def _learn(self, at: Tensor, accepted: Tensor, active: Tensor) -> None:
-        """What became of the drafts that were under verification."""
+    def _learn(self, at: Tensor, accepted: Tensor, verified: Tensor, active: Tensor) -> None:
+        """What became of the drafts that were under verification, as far as the pass went."""
         j = torch.arange(self._num_drafts, device=at.device)
-        judged = j < torch.minimum(accepted + 1, self.state.under[at]).unsqueeze(1)
+        judged = j < torch.minimum(accepted + 1, torch.minimum(self.state.under[at], verified)).unsqueeze(1)
         counts = judged & active.unsqueeze(1)
         self.maps.learn(self.state.cls[at], self.state.raw[at], j < accepted.unsqueeze(1), counts)
 

@@ -257,6 +257,7 @@ class MailboxDraft:
         record = self._record[: RECORD_HEADER + size]
         body = record[RECORD_HEADER:]
         generation, round_, verified = state.unbind(1)
+        verified = torch.minimum(verified, outcomes.verified)
         columns = (outcomes.slots, generation, round_, outcomes.accepted, verified, bonus, outcomes.lengths, ready)
         head = torch.stack([column.to(torch.int64) for column in columns], 1)
         torch.cat((head, tokens), 1, out=body.view(rows, -1))

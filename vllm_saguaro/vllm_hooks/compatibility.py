@@ -40,13 +40,14 @@ class Seam:
     """One function of vLLM that a hook relies on, and the parameter names it must have.
 
     `where` says in which process it is used, hence where it is checked: importing the model runner into an API server
-    only to look at it would cost every start a few seconds.
+    only to look at it would cost every start a few seconds. `newer`: what 0.33 has behind those.
     """
 
     where: str
     module: str
     name: str
     parameters: tuple[str, ...]
+    newer: tuple[str, ...] = ()
 
 
 SEAMS: Final = (
@@ -136,6 +137,13 @@ SEAMS: Final = (
         "GPUModelRunner.sample",
         ("self", "hidden_states", "input_batch", "grammar_output"),
     ),
+    Seam(
+        DEVICE_WORKER,
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner.postprocess_sampled",
+        ("self", "idx_mapping", "sampled_tokens", "num_sampled", "num_rejected", "query_start_loc"),
+        newer=("draft_tokens",),
+    ),
     Seam(DEVICE_WORKER, "vllm.v1.worker.gpu_worker", "Worker.init_device", ("self",)),
     Seam(DEVICE_WORKER, "vllm.v1.worker.gpu_worker", "Worker.initialize_from_config", ("self", "kv_cache_config")),
     Seam(DEVICE_WORKER, "vllm.v1.worker.gpu_worker", "Worker.execute_model", ("self", "scheduler_output")),
@@ -160,7 +168,7 @@ def check_seams(where: str, seams: tuple[Seam, ...] = SEAMS) -> None:
         if seam.where != where:
             continue
         found = _parameters(seam)
-        if found != seam.parameters:
+        if found not in (seam.parameters, seam.parameters + seam.newer):
             is_now = f"is ({', '.join(found)})" if found is not None else "is missing"
             raise SaguaroConfigError(
                 f'method "saguaro" does not know this build of vLLM: {seam.module}.{seam.name} {is_now}, expected '
@@ -233,10 +241,10 @@ def check_combination(
 
 
 def _check_v2_combination(engine_args: Any, parallel: Any) -> None:
-    if (size := parallel.tensor_parallel_size) > 1:
+    if parallel.enable_batch_sharded_sampling:
         raise SaguaroConfigError(
-            f'method "saguaro" serves a target on one GPU, tensor_parallel_size is {size}: write tensor_parallel_size '
-            "1, or another method"
+            "the draft's q is on the first rank, which samples for all, and enable_batch_sharded_sampling has every "
+            "rank sample requests of its own: leave it out"
         )
     if parallel.use_ubatching:
         raise SaguaroConfigError(

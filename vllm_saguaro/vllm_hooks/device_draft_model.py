@@ -26,6 +26,7 @@ from vllm.v1.worker import workspace
 
 from vllm_saguaro.drafting.device_model import DecodeRows, Piece
 from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig, VllmDraftModel
+from vllm_saguaro.vllm_hooks.undivided import undivided
 
 WORKSPACE_LANE = 1
 """vLLM's runner works in lane 0."""
@@ -34,7 +35,7 @@ _FLASHINFER = "vllm.v1.attention.backends.flashinfer"
 
 
 class VllmDeviceModel(VllmDraftModel):
-    """`DeviceModel` by vLLM, inside a worker with TP = PP = 1, on the worker's device. Not thread-safe."""
+    """`DeviceModel` by vLLM, inside a worker with PP = 1, on the worker's device. Not thread-safe."""
 
     def __init__(self, config: DraftModelConfig) -> None:
         """Load it, with its KV. ValueError where its attention needs the host to know how long the texts are."""
@@ -43,9 +44,10 @@ class VllmDeviceModel(VllmDraftModel):
         self.dtype: torch.dtype = self.vllm_config.model_config.dtype
         unfit = {g.backend.get_name() for g in self._attn_groups if not g.supports_draft_decode_metadata_update}
         if unfit and not self._is_cpu:
+            fit = '"TRITON_MLA"' if self.vllm_config.model_config.use_mla else '"FLASH_ATTN" or "TRITON_ATTN"'
             raise ValueError(
                 f"the draft's attention backend {', '.join(sorted(unfit))} cannot be driven from the device: write "
-                '"attention_backend": "FLASH_ATTN" or "TRITON_ATTN" in the speculative config'
+                f'"attention_backend": {fit} in the speculative config'
             )
         weights = {t.data_ptr(): t.nbytes for t in (*self.model.parameters(), *self.model.buffers())}
         self.resident_bytes = sum(weights.values()) + sum(pages.nbytes for pages in self._pages)
@@ -144,7 +146,7 @@ class VllmDeviceModel(VllmDraftModel):
     def _run(self, token_ids: Tensor, positions: Tensor, slots: Tensor, metadata: dict[str, Any]) -> Tensor:
         self._context.attn_metadata = metadata
         self._context.slot_mapping = dict.fromkeys(metadata, slots)
-        with override_forward_context(self._context):
+        with override_forward_context(self._context), undivided():
             return self.model(input_ids=token_ids, positions=positions)
 
     @contextlib.contextmanager

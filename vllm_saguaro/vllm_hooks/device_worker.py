@@ -3,6 +3,7 @@
 The worker sees everything in the right order: it makes the runner (`init_device`), loads the target and, after it, the
 draft (`load_model`; so the draft's weights and KV are there when memory is profiled), is told of each step before the
 forward (`execute_model`), and is shut down. vLLM 0.32 and 0.33, `v1/worker/gpu_worker.py`, `v1/worker/cpu_worker.py`.
+Of the ranks of a tensor-parallel target the first has the draft, and tells the others (`device_ranks.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.utils.mem_utils import format_gib
 
@@ -19,7 +21,7 @@ from vllm_saguaro.device_messages import DeviceDraft
 from vllm_saguaro.placement.channel import Traced
 from vllm_saguaro.trace import Trace, WrittenTrace
 from vllm_saguaro.trace_file import TraceFile
-from vllm_saguaro.vllm_hooks import compatibility, marked_sampler, runner_v2
+from vllm_saguaro.vllm_hooks import compatibility, device_ranks, marked_sampler, runner_v2
 from vllm_saguaro.vllm_hooks.device_counters import DeviceCounters
 from vllm_saguaro.vllm_hooks.device_drafts import open_device_draft
 from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
@@ -53,24 +55,32 @@ class DeviceDraftWorker(_Worker):
     def init_device(self) -> None:
         """Make the runner, and put our speculator where its own was."""
         super().init_device()
-        runner, config = self.model_runner, SaguaroConfig.from_dict(self._options)
-        self._page = attach_page(self._options.get("counters"))
-        if config.trace is not None:
-            self._trace = WrittenTrace(TraceFile(config.trace), 1, self._page, logger)
+        runner, config, group = self.model_runner, SaguaroConfig.from_dict(self._options), get_tp_group()
+        self._leads = group.is_first_rank
+        counting = None
+        if self._leads:
+            self._page = attach_page(self._options.get("counters"))
+            counting = DeviceCounters(self._page, runner.req_states.max_num_reqs, runner.device)
+            if config.trace is not None:
+                self._trace = WrittenTrace(TraceFile(config.trace), 1, self._page, logger)
         self._speculator = SaguaroSpeculator(
             runner.req_states,
             config.num_speculative_tokens,
             longest=config.draft_max_length,
-            certain=config.draft_sample_method == "greedy",
-            counters=DeviceCounters(self._page, runner.req_states.max_num_reqs, runner.device),
+            # What the other ranks sample is replaced by what the first one samples: they need no q.
+            certain=config.draft_sample_method == "greedy" or not self._leads,
+            counters=counting,
         )
         runner_v2.install(runner, self._speculator)
+        device_ranks.install(runner, self._speculator, group)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load the target, then the draft, and mark filler in the target's rejection sampler."""
         super().load_model(load_dummy_weights=load_dummy_weights)
         assert self._speculator is not None
         marked_sampler.install(self.model_runner, self._speculator.ready)
+        if not self._leads:
+            return
         draft = self._open_draft()
         logger.info("Saguaro: the draft holds %s GiB of the target's device.", format_gib(draft.resident_bytes))
         self._speculator.attach(draft)
@@ -106,7 +116,7 @@ class DeviceDraftWorker(_Worker):
                 if self._trace is not None:
                     self._trace.close()
                 speculator.close()
-                if self._page.value(counters.HITS):
+                if self._leads and self._page.value(counters.HITS):
                     logger.info("Saguaro: hit rate %.3f.", self._page.hit_rate)
         finally:
             super().shutdown()

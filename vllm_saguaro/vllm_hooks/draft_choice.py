@@ -163,6 +163,26 @@ def read_vocab_size(target_model_config: Any, passed: Mapping[str, Any]) -> int:
         ) from error
 
 
+def check_family(draft: Any) -> None:
+    """Refuse a draft (a vLLM `ModelConfig`) whose state cannot be branched: it has to be KV of attention, by blocks.
+
+    Branches share the blocks of a text and copy its last one; a recurrent state has no blocks. Layers with a sliding
+    window, experts and latent attention (MLA) are all right.
+    """
+    if draft.is_attention_free or draft.is_hybrid or draft.has_inner_state:
+        why = "it has layers with a recurrent state (state-space or linear attention)"
+    elif draft.is_encoder_decoder:
+        why = "it has an encoder"
+    elif draft.uses_mrope:
+        why = "its rotary positions have several dimensions"
+    else:
+        return
+    raise SaguaroConfigError(
+        f'{draft.model} cannot draft, {why}: write as "model" a small model of the target\'s family that has text '
+        "alone and attention in every layer"
+    )
+
+
 def check_vocabularies(
     target: str, target_size: int, target_tokenizer: str, draft: str, draft_size: int, draft_revision: str | None = None
 ) -> None:

@@ -41,6 +41,7 @@ from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_saguaro.algorithm.noise import gumbel_of_all
 from vllm_saguaro.drafting.model import Batch
+from vllm_saguaro.vllm_hooks.undivided import undivided
 
 try:
     from vllm.v1.core.kv_cache_planning import get_kv_cache_configs  # 0.33
@@ -85,20 +86,17 @@ class DraftModelConfig:
 
 
 class VllmDraftModel:
-    """`DraftModel` by vLLM, in a process of its own or inside a vLLM worker (with TP = PP = 1). Not thread-safe."""
+    """`DraftModel` by vLLM, in a process of its own or inside a vLLM worker (with PP = 1). Not thread-safe."""
 
     def __init__(self, config: DraftModelConfig) -> None:
         self.device = torch.device(config.device)
         self._is_cpu = self.device.type == "cpu"
         self._owns_process = not parallel_state.model_parallel_is_initialized()
-        shards = [] if self._owns_process else [parallel_state.get_tp_group(), parallel_state.get_pp_group()]
-        if any(group.world_size > 1 for group in shards):  # layers would be cut up, and wait for the other ranks
-            raise RuntimeError("The draft cannot share a worker with tensor or pipeline parallelism.")
         # In a worker the environment speaks of the target (LOCAL_WORLD_SIZE, LD_PRELOAD): it is left as it was.
         with _environment(kept=not self._owns_process):
             self.vllm_config = _engine_config(config)
         self._prepare_process()
-        with set_current_vllm_config(self.vllm_config):
+        with set_current_vllm_config(self.vllm_config), undivided():
             with set_model_tag("saguaro_draft"):
                 self.model = get_model(vllm_config=self.vllm_config)
             kv_config = _plan_kv_cache(self.vllm_config, config)
@@ -127,7 +125,8 @@ class VllmDraftModel:
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [R, vocab_size] float32 of hidden states [R, hidden_size]."""
-        return self.model.compute_logits(hidden)[:, : self.vocab_size].float()
+        with undivided():
+            return self.model.compute_logits(hidden)[:, : self.vocab_size].float()
 
     @torch.inference_mode()
     def greedy(self, hidden: torch.Tensor) -> np.ndarray:
@@ -240,7 +239,7 @@ class VllmDraftModel:
         built = [(group.build_metadata(common), group.layer_names) for group in self._attn_groups]
         self._context.attn_metadata = {name: metadata for metadata, names in built for name in names}
         self._context.slot_mapping = dict.fromkeys(self._context.attn_metadata, slots)
-        with override_forward_context(self._context):
+        with override_forward_context(self._context), undivided():
             return self.model(input_ids=token_ids, positions=positions)
 
 

@@ -22,7 +22,13 @@ from vllm_saguaro.device_options import on_device, on_host
 from vllm_saguaro.trace_file import checked_path
 from vllm_saguaro.vllm_hooks import compatibility
 from vllm_saguaro.vllm_hooks.compatibility import Runner
-from vllm_saguaro.vllm_hooks.draft_choice import check_vocabularies, choose_draft, read_vocab_size, resolve_folder
+from vllm_saguaro.vllm_hooks.draft_choice import (
+    check_family,
+    check_vocabularies,
+    choose_draft,
+    read_vocab_size,
+    resolve_folder,
+)
 
 WORKER_CLASS: Final = "vllm_saguaro.vllm_hooks.worker.SaguaroWorker"
 GPU_WORKER_CLASS: Final = "vllm_saguaro.vllm_hooks.gpu_worker.SaguaroGPUWorker"
@@ -196,6 +202,7 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
         passed["num_speculative_tokens_per_batch_size"] = [(1, 1, config.num_speculative_tokens)]
     speculative = _translate(engine_args, original, target, parallel, passed, align=draft_size != target_size)
     draft = speculative.draft_model_config
+    check_family(draft)
     config = dataclasses.replace(config, draft_max_length=_draft_limit(draft, target, passed, config))
     # vLLM stops all speculation of a batch (0.33: shortens the target) at the draft's limit. Our draft side skips just
     # the requests beyond it, so vLLM is told that there is none.

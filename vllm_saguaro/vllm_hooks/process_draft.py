@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from vllm.distributed import parallel_state
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 
 from vllm_saguaro import cores, counters
@@ -81,23 +83,30 @@ def _environment(config: SaguaroConfig, cpus: Sequence[int], device: torch.devic
     # The draft has no runner; where Triton is missing vLLM would refuse.
     environment.pop("VLLM_USE_V2_MODEL_RUNNER", None)
     if device.type == "cuda" and config.placement != "ray":  # Ray gives its actor a GPU itself
-        environment["CUDA_VISIBLE_DEVICES"] = own_gpu(os.environ, torch.cuda.device_count(), device.index or 0)
+        environment["CUDA_VISIBLE_DEVICES"] = own_gpu(os.environ, torch.cuda.device_count(), _targets(device))
     return environment
 
 
-def own_gpu(environment: Mapping[str, str], count: int, targets: int) -> str:
-    """The draft's `CUDA_VISIBLE_DEVICES`: the first of `count` visible GPUs that is not number `targets`.
+def _targets(device: torch.device) -> range:
+    """Numbers of the GPUs that the target has: vLLM gives the ranks of one machine the first ones, in turn."""
+    ranks = get_tp_group().world_size if parallel_state.model_parallel_is_initialized() else 1
+    first = device.index or 0 if ranks == 1 else 0
+    return range(first, first + ranks)
+
+
+def own_gpu(environment: Mapping[str, str], count: int, targets: Sequence[int]) -> str:
+    """The draft's `CUDA_VISIBLE_DEVICES`: the first of `count` visible GPUs that is none of the `targets`.
 
     Raises `SaguaroConfigError` where there is no other.
     """
-    if count < 2:
+    others = [index for index in range(count) if index not in targets]
+    if not others:
         raise SaguaroConfigError(
-            'placement "process" needs a GPU beside the target\'s, and this process sees one: make a second visible '
-            '(CUDA_VISIBLE_DEVICES), or write "placement": "stream"'
+            f'placement "process" needs a GPU beside the target\'s {len(targets)}, and this process sees {count}: make '
+            'another one visible (CUDA_VISIBLE_DEVICES), or write "placement": "stream"'
         )
-    other = next(index for index in range(count) if index != targets)
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[other].strip() if visible else str(other)
+    return visible.split(",")[others[0]].strip() if visible else str(others[0])
 
 
 def _with_gpu(config: SaguaroConfig, device: torch.device) -> SaguaroConfig:

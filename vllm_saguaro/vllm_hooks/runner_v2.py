@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.v1.worker.gpu.input_batch import InputBatch
     from vllm.v1.worker.gpu.states import RequestState
 
+    from vllm_saguaro.vllm_hooks.device_ranks import Ranks
+
 logger = init_logger(f"vllm.{__name__}")
 
 _MOST_TOP_K = 2**31 - 1
@@ -42,7 +44,7 @@ class SaguaroSpeculator(BaseSpeculator):
 
     Public state: `ready` [R] int32 on the device, how many of a slot's drafts under verification are real;
     `draft_logits` [R, K, V] float32 or None, see `DeviceDraft.logits_into`; it is float32 whatever the model's dtype,
-    because the verifier must be given the very q that was drawn from.
+    because the verifier must be given the very q that was drawn from; `ranks`, where the target has several.
     """
 
     supports_mm_inputs = False
@@ -75,6 +77,7 @@ class SaguaroSpeculator(BaseSpeculator):
         self._slots: dict[str, int] = {}
         """The slot of each request that the draft has."""
         self._may_capture = False
+        self.ranks: Ranks | None = None
 
     # ---- who comes and goes ------------------------------------------------------------------------------------------
 
@@ -159,6 +162,7 @@ class SaguaroSpeculator(BaseSpeculator):
             outcomes = DeviceOutcomes(
                 slots=slots,
                 accepted=num_sampled.to(torch.int32) - 1,
+                verified=(num_sampled + num_rejected).to(torch.int32) - 1,
                 bonus=bonus,
                 lengths=self._req_states.total_len.gpu[slots],
                 temperature=temperature[slots].masked_fill(self._certain[slots], 0.0),
@@ -170,6 +174,8 @@ class SaguaroSpeculator(BaseSpeculator):
             ready = self._none[:rows]
             tokens.copy_(bonus.unsqueeze(-1).expand_as(tokens))
         self.ready.index_copy_(0, slots, ready)
+        if self.ranks is not None:
+            self.ranks.share(tokens)
         return tokens
 
     def _exchange(self, draft: DeviceDraft, outcomes: DeviceOutcomes, tokens: Tensor) -> Tensor | None:

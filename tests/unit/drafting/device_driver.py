@@ -101,15 +101,18 @@ class World:
         self.check()
         return Given([hit for hit, _ in rows], [drafts for _, drafts in rows])
 
-    def outcomes(self, found: Mapping[int, Outcome | None]) -> DeviceOutcomes:
+    def outcomes(self, found: Mapping[int, Outcome | None], verified: Sequence[int] | None = None) -> DeviceOutcomes:
+        """As a runner says it; `verified` drafts of each row were in the pass, all of them where it is left out."""
         slots = list(found)
         accepted = [-1 if o is None else o[0] for o in found.values()]
+        verified = [self.drafts] * len(slots) if verified is None else verified
         bonus = [0 if o is None else o[1] for o in found.values()]
         lengths = [12345 if o is None else len(self.requests[slot].text) + o[0] + 1 for slot, o in found.items()]
         temperature = [self.requests[slot].sampling.temperature for slot in slots]
         return DeviceOutcomes(
             slots=torch.tensor(slots, dtype=torch.int64),
             accepted=torch.tensor(accepted, dtype=torch.int32),
+            verified=torch.tensor(verified, dtype=torch.int32),
             bonus=torch.tensor(bonus, dtype=torch.int64),
             lengths=torch.tensor(lengths, dtype=torch.int32),
             temperature=torch.tensor(temperature, dtype=torch.float32),

@@ -213,6 +213,15 @@ def test_rows_in_another_order_and_padding_make_no_difference() -> None:
     assert all(world.step({slot: hit_of(world, slot) for slot in (7, 6, 3, 1, 0)}).hits)
 
 
+def test_buffers_of_all_batches_are_there_before_memory_is_measured() -> None:
+    world = World(FakeDeviceModel(), slots=8)
+    held = world.engine.resident_bytes
+    for slot in range(8):
+        world.admit(slot, PROMPT[: 2 + slot % 4])
+        world.step(dict.fromkeys(range(slot + 1), (0, 5)))
+    assert world.engine.resident_bytes == held
+
+
 def test_drafts_are_drawn_from_what_is_told_of_them_and_told_by_slot() -> None:
     world = World(FakeDeviceModel(), slots=3)
     world.admit(2, PROMPT, SAMPLED)
@@ -277,6 +286,18 @@ def test_the_draws_follow_q_and_differ_from_branch_to_branch_and_round_to_round(
     assert counts.sum() == 60
     assert ((counts - 60 * q) ** 2 / (60 * q)).sum() < 30  # chi2 with 7 degrees of freedom
     assert len(seen) > 5
+
+
+@pytest.mark.parametrize(("verified", "judged"), [(3, 2), (2, 2), (1, 1), (0, 0)])
+def test_drafts_that_were_not_in_the_pass_are_not_learnt_from(verified: int, judged: int) -> None:
+    """One was accepted, where there were any: the next was rejected, or left out by the scheduler."""
+    world = World(FakeDeviceModel())
+    world.admit(0, PROMPT)
+    world.step({0: (0, 5)})
+    world.step({0: hit_of(world, 0)})
+    before = world.engine.round.maps._trials.sum().item()
+    world.draft.exchange(world.outcomes({0: (min(1, verified), 5)}, verified=[verified]))
+    assert world.engine.round.maps._trials.sum().item() - before == pytest.approx(judged)
 
 
 def test_deflated_drafts_are_told_as_they_were_drawn() -> None:

@@ -92,13 +92,17 @@ class HostChannel:
 
 
 def outcomes_of(
-    rows: Sequence[tuple[int, int, int, int]], temperature: float = 0.0, device: torch.device = CPU
+    rows: Sequence[tuple[int, int, int, int]],
+    temperature: float = 0.0,
+    device: torch.device = CPU,
+    verified: int = SHAPE.num_speculative_tokens,
 ) -> DeviceOutcomes:
-    """Of rows (slot, accepted, bonus, length)."""
+    """Of rows (slot, accepted, bonus, length); so many drafts were `verified` in each."""
     slots, accepted, bonus, lengths = (list(column) for column in zip(*rows, strict=True))
     return DeviceOutcomes(
         slots=torch.tensor(slots, device=device),
         accepted=torch.tensor(accepted, dtype=torch.int32, device=device),
+        verified=torch.full((len(rows),), verified, dtype=torch.int32, device=device),
         bonus=torch.tensor(bonus, device=device),
         lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
         temperature=torch.full((len(rows),), temperature, device=device),

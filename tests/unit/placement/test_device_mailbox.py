@@ -70,6 +70,20 @@ def test_the_draft_side_hears_what_happened(sides: Sides) -> None:
     assert second.accepted == second.length - len(text) - 1
 
 
+def test_the_draft_side_hears_how_many_drafts_were_in_the_pass(sides: Sides) -> None:
+    """Fewer than were given where the scheduler cut them; filler is no draft."""
+    sides.target.admit(1, PROMPT)
+    for _ in range(6):
+        sides.round()
+    given = sides.target.under_verification[1]
+    assert len(given) > 1
+    length = len(sides.target.texts[1])
+    for verified, expected in ((1, 1), (SHAPE.num_speculative_tokens, 0)):
+        sides.target.draft.exchange(outcomes_of([(1, 0, 7, length + 1)], verified=verified))
+        *_, step = sides.channel.take_in()
+        assert [outcome.verified for outcome in step.outcomes] == [expected]
+
+
 def test_a_table_that_is_not_there_yet_is_a_miss_and_one_that_grows_serves_what_it_has(sides: Sides) -> None:
     sides.target.admit(0, PROMPT)
     assert sides.target.step().ready.tolist() == [0]  # not even the prompt was read

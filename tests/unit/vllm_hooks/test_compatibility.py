@@ -39,6 +39,20 @@ def test_the_installed_vllm_has_every_seam() -> None:
     check_seams(compatibility.DEVICE_WORKER)
 
 
+@pytest.mark.parametrize(("newer", "fits"), [((), False), (("prefix",), False), (("prefix", "newer"), True)])
+def test_a_seam_may_have_more_parameters_in_the_newer_vllm(newer: tuple[str, ...], fits: bool) -> None:
+    function = Seam(compatibility.FRONTEND, "tests.unit.vllm_hooks.test_compatibility", "_seam", ("given",), newer)
+    if fits:
+        check_seams(compatibility.FRONTEND, (function,))
+    else:
+        with pytest.raises(SaguaroConfigError, match="does not know this build of vLLM"):
+            check_seams(compatibility.FRONTEND, (function,))
+
+
+def _seam(given: int, prefix: int, newer: int) -> None:
+    """As of a newer vLLM."""
+
+
 def has_triton(monkeypatch: pytest.MonkeyPatch, has: bool, wish: str | None) -> None:
     monkeypatch.setattr("vllm.triton_utils.HAS_TRITON", has)
     if wish is None:

@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from vllm_saguaro.config import SaguaroConfigError
-from vllm_saguaro.vllm_hooks.draft_choice import check_vocabularies, choose_draft, resolve_folder, token_ids
+from vllm_saguaro.vllm_hooks.draft_choice import (
+    check_family,
+    check_vocabularies,
+    choose_draft,
+    resolve_folder,
+    token_ids,
+)
 
 
 def target(
@@ -183,3 +189,29 @@ def test_tokenizer_files_of_either_kind(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("no JSON")
     assert token_ids(str(tmp_path)) is None
     assert token_ids(str(tmp_path / "none")) is None
+
+
+KINDS = ("is_attention_free", "is_hybrid", "has_inner_state", "is_encoder_decoder", "uses_mrope")
+
+
+def draft_that(*is_so: str) -> SimpleNamespace:
+    """What `check_family` reads of a ModelConfig."""
+    return SimpleNamespace(model="my/draft", **{kind: kind in is_so for kind in KINDS})
+
+
+def test_a_draft_with_attention_in_every_layer_is_taken() -> None:
+    check_family(draft_that())
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        *((kind, "recurrent state") for kind in KINDS[:3]),
+        ("is_encoder_decoder", "has an encoder"),
+        ("uses_mrope", "several dimensions"),
+    ],
+)
+def test_a_draft_whose_state_cannot_be_branched_is_refused(kind: str, why: str) -> None:
+    with pytest.raises(SaguaroConfigError, match=f"my/draft cannot draft.*{why}.*write as") as caught:
+        check_family(draft_that(kind))
+    assert "\n" not in str(caught.value)

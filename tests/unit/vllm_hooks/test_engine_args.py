@@ -340,6 +340,12 @@ def test_a_target_of_two_ranks_has_a_whole_draft(pair: Path, make_model: ModelMa
     assert planned == [(None, 2, 1)]
 
 
+def test_a_recurrent_draft_is_refused_before_anything_is_loaded(pair: Path, make_model: ModelMaker) -> None:
+    draft = make_model("mamba", architectures=["MambaForCausalLM"], model_type="mamba", state_size=8)
+    line = refusal(pair, {"method": "saguaro", "model": str(draft)})
+    assert line.startswith(f"{draft} cannot draft, it has layers with a recurrent state")
+
+
 def test_cores_that_are_not_there(pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(draft_cpus: str | None, ranks: int, drafts: int) -> None:
         raise ValueError(f"draft_cpus {draft_cpus} names cores outside")
@@ -405,7 +411,10 @@ def test_runner_v2_says_that_no_gpu_has_run_it(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ({"tensor_parallel_size": 2}, "serves a target on one GPU, tensor_parallel_size is 2"),
+        (
+            {"tensor_parallel_size": 2, "enable_batch_sharded_sampling": True},
+            "has every rank sample requests of its own",
+        ),
         ({"enable_dbo": True}, "does not go with dual batch overlap"),
         ({"watermark_config": {}}, "does not go with watermark_config"),
     ],

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,21 +30,42 @@ def options(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("visible", "count", "target", "expected"),
-    [(None, 2, 0, "1"), (None, 4, 1, "0"), ("", 2, 0, "1"), ("5,7", 2, 0, "7"), ("GPU-a, GPU-b", 2, 1, "GPU-a")],
+    ("visible", "count", "targets", "expected"),
+    [
+        (None, 2, [0], "1"),
+        (None, 4, [1], "0"),
+        ("", 2, [0], "1"),
+        ("5,7", 2, [0], "7"),
+        ("GPU-a, GPU-b", 2, [1], "GPU-a"),
+        (None, 8, [0, 1, 2, 3], "4"),
+        ("5,7,1", 3, [0, 1], "1"),
+    ],
 )
 def test_the_draft_has_a_gpu_that_is_not_the_targets(
-    visible: str | None, count: int, target: int, expected: str
+    visible: str | None, count: int, targets: list[int], expected: str
 ) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert own_gpu(environment, count, target) == expected
+    assert own_gpu(environment, count, targets) == expected
 
 
-@pytest.mark.parametrize("count", [0, 1])
-def test_without_a_second_gpu_it_says_what_to_write(count: int) -> None:
+@pytest.mark.parametrize(("count", "targets"), [(0, [0]), (1, [0]), (2, [0, 1])])
+def test_without_another_gpu_it_says_what_to_write(count: int, targets: list[int]) -> None:
     with pytest.raises(SaguaroConfigError, match='"placement": "stream"') as error:
-        own_gpu({}, count, 0)
+        own_gpu({}, count, targets)
+    assert f"beside the target's {len(targets)}, and this process sees {count}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "device", "targets"),
+    [(None, "cuda", [0]), (1, "cuda:2", [2]), (2, "cuda:0", [0, 1]), (4, "cuda:1", [0, 1, 2, 3])],
+)
+def test_all_ranks_of_the_target_have_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, ranks: int | None, device: str, targets: list[int]
+) -> None:
+    monkeypatch.setattr(process_draft.parallel_state, "model_parallel_is_initialized", lambda: ranks is not None)
+    monkeypatch.setattr(process_draft, "get_tp_group", lambda: SimpleNamespace(world_size=ranks))
+    assert [*process_draft._targets(torch.device(device))] == targets
 
 
 def test_the_draft_has_its_own_gpu_and_chooses_no_runner(monkeypatch: pytest.MonkeyPatch) -> None:

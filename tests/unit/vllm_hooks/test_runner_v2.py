@@ -114,7 +114,14 @@ class Runner:
             self.temperature[slot] = new_one.sampling_params.temperature
         self.speculator.follow_step(output)
 
-    def propose(self, slots: Sequence[int], sampled: Sequence[int], dummy: bool = False, left: int = 0) -> Tensor:
+    def propose(
+        self,
+        slots: Sequence[int],
+        sampled: Sequence[int],
+        dummy: bool = False,
+        left: int = 0,
+        rejected: Sequence[int] = (),
+    ) -> Tensor:
         """Rows in these slots, of whose prompts `left` tokens are not read after this step."""
         rows = len(slots)
         batch: Any = SimpleNamespace(
@@ -135,7 +142,7 @@ class Runner:
             torch.empty(0),
             None,
             torch.tensor(sampled, dtype=torch.int32),
-            torch.zeros(rows, dtype=torch.int32),
+            torch.tensor(rejected or [0] * rows, dtype=torch.int32),
             self.last_sampled,
             torch.empty(0),
             self.temperature,
@@ -217,11 +224,12 @@ def test_the_draft_hears_the_outcomes_by_row() -> None:
     draft = NotedDraft(ready=2)
     runner = Runner(draft)
     runner.step({"a": (2, [5, 6]), "b": (0, [7], SAMPLED)})
-    assert runner.propose([2, 0], [1, 3]).tolist() == [[11, 12, 13]] * 2
+    assert runner.propose([2, 0], [1, 3], rejected=[2, 1]).tolist() == [[11, 12, 13]] * 2
     (outcomes,) = draft.outcomes
     assert outcomes.slots.tolist() == outcomes.slots_on_host.tolist() == [2, 0]
     assert outcomes.request_ids == ["row 2", "row 0"]
     assert (outcomes.accepted.tolist(), outcomes.accepted.dtype) == ([0, 2], torch.int32)
+    assert (outcomes.verified.tolist(), outcomes.verified.dtype) == ([2, 3], torch.int32)
     assert outcomes.bonus.tolist() == [3, 1]
     assert outcomes.lengths.tolist() == [3, 4]
     assert outcomes.temperature.tolist() == [0.0, pytest.approx(0.7)]

@@ -49,7 +49,7 @@ def address(text: str) -> tuple[str, int]:
     """Host and port of `[HOST:]PORT`; port 0 is a free one. Raises UsageError for what is none."""
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") or LOOPBACK
-    if not port.isdecimal() or int(port) > 65535:
+    if not port.isdecimal() or len(port) > 5 or int(port) > 65535 or "/" in host:
         raise UsageError(f"watch: --web {text!r} is no address: write a port like 8080, or HOST:PORT")
     return host, int(port)
 

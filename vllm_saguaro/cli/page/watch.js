@@ -13,7 +13,7 @@ const ofOutcomes = (cause) => (reading) => (reading.outcomes ? reading.misses[ca
 
 const PLOTS = [
   {
-    id: "outcomes", title: "Hits, and misses by cause", unit: "% of the outcomes", kind: "columns", most: 100, scale: 100, format: percent,
+    id: "outcomes", title: "Hits, misses by cause", unit: "% of outcomes", kind: "columns", most: 100, scale: 100, format: percent,
     series: [
       { name: "hits", style: "blue", value: share("hit_rate") },
       { name: "not predicted", style: "orange", value: ofOutcomes("not_predicted") },

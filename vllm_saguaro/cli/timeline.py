@@ -11,6 +11,11 @@ TARGET: Final = 1
 """The process of the target; that of draft r is 2 + r."""
 _FIRST_DRAFT: Final = 2
 _PASSES: Final = ("verify", "forward")
+_ENQUEUE: Final = "enqueue"
+"""On CUDA: the host gives a step to the device, and never learns when it was computed."""
+_OF_TARGET: Final = (*_PASSES, _ENQUEUE, "wait")
+_OF_DRAFT: Final = ("round", "prompt")
+"""What a round consists of (glue, fork, decode) lies within it, and is for a viewer with more room."""
 _PAUSE: Final = 1e6
 """Microseconds without a pass after which nobody asked for anything: what was before would only squeeze the rest."""
 
@@ -23,15 +28,15 @@ def timeline(tail: Tail, rounds: int) -> dict[str, Any]:
     Times are microseconds from `origin`, the start of the first pass that is shown. `hidden` of a draft round are the
     parts of it during which the target computed.
     """
-    passes = _last([event for event in tail.events if _is_pass(event)], rounds)
+    passes = _last([event for event in tail.events if _is_step(event)], rounds)
     if not passes:
         nothing: dict[str, Any] = {"span": 0.0, "lanes": [], "bars": [], "outcomes": [], "marks": [], "summary": None}
         return {**nothing, "words": "no target pass in it yet"}
     origin, last = passes[0].start, max(event.end for event in passes)
-    shown = [event for event in tail.events if event.end >= origin and event.start <= last]
+    shown = [event for event in tail.events if event.end >= origin and event.start <= last and _is_shown(event)]
     outcomes = [event for event in tail.events if event.name == "outcomes" and origin <= event.start]
     shown += [event for event in outcomes if event.start > last]
-    busy = merged((event.start, event.end) for event in passes)
+    busy = merged((event.start, event.end) for event in passes if event.name in _PASSES)
     bars = [_bar(event, busy, origin) for event in shown if event.length is not None]
     processes = sorted({event.process for event in shown} | {TARGET})
     marks = [event for event in shown if event.length is None and event.name != "outcomes"]
@@ -73,12 +78,16 @@ def _last(passes: list[TraceEvent], rounds: int) -> list[TraceEvent]:
     return kept
 
 
-def _is_pass(event: TraceEvent) -> bool:
-    return event.process == TARGET and event.name in _PASSES and event.length is not None
+def _is_step(event: TraceEvent) -> bool:
+    return event.process == TARGET and event.name in (*_PASSES, _ENQUEUE) and event.length is not None
 
 
 def _is_round(event: TraceEvent) -> bool:
-    return event.process >= _FIRST_DRAFT and event.length is not None
+    return event.process >= _FIRST_DRAFT and event.name == "round" and event.length is not None
+
+
+def _is_shown(event: TraceEvent) -> bool:
+    return event.length is None or event.name in (_OF_TARGET if event.process == TARGET else _OF_DRAFT)
 
 
 def _name(process: int) -> str:
@@ -86,14 +95,16 @@ def _name(process: int) -> str:
 
 
 def _bar(event: TraceEvent, busy: Sequence[Span], origin: float) -> dict[str, Any]:
-    hidden = common(event.start, event.end, busy) if _is_round(event) else []
+    hidden = common(event.start, event.end, busy) if event.process != TARGET else []
     return {
         "process": event.process,
         "name": event.name,
         "start": event.start - origin,
         "length": event.length,
         "hidden": [(start - origin, end - origin) for start, end in hidden],
-        **{key: event.arguments[key] for key in ("step", "rows", "branches") if key in event.arguments},
+        **{
+            key: event.arguments[key] for key in ("step", "rows", "branches", "tokens", "why") if key in event.arguments
+        },
     }
 
 
@@ -110,12 +121,16 @@ def _count(event: TraceEvent, key: str) -> int:
 def _summary(
     passes: Sequence[TraceEvent], shown: Sequence[TraceEvent], outcomes: Sequence[TraceEvent], busy: Sequence[Span]
 ) -> dict[str, Any]:
-    """Counts, and times in microseconds: `hidden` of `drafting` lay behind passes, `waited` is the target's waiting."""
+    """Counts, and times in microseconds: `hidden` of `drafting` lay behind passes, `waited` is the target's waiting.
+
+    `seen`: whether the trace has when the target computed at all.
+    """
     rounds = [event for event in shown if _is_round(event)]
     hidden = sum(end - start for event in rounds for start, end in common(event.start, event.end, busy))
     misses = sum(_count(event, cause) for event in outcomes for cause in ("not_predicted", "late", "absent"))
     return {
         "passes": len(passes),
+        "seen": bool(busy),
         "took": max(event.end for event in passes) - passes[0].start,
         "rounds": len(rounds),
         "hits": sum(_count(event, "hits") for event in outcomes),
@@ -129,11 +144,13 @@ def _summary(
 def _words(summary: dict[str, Any]) -> str:
     """The same for a person: one line."""
     took = summary["took"]
-    hits, misses, rounds = (
-        _number_of(summary[key], name) for key, name in (("hits", "hit"), ("misses", "miss"), ("rounds", "draft round"))
-    )
-    line = f"{_number_of(summary['passes'], 'target pass')} in {took / 1e3:.1f} ms, {hits}, {misses}."
-    if summary["rounds"] and summary["drafting"]:
+    named = (("hits", "hit"), ("misses", "miss"), ("rounds", "draft round"))
+    hits, misses, rounds = (_number_of(summary[key], name) for key, name in named)
+    passes = _number_of(summary["passes"], "target pass" if summary["seen"] else "step given to the device")
+    line = f"{passes} in {took / 1e3:.1f} ms, {hits}, {misses}."
+    if not summary["seen"]:
+        line += f" When the device computed is not in the trace; {rounds}."
+    elif summary["rounds"] and summary["drafting"]:
         line += f" {summary['hidden'] / summary['drafting']:.0%} of {rounds} lay behind target passes."
     if took:
         line += f" The target waited {summary['waited'] / 1e3:.2f} ms ({summary['waited'] / took:.1%} of the time)."
@@ -141,4 +158,6 @@ def _words(summary: dict[str, Any]) -> str:
 
 
 def _number_of(count: int, name: str) -> str:
-    return f"{count} {name}{'' if count == 1 else 'es' if name.endswith('ss') else 's'}"
+    first, _, rest = name.partition(" given")
+    many = "" if count == 1 else "es" if first.endswith("ss") else "s"
+    return f"{count} {first}{many}{' given' if rest else ''}{rest}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
-_MOST_EVENTS: Final = 8192
+_MOST_EVENTS: Final = 16384
 _MOST_BYTES: Final = 4 << 20
 """Read at once at most: of a longer piece only its end."""
 _KNOWN_BYTES: Final = 64

@@ -76,6 +76,24 @@ def test_every_draft_has_a_lane_and_what_happened_to_it_a_mark(tmp_path: Path) -
     assert drafting["hidden"] == [(20.0, 50.0)]
 
 
+def test_parts_of_a_round_are_no_rounds_and_prompts_are_bars_beside_them(tmp_path: Path) -> None:
+    parts = [span("glue", 2, 1e6 + 1000, 1000.0), span("decode", 2, 1e6 + 2000, 5000.0)]
+    found = shown(tmp_path, *rounds(1), *parts, span("prompt", 2, 1e6 + 7500, 100.0, step=1, tokens=9))
+    assert [bar["name"] for bar in found["bars"]] == ["verify", "round", "prompt", "wait"]
+    assert (found["summary"]["rounds"], found["summary"]["drafting"], found["summary"]["hidden"]) == (1, 6e3, 6e3)
+    assert found["bars"][2]["tokens"] == 9
+
+
+def test_what_is_only_given_to_a_device_hides_nothing(tmp_path: Path) -> None:
+    steps = [span("enqueue", 1, 1e4 * step, 2e3, step=step, rows=1) for step in range(3)]
+    found = shown(tmp_path, *steps, span("round", 2, 11e3, 500.0, step=1, rows=1, branches=4))
+    assert [bar["hidden"] for bar in found["bars"] if bar["name"] == "round"] == [[]]
+    assert found["words"] == (
+        "3 steps given to the device in 22.0 ms, 0 hits, 0 misses. When the device computed is not in the trace; "
+        "1 draft round. The target waited 0.00 ms (0.0% of the time)."
+    )
+
+
 def test_without_a_pass_there_is_nothing_to_show(tmp_path: Path) -> None:
     found = shown(tmp_path, span("round", 2, 0.0, 5.0), outcomes(3.0, 1, hits=1))
     assert (found["bars"], found["outcomes"], found["summary"]) == ([], [], None)

@@ -83,15 +83,15 @@ def test_so_is_another_file_under_the_name(path: Path) -> None:
 
 
 def test_of_a_long_file_only_the_end_is_read(path: Path) -> None:
-    write(path, *rounds(9000))
+    write(path, *rounds(12000))
     assert path.stat().st_size > 4 << 20
     trace = TraceFile(path)
     found = steps(trace)
-    assert found[-1] == 9000
-    assert found == list(range(found[0], 9001)), "no step is left out"
-    assert len(trace.read().events) == 8192
-    append(path, *rounds(1, begin=1e9, first=9001))
-    assert steps(trace)[-1] == 9001
+    assert found[-1] == 12000
+    assert found == list(range(found[0], 12001)), "no step is left out"
+    assert len(trace.read().events) == 16384
+    append(path, *rounds(1, begin=1e9, first=12001))
+    assert steps(trace)[-1] == 12001
 
 
 def test_what_is_no_regular_file_is_said_and_not_waited_for(path: Path) -> None:

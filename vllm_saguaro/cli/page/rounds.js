@@ -84,12 +84,14 @@ export class Rounds {
     const width = Math.max(0.8, right - left);
     const words = [`${bar.name} ${bar.step ?? ""}: ${ms(bar.length)}`];
     if (bar.rows !== undefined) words.push(`${bar.rows} ${bar.rows === 1 ? "request" : "requests"}`);
+    if (bar.tokens !== undefined) words.push(`${bar.tokens} tokens`);
+    if (bar.why !== undefined) words.push(bar.why);
     if (bar.branches !== undefined) words.push(`${bar.branches} branches`);
     const group = make("g", { class: "bar", "data-name": bar.name, "data-step": bar.step ?? "" });
     if (bar.name === "wait") {
       group.append(make("rect", { x: left, y: y + 8, width, height: LANE - 16, class: "wait" }));
     } else if (bar.process === 1) {
-      group.append(make("rect", { x: left, y, width: Math.max(0.8, width - 1), height: LANE, class: bar.name === "forward" ? "forward" : "pass" }));
+      group.append(make("rect", { x: left, y, width: Math.max(0.8, width - 1), height: LANE, class: bar.name === "verify" ? "pass" : "forward" }));
     } else {
       const hidden = bar.hidden.reduce((sum, [start, end]) => sum + end - start, 0);
       words.push(`${ms(hidden)} of it behind target passes`);

@@ -33,7 +33,7 @@ from scripts.illustrations.browser import BrowserError, browser
 PAIR = ROOT / "assets" / "pair"
 OUTPUT = ROOT / "docs" / "pictures" / "watch_web.png"
 NAME = "pair"
-_START = 300.0
+_START = 900.0
 _END = 60.0
 
 
@@ -55,7 +55,8 @@ def server_command(target: Path, draft: Path, trace: Path, port: int) -> list[st
 def served(command: list[str], url: str, log: Path) -> Iterator[None]:
     """A server that answers. Raises NoServer."""
     with log.open("wb") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {"VLLM_NO_USAGE_STATS": "1"})
+        environment = os.environ | {"VLLM_NO_USAGE_STATS": "1"}
+        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + _START
         while not _answers(f"{url}/health"):
@@ -65,7 +66,11 @@ def served(command: list[str], url: str, log: Path) -> Iterator[None]:
         yield
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(_END)
+        try:
+            server.wait(_END)
+        except subprocess.TimeoutExpired:  # on a busy machine, or while it was starting
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def ask(url: str, prompts: list[str], tokens: int, temperature: float, ended: threading.Event) -> None:

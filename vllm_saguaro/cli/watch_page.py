@@ -58,7 +58,8 @@ def serve(host: str, port: int, url: str, interval: float, trace: Path | None) -
     """Serve the page until Ctrl-C, and ask the server every `interval` seconds. Raises UsageError for a port in use."""
     history = History(url, fetch)
     with page_server(host, port, history, interval, TraceFile(trace) if trace is not None else None) as page:
-        print(f"a page about {url}: {page.url} (Ctrl-C ends it)", flush=True)
+        beyond = "" if _is_loopback(host) else "; whoever reaches this address sees it"
+        print(f"a page about {url}: {page.url} (Ctrl-C ends it{beyond})", flush=True)
         said = None
         while True:
             problem = history.ask()

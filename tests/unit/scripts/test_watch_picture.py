@@ -24,6 +24,26 @@ def test_a_server_that_does_not_come_up_is_said_with_the_end_of_its_log(tmp_path
         pass
 
 
+DEAF = """
+import http.server, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
+"""
+
+
+def test_a_server_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_picture, "_END", 0.5)
+    port = watch_picture._free_port()
+    url = f"http://127.0.0.1:{port}"
+    with watch_picture.served([sys.executable, "-c", DEAF, str(port)], url, tmp_path / "log.txt"):
+        assert watch_picture._answers(f"{url}/health")
+    assert not watch_picture._answers(f"{url}/health")
+
+
 def test_the_server_is_asked_for_a_trace() -> None:
     command = watch_picture.server_command(Path("target"), Path("draft"), Path("rounds.json"), 8000)
     words = json.loads(command[command.index("--speculative-config") + 1])

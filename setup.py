@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["vllm_saguaro", "vllm_saguaro.*"]),
-    package_data={"vllm_saguaro": ["py.typed"]},
+    package_data={"vllm_saguaro": ["py.typed", "cli/page/*"]},
     python_requires=">=3.11",
     install_requires=[],
     extras_require={

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,9 +39,9 @@ def samples(text: str) -> Iterator[Sample]:
 class Snapshot:
     """All samples of one moment, summed over the labels that are not asked for (model, engine)."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, source: str | Iterable[Sample]) -> None:
         self._by_name: dict[str, list[Sample]] = {}
-        for sample in samples(text):
+        for sample in samples(source) if isinstance(source, str) else source:
             self._by_name.setdefault(sample.name, []).append(sample)
 
     def __len__(self) -> int:
@@ -54,6 +54,20 @@ class Snapshot:
     def total(self, name: str) -> float:
         """A number, over all labels; 0 where it is not there."""
         return sum(sample.value for sample in self._by_name.get(name, ()))
+
+    def mean(self, name: str) -> float:
+        """A number, averaged over all labels; 0 where it is not there."""
+        return self.total(name) / max(1, len(self._by_name.get(name, ())))
+
+    def values(self, name: str, label: str) -> list[str]:
+        """The values of one label of a number, sorted; numbers in order of their size."""
+        found = {sample.labels[label] for sample in self._by_name.get(name, ()) if label in sample.labels}
+        return sorted(found, key=lambda value: (not value.isdecimal(), int(value) if value.isdecimal() else 0, value))
+
+    def where(self, label: str, value: str) -> Snapshot:
+        """Only the samples with this value of a label."""
+        every = (sample for found in self._by_name.values() for sample in found)
+        return Snapshot(sample for sample in every if sample.labels.get(label) == value)
 
     def by(self, name: str, label: str) -> dict[str, float]:
         """The numbers by the values of one label."""

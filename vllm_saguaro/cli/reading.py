@@ -31,7 +31,7 @@ class Reading:
 
     `seconds` is None where the stretch goes back to the server's start: then there are no rates. `accepted_by_position`
     is the share of the rounds with drafts in which draft 1, 2, ... was accepted. `chosen_k` and `chosen_n` are gauges,
-    as they are now. `target_wait_p99` is the upper bound of its bucket.
+    as they are now, the mean of several engines. `target_wait_p99` is the upper bound of its bucket.
     """
 
     seconds: float | None
@@ -73,7 +73,7 @@ def read(now: Snapshot, before: Snapshot | None = None, seconds: float | None = 
 
     A counter that is smaller than before means that the server has begun anew: then it, too, counts from the start.
     """
-    if before is not None and now.total(GENERATED) < before.total(GENERATED):
+    if before is not None and _began_anew(now, before):
         before, seconds = None, None
 
     def grown(value: Callable[[Snapshot], float]) -> float:
@@ -106,8 +106,8 @@ def read(now: Snapshot, before: Snapshot | None = None, seconds: float | None = 
         drafts_up=int(now.total(name_of(counters.DRAFT_UP))),
         drafts_left_off=int(now.total(name_of(counters.DRAFT_LEFT_OFF))),
         restarts=int(count(name_of(counters.DRAFT_RESTARTS))),
-        chosen_k=now.total(name_of(counters.DRAFTS)),
-        chosen_n=now.total(name_of(counters.BRANCHES)),
+        chosen_k=now.mean(name_of(counters.DRAFTS)),
+        chosen_n=now.mean(name_of(counters.BRANCHES)),
         draft_round=mean(counters.DRAFT_ROUND),
         verify=mean(counters.VERIFY),
         target_wait=mean(counters.TARGET_WAIT),
@@ -118,6 +118,18 @@ def read(now: Snapshot, before: Snapshot | None = None, seconds: float | None = 
         backups={kind: int(counted(counter)) for kind, counter in counters.BACKUPS.items()},
         accepted_by_position=_by_position(now, before, rounds),
     )
+
+
+def _began_anew(now: Snapshot, before: Snapshot) -> bool:
+    """Any counter may tell: a new server may have overtaken the old one in some, if nobody looked for a while."""
+    ours = [name_of(counter) for counter in counters.COUNTERS]
+    counted = [*ours, *(f"{name_of(histogram)}_count" for histogram in counters.HISTOGRAMS)]
+    return any(now.total(name) < before.total(name) for name in (GENERATED, DRAFTED, DRAFT_TOKENS, *counted))
+
+
+def engines(snapshot: Snapshot) -> list[str]:
+    """The engines of a server (its label `engine`), in order; usually one."""
+    return snapshot.values(name_of(counters.HITS), "engine")
 
 
 def _by_position(now: Snapshot, before: Snapshot | None, rounds: float) -> list[float]:

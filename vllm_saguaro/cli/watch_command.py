@@ -6,31 +6,28 @@ import argparse
 import json
 import sys
 import time
-import urllib.error
-import urllib.request
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlsplit
 
-from vllm_saguaro.cli.exposition import Snapshot
 from vllm_saguaro.cli.usage import UsageError
 
 if TYPE_CHECKING:
     from vllm_saguaro.cli.reading import Reading
+    from vllm_saguaro.cli.wording import Row
 
 EXAMPLES = """examples:
   vllm-saguaro watch http://localhost:8000              a view that renews itself every two seconds
   vllm-saguaro watch http://localhost:8000 --once       all since the server's start, once
   vllm-saguaro watch http://localhost:8000 --json       one JSON object a line, for a script
+  vllm-saguaro watch http://localhost:8000 --web        a page with moving plots, for a browser on this machine
+  vllm-saguaro watch http://localhost:8000 --web 8080 --trace /tmp/rounds.json
+                                                        at that port, with a timeline of the last rounds
 
 C of Saguaro sampling is chosen on the draft side and is in its log, not among the metrics.
 exit codes: 0 it was read; 1 no answer, or no metrics of ours in it; 2 the question was wrong; 130 stopped"""
-_TIMEOUT: Final = 10.0
 _HOME_AND_CLEAR: Final = "\x1b[H\x1b[J"
 _BAR: Final = 30
-
-
-class NoAnswer(Exception):
-    """The server cannot be read; one line."""
+_ANY_PORT: Final = "0"
 
 
 def add_to(commands: Any) -> None:
@@ -38,6 +35,8 @@ def add_to(commands: Any) -> None:
     command = commands.add_parser(
         "watch",
         help="what a running server's drafts are worth just now",
+        # URL first: what follows --web would be taken for its port.
+        usage="vllm-saguaro watch URL [--once] [--json] [--interval SECONDS] [--web [[HOST:]PORT]] [--trace FILE]",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,25 +45,54 @@ def add_to(commands: Any) -> None:
     command.add_argument("--once", action="store_true", help="since the server's start, and end")
     command.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="(default: %(default)s)")
     command.add_argument("--json", action="store_true", help="one JSON object a line")
+    command.add_argument(
+        "--web",
+        nargs="?",
+        const=_ANY_PORT,
+        metavar="[HOST:]PORT",
+        help="serve a page for a browser, at 127.0.0.1 and a free port unless said otherwise",
+    )
+    command.add_argument(
+        "--trace", type=Path, metavar="FILE", help='the page shows rounds from it: what the option "trace" writes'
+    )
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Read and show, once or until stopped."""
-    from vllm_saguaro.cli.reading import read, uses_saguaro
+    from vllm_saguaro.cli.metrics_source import metrics_url
 
-    if arguments.interval <= 0:
+    if not arguments.interval > 0:
         raise UsageError(f"watch: --interval is {arguments.interval:g}: write seconds, more than 0")
     url = metrics_url(arguments.url)
+    if arguments.web is not None:
+        return _serve(arguments, url)
+    if arguments.trace is not None:
+        raise UsageError("watch: --trace is for the page: write --web too")
+    return _follow(arguments, url)
+
+
+def _serve(arguments: argparse.Namespace, url: str) -> int:
+    from vllm_saguaro.cli.watch_page import address, serve
+
+    if arguments.once or arguments.json:
+        raise UsageError("watch: --web serves a page: leave out --once and --json (the page has /readings.json)")
+    if arguments.trace is not None and arguments.trace.is_dir():
+        raise UsageError(f"watch: --trace {arguments.trace} is a folder: write the file that the server writes")
+    return serve(*address(arguments.web), url, arguments.interval, arguments.trace)
+
+
+def _follow(arguments: argparse.Namespace, url: str) -> int:
+    from vllm_saguaro.cli.history import NOT_OURS
+    from vllm_saguaro.cli.metrics_source import NoAnswer, fetch
+    from vllm_saguaro.cli.reading import read, uses_saguaro
+
     try:
         before = fetch(url)
     except NoAnswer as problem:
         return _say_no(str(problem))
     if not uses_saguaro(before):
-        return _say_no(
-            f"{url} has no vllm:saguaro_* metrics: start the server with --speculative-config saguaro, and one API "
-            "server process"
-        )
+        return _say_no(NOT_OURS.format(url=url))
     if arguments.once:
         _show(read(before), url, arguments.json, live=False)
         return 0
@@ -82,58 +110,24 @@ def run(arguments: argparse.Namespace) -> int:
         before, since = now, at
 
 
-def metrics_url(url: str) -> str:
-    """The address of the metrics of a server. Raises UsageError for what is none."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"watch: {url!r} is no address of a server: write one like http://localhost:8000")
-    path = parts.path.rstrip("/")
-    return parts._replace(path=path if path.endswith("/metrics") else f"{path}/metrics").geturl()
-
-
-def fetch(url: str) -> Snapshot:
-    """Read the metrics. Raises NoAnswer."""
-    try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
-            return Snapshot(answer.read().decode("utf-8", "replace"))
-    except urllib.error.HTTPError as error:
-        raise NoAnswer(f"{url} answers {error.code} {error.reason}") from error
-    except (OSError, ValueError) as error:
-        raise NoAnswer(f"{url} does not answer ({getattr(error, 'reason', error)})") from error
-
-
 def view(reading: Reading, url: str) -> str:
     """The reading for a person, some lines of up to 80 columns."""
-    span = "since the server's start" if reading.seconds is None else f"the last {reading.seconds:.1f} s"
-    speed = ""
-    if reading.tokens_per_second is not None:
-        speed = f"{reading.tokens_per_second:.1f} tokens/s, {reading.steps_per_second or 0:.1f} steps/s, "
-    causes = ", ".join(f"{cause.replace('_', ' ')} {_of(n, reading.outcomes)}" for cause, n in reading.misses.items())
-    backups = ", ".join(f"{kind} {count}" for kind, count in reading.backups.items())
-    by_position = " ".join(f"{share:.2f}" for share in reading.accepted_by_position) or "-"
-    up = f"{reading.drafts_up} up"
-    if reading.drafts_left_off:
-        up += f", {reading.drafts_left_off} given up"
-    if reading.restarts:
-        up += f", {reading.restarts} restarts"
-    return "\n".join(
-        [
-            f"saguaro at {url}, {span}",
-            f"{speed}{reading.running} running, {reading.waiting} waiting; drafts: {up}",
-            "",
-            f"hit rate        {_bar(reading.hit_rate)}  of {reading.outcomes} outcomes",
-            f"acceptance      {_bar(reading.acceptance)}  of the drafts verified",
-            f"  by position   {by_position}",
-            f"misses          {causes}",
-            f"backups         {backups}",
-            f"late tables     {_percent(reading.late_share)} of the hits",
-            f"quiet steps     {_percent(reading.quiet_share)}",
-            f"chosen now      K = {reading.chosen_k:g}, N = {reading.chosen_n:g}",
-            f"draft round     {_time(reading.draft_round)}   verify {_time(reading.verify)}",
-            f"target waits    {_time(reading.target_wait)}   99 % below {_time(reading.target_wait_p99)}; "
-            f"for backups {_time(reading.backup_wait)}",
-        ]
-    )
+    from vllm_saguaro.cli.wording import rows, span
+
+    row = {row.key: row for row in rows(reading)}
+    speed = f"{row['speed'].value}, {row['speed'].more}, " if "speed" in row else ""
+    up = ", ".join(filter(None, (row["drafts"].value, row["drafts"].more)))
+    lines = [
+        f"saguaro at {url}, {span(reading)}",
+        f"{speed}{row['requests'].value}, {row['requests'].more}; drafts: {up}",
+        "",
+        *(_line(row[key], bar=True) for key in ("hit_rate", "acceptance")),
+        f"  {_line(row['by_position'], width=14)}",
+        *(_line(row[key]) for key in ("misses", "backups", "late", "quiet", "chosen")),
+        f"{_line(row['draft_round'])}   verify {row['verify'].value}",
+        f"{_line(row['waits'])}",
+    ]
+    return "\n".join(lines)
 
 
 def _show(reading: Reading, url: str, as_json: bool, live: bool) -> None:
@@ -148,20 +142,7 @@ def _say_no(problem: str) -> int:
     return 1
 
 
-def _bar(share: float | None) -> str:
-    filled = round(_BAR * min(1.0, max(0.0, share or 0.0)))
-    return f"[{'#' * filled}{'.' * (_BAR - filled)}] {_percent(share):>6}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
-
-
-def _of(part: int, whole: int) -> str:
-    return _percent(part / whole if whole else None)
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return f"{1e3 * seconds:.2f} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.0f} us"
+def _line(row: Row, width: int = 16, bar: bool = False) -> str:
+    filled = round(_BAR * min(1.0, max(0.0, row.share or 0.0)))
+    value = f"[{'#' * filled}{'.' * (_BAR - filled)}] {row.value:>6}" if bar else row.value
+    return f"{row.name:<{width}}{value}{'  ' if row.more else ''}{row.more}"

@@ -1,55 +1,17 @@
-"""A small server that serves what a real one answered (vLLM 0.32, the committed pair), recorded twice."""
+"""The terminal's view of what a real server answered (vLLM 0.32, the committed pair), recorded twice."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import pytest
 
+from tests.unit.cli.metrics_server import Server, recorded
 from vllm_saguaro.cli import watch_command
 from vllm_saguaro.cli.main import main
+from vllm_saguaro.cli.metrics_source import metrics_url
 from vllm_saguaro.cli.usage import UsageError
-
-RECORDED = Path(__file__).parent / "recorded"
-
-
-class Server:
-    """Answers /metrics with one text after the other, the last one for ever; None: with an error."""
-
-    def __init__(self, *texts: str | None) -> None:
-        answers = itertools.chain(texts, itertools.repeat(texts[-1]))
-        self.asked: list[str] = []
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                outer.asked.append(self.path)
-                text = next(answers)
-                self.send_response(200 if text is not None else 503)
-                self.end_headers()
-                self.wfile.write((text or "").encode())
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = HTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
-def recorded(name: str) -> str:
-    return (RECORDED / f"{name}.txt").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -136,7 +98,7 @@ def test_no_server_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str
 
 
 def test_addresses_are_taken_as_people_write_them() -> None:
-    url = watch_command.metrics_url
+    url = metrics_url
     assert url("localhost:8000") == "http://localhost:8000/metrics"
     assert url("http://h:1/") == url("http://h:1/metrics") == "http://h:1/metrics"
     assert url("https://h/prefix/") == "https://h/prefix/metrics"
@@ -147,3 +109,19 @@ def test_addresses_are_taken_as_people_write_them() -> None:
 
 def test_an_interval_of_nothing_is_refused() -> None:
     assert main(["watch", "localhost", "--interval", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--web", "--once"], "leave out --once and --json"),
+        (["--web", "--json"], "leave out --once and --json"),
+        (["--trace", "rounds.json"], "write --web too"),
+        (["--web", "--trace", "."], "is a folder"),
+        (["--web", "http://localhost:8000"], "is no address"),
+        (["--web", "70000"], "is no address"),
+    ],
+)
+def test_a_page_is_asked_for_rightly(words: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", "localhost:8000", *words]) == 2
+    assert complaint in capsys.readouterr().err

@@ -1,0 +1,37 @@
+"""The metrics of a running server: where they are, and reading them."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from typing import Final
+from urllib.parse import urlsplit
+
+from vllm_saguaro.cli.exposition import Snapshot
+from vllm_saguaro.cli.usage import UsageError
+
+_TIMEOUT: Final = 10.0
+
+
+class NoAnswer(Exception):
+    """The server cannot be read; one line."""
+
+
+def metrics_url(url: str) -> str:
+    """The address of the metrics of a server. Raises UsageError for what is none."""
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"watch: {url!r} is no address of a server: write one like http://localhost:8000")
+    path = parts.path.rstrip("/")
+    return parts._replace(path=path if path.endswith("/metrics") else f"{path}/metrics").geturl()
+
+
+def fetch(url: str) -> Snapshot:
+    """Read the metrics. Raises NoAnswer."""
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
+            return Snapshot(answer.read().decode("utf-8", "replace"))
+    except urllib.error.HTTPError as error:
+        raise NoAnswer(f"{url} answers {error.code} {error.reason}") from error
+    except (OSError, ValueError) as error:
+        raise NoAnswer(f"{url} does not answer ({getattr(error, 'reason', error)})") from error

@@ -18,6 +18,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_saguaro import cores, counters
+from vllm_saguaro.algorithm.priors import Priors
 from vllm_saguaro.algorithm.sampling import SUPPORT
 from vllm_saguaro.config import SaguaroConfig
 from vllm_saguaro.drafting.loop import MAX_ROWS_A_TREE
@@ -98,7 +99,8 @@ class SaguaroWorker(CPUWorker):
         self._page = attach_page(self._options.get("counters"))
         self._channel = self._open_channel(config, shape)
         steps = config.num_speculative_tokens
-        policy = Policy(steps, config.backup, config.chooses_itself)
+        priors = Priors.from_dict(config.priors) if config.priors is not None else None
+        policy = Policy(steps, config.backup, config.chooses_itself, priors, config.most_branches)
         speculator = Speculator(self._channel, steps, self._page, logger, policy)
         guesses, has_q = config.backup in ("auto", "ngram"), config.draft_sample_method != "greedy"
         return SaguaroDrafter(speculator, self.model_runner, keys, guesses, has_q)
@@ -163,6 +165,7 @@ class SaguaroWorker(CPUWorker):
             "fan_out": config.fan_out,
             "draft_sample_method": config.draft_sample_method,
             "sampling_c": config.sampling_c,
+            "priors": config.priors,
         }
         if config.placement == "inline":
             logger.warning("Drafting inline, in the target's own thread: for debugging and ablation, not for speed.")

@@ -116,7 +116,7 @@ def ask(arguments: argparse.Namespace) -> Question:
     words, quick = arguments.vllm_words, arguments.quick
     try:
         start = dry_run(arguments.target, arguments.draft, words)
-        fixed = served_engine.written_speculation(words)
+        fixed = served_engine.written_speculation(arguments.target, words)
         watched = compatibility.check_platform() is compatibility.Runner.V1
     except SaguaroConfigError as problem:
         raise UsageError(f"tune: {problem}") from problem

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from vllm_saguaro.benchmark import prompts
 from vllm_saguaro.config import MAX_SPECULATIVE_TOKENS
 from vllm_saguaro.tuning.candidates import Load
 
@@ -71,13 +71,15 @@ class Settings:
 
 
 def default_batches(most: int, asked: bool, quick: bool) -> tuple[int, ...]:
-    """1, 4, 16 ... up to `most` requests, with `most` itself where the user has `asked` for that number."""
-    if not asked:
-        return tuple(batch for batch in (QUICK_BATCHES if quick else USUAL_BATCHES) if batch <= most) or (1,)
+    """1, 4, 16 ... up to `most` requests, with `most` itself where the user has `asked` for that number.
+
+    `quick`: 1 and 4 alone.
+    """
+    if quick or not asked:
+        return tuple(batch for batch in (QUICK_BATCHES if quick else USUAL_BATCHES) if batch <= most)
     found = [1]
     while found[-1] * 4 < most:
         found.append(found[-1] * 4)
-    found = found[:1] if quick else found
     return tuple(dict.fromkeys([*found, most]))
 
 
@@ -105,28 +107,24 @@ def check_loads(batches: Sequence[int], temperatures: Sequence[float], most: int
 def read_prompts(path: Path | None, target: str) -> tuple[str, ...]:
     """Of a JSONL file with lines of {"prompt": ...}: the one given, the pair's own, or the built-in texts.
 
-    Raises TuningError for a file that is given and has none.
+    Raises TuningError for a file that has none.
     """
     own = Path(target).parent / "prompts.jsonl"
     if path is None and not own.is_file():
         return BUILT_IN
     path = path or own
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = tuple(line["prompt"] for line in lines)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise TuningError(
-            f"--prompts {path} cannot be read ({type(error).__name__}: {error}): write a file with lines of "
-            '{"prompt": "..."}'
-        ) from None
-    if not found or not all(isinstance(prompt, str) and prompt for prompt in found):
-        raise TuningError(f'--prompts {path} has no prompts: write a file with lines of {{"prompt": "..."}}')
+        found = tuple(prompts.read_prompts(path))
+    except (OSError, ValueError) as error:
+        raise TuningError(f"--prompts: {error}") from None
+    if not all(found) or not found:
+        raise TuningError(f'--prompts: {path} has no text in it: write lines of {{"prompt": "..."}}')
     return found
 
 
-def enough(prompts: Sequence[str], most: int) -> tuple[str, ...]:
+def enough(texts: Sequence[str], most: int) -> tuple[str, ...]:
     """At least `most` of them: over again from the beginning where there are fewer."""
-    return tuple(prompts[place % len(prompts)] for place in range(max(most, 1)))
+    return tuple(texts[place % len(texts)] for place in range(max(most, 1)))
 
 
 def refuse_ranks(ranks: int) -> None:

@@ -19,8 +19,8 @@ from vllm_saguaro import tuned
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-WORDS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8")
-WORDS = (*WORDS, "--kv-cache-memory-bytes", str(192 << 20))
+OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "8")
+WORDS = (*OPTIONS, "--kv-cache-memory-bytes", str(192 << 20))
 SHORT = ("--batch", "1", "--temperature", "0", "--k", "2", "4", "--tokens", "24", "--quick", "--minutes", "0.1")
 GREEDY = greedy(4, "greedy", 4)
 

@@ -20,6 +20,8 @@ from vllm_saguaro.tuning.settings import Settings
 
 MODULE: Final = "vllm_saguaro.tuning.worker"
 _WARM_UP_TOKENS: Final = 16
+_SHARE_OF_A_REPETITION: Final = 1 / 20
+"""Of all the time that there is. On a slow machine the texts become shorter rather than the wait longer."""
 
 
 @dataclass
@@ -70,20 +72,35 @@ def _serve(settings: Settings, load: Load, worker: WorkerHandle, found: Measured
     batch, temperature = load
     prompts = settings.prompts_of(batch)
     order = {"batch": batch, "temperature": temperature, "top_p": 1.0, "prompts": prompts, "tokens": settings.tokens}
-    worker.ask({**order, "prompts": batch, "tokens": _WARM_UP_TOKENS})
+    warm = worker.ask({**order, "prompts": batch, "tokens": min(_WARM_UP_TOKENS, settings.tokens)})
+    order["tokens"] = tokens_in_time(settings, batch, _speed(warm))
     speeds, seen = [], []
     for _ in range(settings.repetitions):
         before = _readings(settings, worker)
         answer = worker.ask(order)
         capacity, foreign = (after - start for after, start in zip(_readings(settings, worker), before, strict=True))
         found.foreign_cpu = max(found.foreign_cpu, foreign / capacity)
-        speeds.append(answer["decode_tokens"] / answer["decode_seconds"])
+        speeds.append(_speed(answer))
         if answer["observations"] is not None:
             seen.append(Observations.from_json(answer["observations"]))
     found.tried.speeds[load] = statistics.median(speeds)
     found.tried.spread[load] = min(speeds), max(speeds)
     if seen:
         found.observations[load] = Observations.together(seen)
+
+
+def tokens_in_time(settings: Settings, batch: int, speed: float) -> int:
+    """New tokens of each prompt: as many as are asked for, fewer where a repetition would take too long.
+
+    `speed`: tokens a second of all requests together.
+    """
+    seconds = settings.seconds * _SHARE_OF_A_REPETITION
+    waves = -(-settings.prompts_of(batch) // batch)
+    return max(min(_WARM_UP_TOKENS, settings.tokens), min(settings.tokens, int(seconds * speed / batch / waves)))
+
+
+def _speed(answer: dict[str, Any]) -> float:
+    return float(answer["decode_tokens"] / answer["decode_seconds"])
 
 
 def _readings(settings: Settings, worker: WorkerHandle) -> tuple[float, float]:

@@ -224,7 +224,8 @@ def _ways_to_draw(found: Tuning, best: Candidate) -> Iterator[Candidate]:
         best = best.changed(draft_sample_method="probabilistic")
         yield best
         if found.chosen.candidate != best:
-            found.left_out[f"C {_joined(C_CHOICES)}"] = "coupled drafts are not slower, and have no C"
+            if any(each.candidate == best for each in found.tried):
+                found.left_out[f"C {_joined(C_CHOICES)}"] = "coupled drafts are not slower, and have no C"
             return
     for c in C_CHOICES:
         yield best.changed(sampling_c=c)

@@ -101,6 +101,13 @@ def test_without_time_only_what_is_needed_is_tried_and_the_rest_is_named() -> No
     assert set(found.left_out.values()) == {"no time was left"}
 
 
+def test_c_is_not_spoken_of_where_drafts_from_q_were_not_tried() -> None:
+    settings = dataclasses.replace(SETTINGS, temperatures=(1.0,), seconds=50.0)
+    found = tune(settings, Progress(), Machine(by_keys, seconds=100.0))
+    assert any("probabilistic" in name for name in found.left_out)
+    assert not any(name.startswith("C ") for name in found.left_out)
+
+
 def test_an_engine_that_fails_is_left_out_with_its_reason() -> None:
     found = tune(SETTINGS, Progress(), Machine(by_keys, failing="inline"))
     (name,) = [name for name in found.left_out if "inline" in name]

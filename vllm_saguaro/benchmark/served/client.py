@@ -91,14 +91,16 @@ def others_tokens(counted: dict[str, float], ours: int) -> int:
 
 
 async def ask(session: aiohttp.ClientSession, server: About, body: dict[str, Any], seconds: float) -> Answer:
-    """One streamed completion. Raises ServerError unless it comes to its end within so many seconds."""
+    """One streamed completion, of a chat where the body has messages.
+
+    Raises ServerError unless it comes to its end within so many seconds.
+    """
+    door = "chat/completions" if "messages" in body else "completions"
     stream = _Stream(time.perf_counter())
     try:
         async with (
             asyncio.timeout(seconds),
-            session.post(
-                f"{server.url}/v1/completions", json=body, timeout=aiohttp.ClientTimeout(total=None)
-            ) as response,
+            session.post(f"{server.url}/v1/{door}", json=body, timeout=aiohttp.ClientTimeout(total=None)) as response,
         ):
             if response.status != 200:
                 raise ServerError(f"{server.name} answers {response.status}: {_said(await response.text())}")
@@ -138,11 +140,11 @@ class _Stream:
         if data.get("usage"):
             self._usage = int(data["usage"]["completion_tokens"])
         for choice in data["choices"]:
-            ids = choice.get("token_ids")
-            if not choice["text"] and not ids:
+            ids, text = choice.get("token_ids"), _text(choice)
+            if not text and not ids:
                 continue  # the end alone, which says only why
             self._times.append(time.perf_counter())
-            self._texts.append(choice["text"])
+            self._texts.append(text)
             if ids is None:
                 self._tokens = None
             elif self._tokens is not None:
@@ -158,6 +160,14 @@ class _Stream:
         gaps = tuple(after - before for before, after in zip(self._times, self._times[1:], strict=False))
         first, last = self._times[0] - self._begin, self._times[-1] - self._begin
         return Answer("".join(self._texts), count, first, last, gaps, tokens)
+
+
+def _text(choice: dict[str, Any]) -> str:
+    """The text of a piece: of a completion, or of a chat, thoughts included."""
+    if "text" in choice:
+        return str(choice["text"])
+    delta = choice["delta"]
+    return "".join(str(delta.get(name) or "") for name in ("reasoning", "reasoning_content", "content"))
 
 
 async def _get(session: aiohttp.ClientSession, name: str, url: str) -> str:

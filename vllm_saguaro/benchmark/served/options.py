@@ -56,6 +56,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     ):
         parser.add_argument(option, type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="ask /v1/chat/completions, each prompt as a user's message: for models that were taught to answer",
+    )
+    parser.add_argument(
         "--prefix-cache",
         action="store_true",
         help="let servers find prompts that come again in their prefix cache: TTFT is then that of a known prompt",
@@ -82,6 +87,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         prompts=arguments.prompts,
         tokens=arguments.tokens,
         repetitions=arguments.repetitions,
+        chat=arguments.chat,
         prefix_cache=arguments.prefix_cache,
         timeout=arguments.timeout,
     )

@@ -19,8 +19,9 @@ from vllm_saguaro.benchmark.settings import SettingsError, relative
 class Settings:
     """All options. `servers`: name and address of each, the first is the one that others are compared with.
 
-    `model`: the name that requests ask for (default: the one that the server serves). `prefix_cache`: prompts that come
-    again may be found in the server's prefix cache; else each repetition is salted.
+    `model`: the name that requests ask for (default: the one that the server serves). `chat`: each
+    prompt is a user's message, put into the model's chat template. `prefix_cache`: prompts that come again may be found
+    in the server's prefix cache; else each repetition is salted.
     """
 
     servers: tuple[tuple[str, str], ...]
@@ -33,6 +34,7 @@ class Settings:
     prompts: int = 24
     tokens: int = 96
     repetitions: int = 3
+    chat: bool = False
     prefix_cache: bool = False
     timeout: float = 300.0
 

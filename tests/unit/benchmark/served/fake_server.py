@@ -53,6 +53,7 @@ class FakeServer:
                 web.get("/version", self._version),
                 web.get("/metrics", self._metrics),
                 web.post("/v1/completions", self._completions),
+                web.post("/v1/chat/completions", self._completions),
             ]
         )
         runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -112,15 +113,19 @@ class FakeServer:
 
     async def _stream(self, response: web.StreamResponse, body: dict[str, Any]) -> None:
         wanted = body["max_tokens"] - (1 if self.flaw == "short" else 0)
-        start = sum(body["prompt"].encode()) % 100
-        turn = self.odd.get(body["prompt"], wanted)
+        prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
+        start = sum(prompt.encode()) % 100
+        turn = self.odd.get(prompt, wanted)
+        if "messages" in body:
+            await self._send(response, {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
         tokens = [start + place + (1000 if place >= turn else 0) for place in range(wanted)]
         for first in range(0, wanted, self.drafts):
             piece = tokens[first : first + self.drafts]
             await asyncio.sleep(0.002)
             if self.flaw == "hangs" and first:
                 await asyncio.sleep(60)
-            choice = {"index": 0, "text": "".join(f" {token}" for token in piece)}
+            text = "".join(f" {token}" for token in piece)
+            choice = {"index": 0, **({"delta": {"content": text}} if "messages" in body else {"text": text})}
             await self._send(response, {"choices": [choice | ({"token_ids": piece} if self.ids else {})]})
             self._made += len(piece) + (self.others if not first else 0)
             self._rounds += 1

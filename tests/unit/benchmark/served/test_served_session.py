@@ -123,16 +123,16 @@ def test_a_reference_that_does_not_repeat_itself_is_said(make: Make, prompts: Pa
     plain = make()
     settings = settings_of(prompts, plain)
 
-    class Turning(dict[str, int]):
-        """Another text from the third time on: once in the warm-up (p0 and p1 alone), once measured."""
+    class Turning:
+        """One prompt has another text from the second time on; it is not among those of the warm-up."""
 
-        def get(self, key: str, default: Any = None) -> Any:
-            if key != "p4":
-                return default
-            self["times"] = self.setdefault("times", 0) + 1
-            return 5 if self["times"] > 1 else default
+        times = 0
 
-    plain.odd = Turning()
+        def get(self, key: str, default: int) -> int:
+            self.times += key == "p4"
+            return 5 if key == "p4" and self.times > 1 else default
+
+    plain.odd = Turning()  # type: ignore[assignment]
     report = quietly(settings)
     assert report.notes == [
         "plain itself gives another greedy text for 1 of 6 prompts from one repetition to the next (1 at once, T=0): "
@@ -156,6 +156,17 @@ def test_a_server_without_metrics_is_measured_all_the_same(make: Make, prompts: 
     report = quietly(settings_of(prompts, make(metrics=False)))
     assert report.notes == ["plain shows no /metrics: no hit rate and no acceptance of it"]
     assert report.runs[0].repetitions[0].counters == {}
+
+
+def test_a_chat_has_the_prompt_as_a_users_message(make: Make, prompts: Path) -> None:
+    server, other = make(), make(odd={"p3": 2})
+    report = quietly(settings_of(prompts, server, other, chat=True))
+    assert all(
+        body["messages"] == [{"role": "user", "content": body["messages"][0]["content"]}] for body in server.bodies
+    )
+    assert not any("prompt" in body for body in server.bodies)
+    assert [one.tokens for one in report.runs[0].repetitions] == [60, 60]
+    assert [one.differing for one in report.runs[1].repetitions] == [{3: 2}] * 2
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -26,9 +26,9 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.benchmark.client import ROOT
-from scripts.benchmark.deepened import deepened
 from scripts.illustrations.browser import BrowserError, browser
+from scripts.repository import ROOT
+from vllm_saguaro.benchmark.deepened import deepened
 
 PAIR = ROOT / "assets" / "pair"
 OUTPUT = ROOT / "docs" / "pictures" / "watch_web.png"

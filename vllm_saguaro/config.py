@@ -47,6 +47,7 @@ OWN_KEYS: Final = (
     "draft_restarts",
     "draft_replicas",
     "trace",
+    "tuned",
 )
 RAY_KEYS: Final = ("num_cpus", "num_gpus", "resources", "runtime_env", "namespace", "address")
 
@@ -108,7 +109,8 @@ class SaguaroConfig:
     """All options of one engine, validated. It crosses processes as a plain dict (`to_dict`, `from_dict`).
 
     `draft_max_length` is the draft's true limit, kept here because vLLM is told the target's. It is 0 until the draft's
-    configuration has been read. `draft_gpu_memory` is in GiB; None: chosen.
+    configuration has been read. `draft_gpu_memory` is in GiB; None: chosen. `tuned` names the file that the keys were
+    filled in from, `priors` are its measurements (`algorithm/priors.py`, as a dict), put here when it is read.
     """
 
     branches: int | str = AUTO
@@ -125,6 +127,8 @@ class SaguaroConfig:
     draft_restarts: int = 5
     draft_replicas: int = 1
     trace: str | None = None
+    tuned: str | None = None
+    priors: Mapping[str, Any] | None = None
     draft_sample_method: str = "coupled"
     num_speculative_tokens: int = 4
     draft_max_length: int = 0
@@ -166,6 +170,11 @@ class SaguaroConfig:
         _require_int("draft_pool_engines", self.draft_pool_engines, 1, MAX_POOL_ENGINES)
         if self.draft_pool is not None:
             self._check_pool(self.draft_pool)
+        if self.tuned is not None and not (isinstance(self.tuned, str) and self.tuned.strip()):
+            raise SaguaroConfigError(
+                f"tuned must be the path of a file, not {_show(self.tuned)}: write that of one that vllm-saguaro tune "
+                "wrote"
+            )
 
     def _check_pool(self, pool: object) -> None:
         if not (isinstance(pool, str) and _POOL_NAME.fullmatch(pool)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -294,12 +295,21 @@ def draft_environment(environment: dict[str, str], cpus: Sequence[int]) -> dict[
 
 def processor_flags() -> frozenset[str]:
     """What the processor says that it can do; empty where the system does not tell."""
+    return frozenset(_of_processor("flags").split())
+
+
+def processor_name() -> str:
+    """What the processor calls itself; that of its kind where the system does not tell."""
+    return _of_processor("model name") or platform.machine()
+
+
+def _of_processor(name: str) -> str:
+    """A line of the first processor in /proc/cpuinfo; empty where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return frozenset()
-    flags = next((line for line in lines if line.startswith("flags")), ":")
-    return frozenset(flags.partition(":")[2].split())
+        return ""
+    return next((line for line in lines if line.startswith(name)), ":").partition(":")[2].strip()
 
 
 def bf16_is_slow(flags: frozenset[str]) -> bool:

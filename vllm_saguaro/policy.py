@@ -15,6 +15,7 @@ from typing import cast, get_args
 from vllm_saguaro.algorithm import backup, timing
 from vllm_saguaro.algorithm.backup import BackupChoice, BackupMode
 from vllm_saguaro.algorithm.measured import LinearTime, Mean
+from vllm_saguaro.algorithm.priors import Priors
 
 
 class Source(StrEnum):
@@ -36,6 +37,10 @@ class Judged:
 
 _PRIOR_ACCEPTANCE = {Source.CACHE: 0.7, Source.JIT: 0.7, Source.NGRAM: 0.4}
 _PRIOR_HIT_RATE = 0.8
+_MEASURED_WEIGHT = 4
+"""What was measured before the start weighs so many times what is assumed; it fades likewise."""
+_LINE_WEIGHT = 64.0
+"""The slope of a pass that was measured before counts like a spread of eight tokens."""
 
 _LOOK_AGAIN = 64
 """Every so many steps all drafts are verified, so that the chances of those that were left out are known as well."""
@@ -54,8 +59,17 @@ _PATIENCE = 3.0
 class Policy:
     """The choices of one engine, and the measurements behind them."""
 
-    def __init__(self, num_speculative_tokens: int, backup_mode: str, adaptive: bool = True) -> None:
-        """`adaptive` False: always K drafts, never quiet. Raises ValueError for an unknown backup."""
+    def __init__(
+        self,
+        num_speculative_tokens: int,
+        backup_mode: str,
+        adaptive: bool = True,
+        priors: Priors | None = None,
+        branches: int = 1,
+    ) -> None:
+        """`adaptive` False: always K drafts, never quiet. `priors`: what to begin with, measured before; `branches`:
+        N at most, for which they are looked up. Raises ValueError for an unknown backup.
+        """
         if backup_mode not in get_args(BackupMode):
             raise ValueError(f"the backup {backup_mode!r} is none of {', '.join(get_args(BackupMode))}")
         self._most = num_speculative_tokens
@@ -68,10 +82,13 @@ class Policy:
             source: [Mean(prior, prior_weight=4.0, decay=0.99) for _ in range(num_speculative_tokens)]
             for source, prior in _PRIOR_ACCEPTANCE.items()
         }
+        self._prior_hit_rate = _PRIOR_HIT_RATE
         self._hit_rate = Mean(_PRIOR_HIT_RATE, prior_weight=16.0, decay=0.995)
         self._jit = LinearTime(0.0, 1e-3)
         self._jit_waits = 0
         self._draft_step = Mean(0.0, prior_weight=1e-6, decay=0.95)
+        if priors is not None:
+            self._begin_with(priors, branches)
         self._late = LinearTime(0.0, 0.0)
         self._late_gain = Mean(1.0, prior_weight=4.0, decay=0.9)
         self._steps = 0
@@ -81,9 +98,21 @@ class Policy:
         self._quiet_rows = 0
         self._trial = 0
 
+    def _begin_with(self, priors: Priors, branches: int) -> None:
+        """Passes, acceptance, hits and drafts of the first steps as they were measured before."""
+        self._pass = LinearTime(*priors.target_pass, prior_weight=_LINE_WEIGHT)
+        self._seconds = Mean(priors.target_seconds(1), decay=0.95)
+        for source in (Source.CACHE, Source.JIT):
+            self._accepted[source] = [
+                Mean(chance, prior_weight=4.0 * _MEASURED_WEIGHT, decay=0.99) for chance in priors.chances(self._most)
+            ]
+        self._prior_hit_rate = priors.hit_rate(branches)
+        self._hit_rate = Mean(self._prior_hit_rate, prior_weight=16.0 * _MEASURED_WEIGHT, decay=0.995)
+        self._draft_step = Mean(sum(priors.draft_step), decay=0.95)
+
     def begin_anew(self) -> None:
         """Another draft side is there: what was found while none answered, or of one that hung, says nothing of it."""
-        self._hit_rate = Mean(_PRIOR_HIT_RATE, prior_weight=16.0, decay=0.995)
+        self._hit_rate = Mean(self._prior_hit_rate, prior_weight=16.0, decay=0.995)
         self._in_vain, self._rest, self._quiet_until, self._trial = 0, _FIRST_REST, 0, _TRIAL
 
     # ---- what was measured -----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from operator import mul
 
 import pytest
 
+from vllm_saguaro.algorithm.priors import Priors
 from vllm_saguaro.policy import Judged, Policy, Source
 
 K = 4
@@ -396,3 +397,46 @@ def test_nothing_that_it_says_is_without_end() -> None:
     policy = Policy(K, "auto")
     assert all(math.isfinite(policy.patience(depth)) for depth in range(1, K + 1))
     assert 0 <= policy.patience(K) < 1
+
+
+# ---- what was measured before the start -----------------------------------------------------------------------------
+
+
+def priors(acceptance: float, hit_rate: float = 0.9) -> Priors:
+    return Priors((BASE, PER_TOKEN), (0.001, 0.0), 0.001, (acceptance,), ((1, 0.5), (12, hit_rate)))
+
+
+def test_the_first_step_verifies_what_measured_passes_say() -> None:
+    """Without them all drafts are verified until a pass was seen."""
+    assert Policy(K, "none").drafts(4 * int(LIMIT)) == K
+    assert Policy(K, "none", priors=priors(0.7, 0.8), branches=12).drafts(4 * int(LIMIT)) == 0
+    policy = Policy(K, "none", priors=priors(0.5), branches=12)
+    assert policy.drafts(8) == best(policy.reach(Source.CACHE), 0.9, 8)
+
+
+def test_measured_rates_are_where_it_begins() -> None:
+    policy = Policy(K, "none", priors=priors(0.5), branches=12)
+    assert policy.hit_rate == pytest.approx(0.9)
+    assert policy.reach(Source.CACHE) == pytest.approx([0.5**j for j in range(1, K + 1)])
+    assert policy.reach(Source.JIT) == policy.reach(Source.CACHE)
+    assert policy.verify_pass == pytest.approx(BASE + PER_TOKEN)
+    assert policy.rate == pytest.approx(1 / seconds_of(1))
+    assert Policy(K, "none", priors=priors(0.5), branches=4).hit_rate == 0.5
+
+
+def test_what_is_seen_later_counts_more_than_what_was_measured() -> None:
+    policy = Policy(K, "none", priors=priors(0.9), branches=12)
+    for _ in range(600):
+        policy.observe_rows([Judged(Source.CACHE, K, 0)], 0, 1)
+        policy.observe_step(1, 1, 1, 0.5, 0.5)
+    assert policy.reach(Source.CACHE)[0] < 0.05
+    assert policy.hit_rate < 0.1
+    assert policy.verify_pass == pytest.approx(0.5, rel=0.1)
+
+
+def test_another_draft_side_begins_with_the_measured_hit_rate() -> None:
+    policy = Policy(K, "none", priors=priors(0.9, 0.95), branches=12)
+    for _ in range(300):
+        policy.observe_rows([], 0, 1)
+    policy.begin_anew()
+    assert policy.hit_rate == pytest.approx(0.95)

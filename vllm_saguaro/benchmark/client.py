@@ -26,22 +26,26 @@ class WorkerError(RuntimeError):
 class WorkerHandle:
     """One worker process, the leader of its own session, so that all below it can be counted and ended."""
 
-    def __init__(self, name: str, log: Path) -> None:
+    def __init__(
+        self, name: str, log: Path, module: str = "vllm_saguaro.benchmark.worker", offline: bool = True
+    ) -> None:
+        """`module`: what the process runs. `offline`: whether it must find all files of the models on this machine."""
         self.name = name
         self.log = log
         environment = os.environ | {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
         }
+        if offline:
+            environment["HF_HUB_OFFLINE"] = "1"
         if CHECKOUT is not None:  # it need not be installed
             path = (str(CHECKOUT), os.environ.get("PYTHONPATH"))
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
         with log.open("w", encoding="utf-8") as log_file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_saguaro.benchmark.worker"],
+                [sys.executable, "-m", module],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -97,6 +101,11 @@ class WorkerHandle:
             self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+    def end_now(self) -> None:
+        """End it in the middle of whatever it does, with all below it."""
+        self._signal(signal.SIGKILL)
+        self.close()
 
     def _signal(self, number: signal.Signals) -> None:
         """To the worker and all below it, if it is still there."""

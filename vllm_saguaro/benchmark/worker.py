@@ -28,10 +28,8 @@ class Worker:
     """A loaded engine and the prompts it is to continue."""
 
     def __init__(self, order: dict[str, Any]) -> None:
-        from vllm import LLM
-
         start = time.perf_counter()
-        self.llm = LLM(**order["llm"])
+        self.llm = self.load(order)
         self.start_seconds = time.perf_counter() - start
         speculation = order["llm"].get("speculative_config") or {}
         is_draft_model = speculation.get("method") == "draft_model"
@@ -47,6 +45,12 @@ class Worker:
         # The end of a long prompt, not its beginning: the text should go on from there.
         self.prompts = [tokenizer.encode(prompt)[-longest:] for prompt in order["prompts"]]
         self.served = 0
+
+    def load(self, order: dict[str, Any]) -> Any:
+        """The engine, a `vllm.LLM`."""
+        from vllm import LLM
+
+        return LLM(**order["llm"])
 
     def about(self) -> dict[str, Any]:
         """What is worth keeping about the engine once it stands."""
@@ -143,8 +147,8 @@ class Worker:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def serve(orders: IO[str], answers: IO[str]) -> None:
-    """Load, then answer until the orders end."""
+def serve(orders: IO[str], answers: IO[str], kind: type[Worker] = Worker) -> None:
+    """Load, then answer until the orders end. `kind`: what loads and runs."""
 
     def answer(content: dict[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")
@@ -159,7 +163,7 @@ def serve(orders: IO[str], answers: IO[str]) -> None:
                 os.sched_setaffinity(0, order["cores"])
                 if order["threads"]:
                     os.environ["OMP_NUM_THREADS"] = str(order["threads"])
-                worker = Worker(order)
+                worker = kind(order)
                 answer(worker.about())
             else:
                 answer(worker.run(**order))
@@ -176,12 +180,12 @@ def end_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def main() -> None:
+def main(kind: type[Worker] = Worker) -> None:
     """Keep the real standard output for the answers; whatever else is printed goes to standard error."""
     end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    serve(sys.stdin, answers)
+    serve(sys.stdin, answers, kind)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the findings; 1 if one is an error."""
     if arguments.vllm_words and arguments.target is None:
         raise UsageError("doctor: what follows -- goes with a TARGET: vllm-saguaro doctor TARGET [DRAFT] -- ...")
-    with _stdout_kept():
+    with stdout_kept():
         findings = examine(arguments.target, arguments.draft, arguments.vllm_words)
     levels = [finding.level for finding in findings]
     bad = Level.ERROR in levels
@@ -165,7 +165,7 @@ def pair(target: str, draft: str | None, words: list[str]) -> list[Finding]:
 
 
 @contextlib.contextmanager
-def _stdout_kept() -> Iterator[None]:
+def stdout_kept() -> Iterator[None]:
     """vLLM logs to stdout as soon as it is imported; ours is for the answer alone."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with contextlib.redirect_stdout(sys.stderr):

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_saguaro import __version__
-from vllm_saguaro.cli import bench_command, doctor_command, simulate_command, watch_command
+from vllm_saguaro.cli import bench_command, doctor_command, simulate_command, tune_command, watch_command
 from vllm_saguaro.cli.usage import UsageError
 
 DESCRIPTION = """Speculative speculative decoding (SSD / Saguaro) for vLLM: whether it will run, what it would gain,
@@ -21,6 +21,7 @@ what it is doing now."""
 EXAMPLES = """examples:
   vllm-saguaro doctor                              what this machine and this vLLM allow
   vllm-saguaro doctor TARGET DRAFT                 and whether these two models fit, before any weights load
+  vllm-saguaro tune TARGET DRAFT                   which K, N, backup and placement are best here: a file to serve with
   vllm-saguaro simulate --world llama-70b          AR, SD, SSD and ours on four H100s and one more
   vllm-saguaro bench --against-server plain=http://localhost:8000 saguaro=http://localhost:8001
   vllm-saguaro watch http://localhost:8000         hit rate, acceptance and misses of a running server
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"vllm-saguaro {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (doctor_command, simulate_command, bench_command, watch_command):
+    for command in (doctor_command, tune_command, simulate_command, bench_command, watch_command):
         command.add_to(commands)
     return top
 
@@ -61,10 +62,10 @@ def main(words: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(completed(own))
     except SystemExit as stop:  # argparse has said what was wrong, or printed the help
         return int(stop.code or 0)
-    if beyond and arguments.command != "doctor":
+    if beyond and arguments.command not in ("doctor", "tune"):
         print(f"vllm-saguaro: {arguments.command} takes nothing after --: leave it out", file=sys.stderr)
         return BAD_QUESTION
-    arguments.vllm_words = beyond
+    arguments.vllm_words, arguments.words = beyond, given
     try:
         code: int = arguments.run(arguments)
         sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from vllm_saguaro.algorithm.measured import LinearTime, Mean
+from vllm_saguaro.algorithm.priors import Priors
 from vllm_saguaro.algorithm.timing import DraftTimes, best_branches
 
 CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -17,13 +18,17 @@ _PRIOR_MISS_EXPONENT = 0.87
 _SLACK = 0.95
 """Share of the time until the next outcome that is planned with."""
 _ROUNDS_TO_KNOW = 8
+_MEASURED_WEIGHT = 4
+"""What was measured before the start weighs so many times what is assumed; it fades likewise."""
+_LINE_WEIGHT = 64.0
+"""The slope of a step that was measured before counts like a spread of eight rows."""
 
 
 class Pace:
     """Measured times and hit rates of one draft side, and the N that follows from them."""
 
-    def __init__(self, steps: int, most: int, chooses: bool) -> None:
-        """`steps`: K. `most`: N at most; N always, where `chooses` is False."""
+    def __init__(self, steps: int, most: int, chooses: bool, priors: Priors | None = None) -> None:
+        """`steps`: K. `most`: N at most; N always, where `chooses` is False. `priors`: what to begin with."""
         self._steps, self._most, self._chooses = steps, most, chooses
         self._choices = [n for n in CHOICES if n < most] + [most]
         self._glue = Mean(0.0, prior_weight=1e-6, decay=0.9)
@@ -33,6 +38,14 @@ class Pace:
         self._hits = {n: Mean(1 - n**-_PRIOR_MISS_EXPONENT, prior_weight=20.0, decay=0.998) for n in self._choices}
         self._accepted = [Mean(_PRIOR_ACCEPTANCE, prior_weight=4.0, decay=0.99) for _ in range(steps)]
         self._rounds = 0
+        self._priors = priors
+        if priors is not None:
+            self._glue = Mean(priors.glue, decay=0.9)
+            self._step = LinearTime(*priors.draft_step, prior_weight=_LINE_WEIGHT)
+            for n in self._choices:
+                self._hits[n] = Mean(priors.hit_rate(n), prior_weight=20.0 * _MEASURED_WEIGHT, decay=0.998)
+            chances = priors.chances(steps)
+            self._accepted = [Mean(chance, prior_weight=4.0 * _MEASURED_WEIGHT, decay=0.99) for chance in chances]
 
     def observe_glue(self, seconds: float) -> None:
         """From the outcome to the first decode step."""
@@ -63,13 +76,14 @@ class Pace:
         """N for each of `batch` requests that are drafted for together."""
         if not self._chooses:
             return self._most
+        available = self._available.value
         if self._rounds < _ROUNDS_TO_KNOW:
-            return min(_AT_FIRST, self._most)
+            if self._priors is None:
+                return min(_AT_FIRST, self._most)
+            available = self._priors.target_seconds(batch * (1 + self._steps))
         times = DraftTimes(self._glue.value, self._step.base, self._step.per_unit)
         hits = {n: mean.value for n, mean in self._hits.items()}
-        return best_branches(
-            times, _SLACK * self._available.value, batch, self._steps, self.reach(), hits, self._choices
-        )
+        return best_branches(times, _SLACK * available, batch, self._steps, self.reach(), hits, self._choices)
 
     def reach(self) -> list[float]:
         """P(at least j drafts are accepted), j = 1 .. K."""

@@ -63,5 +63,6 @@ def draft_options(
         "fan_out": config.fan_out,
         "draft_sample_method": config.draft_sample_method,
         "sampling_c": config.sampling_c,
+        "priors": config.priors,
         "cpus": list(cpus),
     }

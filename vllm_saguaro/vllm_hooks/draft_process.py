@@ -134,18 +134,20 @@ def load_model(options: Mapping[str, Any]) -> VllmDraftModel:
 
 def make_engine(model: DraftModel, options: Mapping[str, Any], pool: Blocks | None = None) -> DraftEngine:
     """What drafts over a model. `pool`: its share of the model's KV blocks; None: it has all of them."""
+    from vllm_saguaro.algorithm.priors import Priors
     from vllm_saguaro.drafting.deflations import Deflations
     from vllm_saguaro.drafting.engine import DraftEngine
     from vllm_saguaro.drafting.pace import Pace
 
-    branches = options["branches"]
+    branches, known = options["branches"], options.get("priors")
+    priors = Priors.from_dict(known) if known is not None else None
     return DraftEngine(
         model,
         options["num_speculative_tokens"],
         branches,
         options["fan_out"],
         options["draft_sample_method"],
-        pace=Pace(options["num_speculative_tokens"], branches, options["choose_branches"]),
+        pace=Pace(options["num_speculative_tokens"], branches, options["choose_branches"], priors),
         deflations=Deflations(options["num_speculative_tokens"], options["sampling_c"]),
         pool=pool,
     )

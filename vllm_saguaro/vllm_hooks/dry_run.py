@@ -25,8 +25,8 @@ class DryRun:
     `*_folder` is where the files of a model are on this machine, None where they are not. `*_tokenizer` says whether
     its vocabulary could be read for the comparison. `kv_bytes` is the target's KV cache where its size was given; else
     vLLM takes the share `memory_share` of all memory for weights and KV, and must find it free. `ignored` are words of
-    the command line that vLLM's engine does not know: the server's. `gpu_memory` is all that the target's GPU has; None
-    where the target computes on the CPU.
+    the command line that vLLM's engine does not know: the server's. `ranks`: of the target.
+    `gpu_memory` is all that the target's GPU has; None where the target computes on the CPU.
     """
 
     config: SaguaroConfig
@@ -52,6 +52,7 @@ class DryRun:
     slow_type: str | None
     ignored: tuple[str, ...]
     gpu_memory: int | None = None
+    ranks: int = 1
 
 
 def plugin_is_loaded() -> bool:
@@ -147,6 +148,7 @@ def _what_is_known(whole: Any, ignored: tuple[str, ...]) -> DryRun:
         slow_type=slow_type(target.dtype),
         ignored=ignored,
         gpu_memory=gpu_memory,
+        ranks=whole.parallel_config.world_size,
     )
 
 

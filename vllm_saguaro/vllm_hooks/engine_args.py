@@ -29,6 +29,7 @@ from vllm_saguaro.vllm_hooks.draft_choice import (
     read_vocab_size,
     resolve_folder,
 )
+from vllm_saguaro.vllm_hooks.tuned_file import served_here, split_with_file
 
 WORKER_CLASS: Final = "vllm_saguaro.vllm_hooks.worker.SaguaroWorker"
 GPU_WORKER_CLASS: Final = "vllm_saguaro.vllm_hooks.gpu_worker.SaguaroGPUWorker"
@@ -179,8 +180,7 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     worker_class = _worker_class(runner)
     arguments = inspect.signature(original).bind(engine_args, *args, **kwargs).arguments
     target, parallel = arguments["target_model_config"], arguments["target_parallel_config"]
-    written = _gather(engine_args)
-    config, passed = split_options(written)
+    config, passed, written, tuned = split_with_file(_gather(engine_args))
     config = on_device(config, written) if runner is Runner.V2 else on_host(config, written)
     compatibility.check_combination(engine_args, parallel, worker_class, config.placement, runner)
     compatibility.check_placement(config.placement)
@@ -200,6 +200,9 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     # Runner V2 marks them itself.
     if runner is Runner.V1 and not passed.get("num_speculative_tokens_per_batch_size"):
         passed["num_speculative_tokens_per_batch_size"] = [(1, 1, config.num_speculative_tokens)]
+    if tuned is not None and (doubts := tuned.doubts(served_here(target.model, passed["model"], target.dtype))):
+        logger.warning("Saguaro, tuned file %s: %s.", tuned.path, doubts)
+
     speculative = _translate(engine_args, original, target, parallel, passed, align=draft_size != target_size)
     draft = speculative.draft_model_config
     check_family(draft)

@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_saguaro import cores, counters
+from vllm_saguaro.algorithm.priors import Priors
 from vllm_saguaro.config import SaguaroConfig
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.placement.inline import InlineChannel
@@ -96,7 +97,8 @@ class SaguaroWorker(CPUWorker):
             self._trace = WrittenTrace(TraceFile(config.trace), drafts, self._page, logger)
         self._channel = self._open_channel(config, shape)
         steps = config.num_speculative_tokens
-        policy = Policy(steps, config.backup, config.chooses_itself)
+        priors = Priors.from_dict(config.priors) if config.priors is not None else None
+        policy = Policy(steps, config.backup, config.chooses_itself, priors, config.most_branches)
         speculator = Speculator(self._channel, steps, self._page, logger, policy, self._trace)
         guesses, has_q = config.backup in ("auto", "ngram"), config.draft_sample_method != "greedy"
         return SaguaroDrafter(speculator, self.model_runner, keys, guesses, has_q)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmark.client import ROOT
+from scripts.repository import ROOT
 from tests.unit.cli.metrics_server import Server, recorded
 from tests.unit.cli.planted_rounds import rounds, write
 from vllm_saguaro.cli.exposition import Snapshot

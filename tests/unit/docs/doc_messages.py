@@ -14,6 +14,7 @@ NOT_FOR_USERS = {
     "drafting": "contracts between functions",
     "kernels": "contracts between functions",
     "simulation": "of a command, which says what to write instead",
+    "tuning": "of a command, which says what to write instead",
     "cli": "of a command, which says what to write instead",
     "benchmark": "of a command, which says what to write instead",
 }

@@ -102,6 +102,16 @@ WAYS: tuple[Way, ...] = (
     Runs(r"vllm-saguaro simulate --validate .*", Cost.SLOW, says=r"\| "),
     Runs(r"vllm-saguaro watch \S+ --once", Cost.LONG, says=r"hit rate +\[", asks=True),
     Runs(r"vllm-saguaro watch \S+", Cost.LONG, says=r"hit rate +\[", interrupted=True, asks=True),
+    Cannot(
+        r"vllm-saguaro tune .*",
+        "ten minutes of engines, one after the other",
+        "tests/e2e/test_tune.py::test_the_file_has_what_was_measured",
+    ),
+    Cannot(
+        r"vllm serve \S+ .*\"tuned\".*",
+        "the file that the command before it writes",
+        "tests/e2e/test_tune.py::test_an_engine_that_starts_with_it_gives_plain_texts",
+    ),
     # servers and those who ask them
     Serves(r"scripts/demo\.sh --serve", "--port {port}"),
     Serves(r"examples/server\.sh", SMALL_SERVER),

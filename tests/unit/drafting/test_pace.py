@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 from itertools import accumulate
 from operator import mul
 
 import pytest
 
+from vllm_saguaro.algorithm.priors import Priors
 from vllm_saguaro.drafting.pace import Pace
 
 K = 3
@@ -85,3 +87,35 @@ def test_a_round_takes_longer_with_more_tokens_in_it() -> None:
             pace.observe_round(tokens, 0.01 + 0.002 * tokens)
     assert pace.round_time(1.0) == pytest.approx(0.012, rel=0.02)
     assert pace.round_time(4.0) == pytest.approx(0.018, rel=0.02)
+
+
+# ---- what was measured before the start --------------------------------------------------------------------------
+
+PRIORS = Priors(
+    target_pass=(0.019, 0.00025),
+    draft_step=(0.001, 0.0002),
+    glue=0.001,
+    acceptance=(0.9, 0.8),
+    hits=((1, 0.3), (12, 0.7), (24, 0.9), (48, 0.95)),
+)
+
+
+def test_what_was_measured_before_decides_the_first_round() -> None:
+    """A pass of four tokens takes 20 ms: 18 ms are left for three steps of 1 ms + .2 ms a row, 24 rows fit."""
+    pace = Pace(K, 48, chooses=True, priors=PRIORS)
+    assert pace.branches(1) == 24
+    hurried = dataclasses.replace(PRIORS, target_pass=(0.009, 0.00025))
+    assert Pace(K, 48, chooses=True, priors=hurried).branches(1) == 12, "two steps fit, over twelve rows"
+    assert pace.reach() == pytest.approx([0.9, 0.72, 0.576])
+
+
+def test_what_is_seen_later_counts_more() -> None:
+    pace = Pace(K, 48, chooses=True, priors=PRIORS)
+    for _ in range(500):
+        pace.observe_forecast(0, 0, K)
+        pace.observe_glue(0.001)
+        pace.observe_step(12, 0.02)
+        pace.observe_step(48, 0.08)
+        pace.observe_round(4.0, 0.02)
+    assert pace.reach()[0] < 0.1
+    assert pace.branches(1) < 12

@@ -218,14 +218,21 @@ def differing(answers: Sequence[Answer], others: Sequence[Answer]) -> dict[int, 
     """
     found = {}
     for at, (mine, theirs) in enumerate(zip(answers, others, strict=True)):
-        both = (mine.tokens, theirs.tokens)
-        one, other = (mine.text, theirs.text) if None in both else both
-        assert one is not None
-        assert other is not None
-        if one != other:
-            pairs = enumerate(zip(one, other, strict=False))
-            found[at] = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+        if mine.tokens is not None and theirs.tokens is not None:
+            place = _parting(mine.tokens, theirs.tokens)
+        else:
+            place = _parting(mine.text, theirs.text)
+        if place is not None:
+            found[at] = place
     return found
+
+
+def _parting(one: Sequence[object], other: Sequence[object]) -> int | None:
+    """The first place at which two are not the same; None where they are."""
+    for place, (mine, theirs) in enumerate(zip(one, other, strict=False)):
+        if mine != theirs:
+            return place
+    return None if len(one) == len(other) else min(len(one), len(other))
 
 
 def _digest(answer: Answer) -> str:

@@ -123,16 +123,16 @@ def test_a_reference_that_does_not_repeat_itself_is_said(make: Make, prompts: Pa
     plain = make()
     settings = settings_of(prompts, plain)
 
-    class Turning(dict[str, int]):
-        """Another text from the third time on: once in the warm-up (p0 and p1 alone), once measured."""
+    class Turning:
+        """One prompt has another text from the second time on; it is not among those of the warm-up."""
 
-        def get(self, key: str, default: Any = None) -> Any:
-            if key != "p4":
-                return default
-            self["times"] = self.setdefault("times", 0) + 1
-            return 5 if self["times"] > 1 else default
+        times = 0
 
-    plain.odd = Turning()
+        def get(self, key: str, default: int) -> int:
+            self.times += key == "p4"
+            return 5 if key == "p4" and self.times > 1 else default
+
+    plain.odd = Turning()  # type: ignore[assignment]
     report = quietly(settings)
     assert report.notes == [
         "plain itself gives another greedy text for 1 of 6 prompts from one repetition to the next (1 at once, T=0): "

@@ -1,0 +1,133 @@
+"""`vllm-saguaro tune`: what it asks for, prints and refuses; the engines are made up here."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.tuning.test_tuning_session import HERE, Machine
+from vllm_saguaro import tuned
+from vllm_saguaro.benchmark.client import WorkerError
+from vllm_saguaro.cli import tune_command
+from vllm_saguaro.cli.main import main
+from vllm_saguaro.cli.tune_command import Question
+from vllm_saguaro.cli.usage import UsageError
+from vllm_saguaro.tuning import session
+from vllm_saguaro.tuning.settings import Settings, TuningError
+
+SETTINGS = Settings("target", "draft", batches=(1,), temperatures=(0.0,), ks=(1, 4))
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to write into, and a pair that nobody looks for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tune_command, "ask", lambda _: Question(SETTINGS, HERE, draft_is_own=True))
+    monkeypatch.setattr(session, "SIZES", (4,))
+    monkeypatch.setattr(session.tune, "__defaults__", (Machine(lambda keys: 1.5),))
+    return tmp_path
+
+
+def test_it_writes_the_file_and_says_how_to_serve_with_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "target", "--output", "mine.json", "--", "--dtype", "float32"]) == 0
+    said = capsys.readouterr().out
+    assert "saguaro is the fastest: plain 1.00, draft_model 1.20, saguaro 1.50 times plain" in said
+    assert 'vllm serve target --speculative-config \'{"method": "saguaro", "tuned": "mine.json"}\'' in said
+    file = tuned.read(str(here / "mine.json"))
+    assert file.choice["num_speculative_tokens"] in SETTINGS.ks
+    data = json.loads((here / "mine.json").read_text())
+    assert data["provenance"]["command"] == "vllm-saguaro tune target --output mine.json -- --dtype float32"
+    assert data["provenance"]["versions"]["torch"]
+    assert data["provenance"]["processor"]["cores"] == os.cpu_count()
+
+
+def test_json_is_what_was_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "target", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((here / tune_command.OUTPUT).read_text())
+
+
+def test_what_is_faster_is_said(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(session.tune, "__defaults__", (Machine(lambda keys: 0.7, baseline=0.9),))
+    assert main(["tune", "target"]) == 0
+    said = capsys.readouterr().out
+    assert "plain vLLM is faster than saguaro here: plain 1.00, draft_model 0.90, saguaro 0.70 times plain" in said
+    assert "fastest at 1 at once: plain" in said
+
+
+def test_a_picture_has_every_candidate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    assert main(["tune", "target", "--picture", "p.svg"]) == 0
+    assert "written to saguaro-tuned.json and p.svg" in capsys.readouterr().out
+    drawn = (here / "p.svg").read_text()
+    assert drawn.startswith("<?xml")
+    assert len(drawn) > 5000
+
+
+@pytest.mark.parametrize("name", ["p.txt", "picture"])
+def test_a_picture_needs_a_kind(here: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "target", "--picture", name]) == 2
+    assert "write a name that ends in .png, .svg or .pdf" in capsys.readouterr().err
+
+
+def test_without_matplotlib_a_picture_is_refused_before_anything_is_measured(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(tune_command, "ask", lambda _: pytest.fail("it was too late"))
+    assert main(["tune", "target", "--picture", "p.png"]) == 2
+    assert "pip install matplotlib, or leave --picture out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [TuningError("no room: write less"), UsageError("tune: no room: write less")])
+def test_a_wrong_question_is_one_line_and_ends_with_2(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def refuse(_: object) -> Any:
+        raise error
+
+    monkeypatch.setattr(tune_command, "ask", refuse)
+    assert main(["tune", "target"]) == 2
+    assert capsys.readouterr().err == "vllm-saguaro: tune: no room: write less\n"
+
+
+def test_an_engine_that_does_not_run_ends_with_1(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> Any:
+        raise WorkerError("plain: out of memory")
+
+    monkeypatch.setattr(session.tune, "__defaults__", (fail,))
+    assert main(["tune", "target"]) == 1
+    assert "an engine did not run: plain: out of memory" in capsys.readouterr().err
+    assert not (here / tune_command.OUTPUT).exists()
+
+
+def test_ctrl_c_ends_with_130_and_writes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.tune, "__defaults__", (stop,))
+    assert main(["tune", "target"]) == 130
+    assert not (here / tune_command.OUTPUT).exists()
+
+
+def test_a_file_that_cannot_be_written_is_refused_first(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "target", "--output", str(here)]) == 2
+    assert "cannot be written: write another file with --output" in capsys.readouterr().err
+    assert main(["tune", "target", "--output", "new/folder/tuned.json"]) == 0
+
+
+def test_the_environment_of_the_engines_is_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEPT", "1")
+    with tune_command.environment_kept():
+        os.environ["KEPT"] = "2"
+        os.environ["NEW"] = "3"
+    assert os.environ["KEPT"] == "1"
+    assert "NEW" not in os.environ

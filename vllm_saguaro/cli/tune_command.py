@@ -1,0 +1,213 @@
+"""`vllm-saguaro tune`: the K, N, C, backup and placement that are best on this machine, measured."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_saguaro.cli.doctor_command import stdout_kept
+from vllm_saguaro.cli.usage import UsageError
+
+if TYPE_CHECKING:
+    from vllm_saguaro.tuned import MadeFor
+    from vllm_saguaro.tuning.session import Tuning
+    from vllm_saguaro.tuning.settings import Settings
+
+OUTPUT = "saguaro-tuned.json"
+EXAMPLES = """examples:
+  vllm-saguaro tune assets/pair/target --quick -- --dtype float32 --kv-cache-memory-bytes 1073741824
+  vllm-saguaro tune TARGET DRAFT --prompts PROMPTS.jsonl --picture tuned.png -- --max-num-seqs 64
+  vllm-saguaro tune TARGET DRAFT --batch 1 8 --temperature 0.7 --k 3 4 5 6
+  vllm-saguaro tune TARGET -- --speculative-config '{"method": "saguaro", "draft_cpus": "6-7"}'
+  vllm serve TARGET --speculative-config '{"method": "saguaro", "tuned": "saguaro-tuned.json"}'
+
+After -- stands what `vllm serve` would get; keys of a speculative config there stay as they are. Each engine runs in a
+process of its own, one after the other, with nothing else beside it: leave the machine alone meanwhile.
+exit codes: 0 measured and written; 1 an engine could not be started; 2 the question was wrong; 130 stopped"""
+
+
+def add_to(commands: Any) -> None:
+    """The command's own options."""
+    command = commands.add_parser(
+        "tune",
+        help="which K, N, backup and placement are best here",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("target", metavar="TARGET", help="the target's folder or hub name")
+    command.add_argument("draft", nargs="?", metavar="DRAFT", help="the draft's; chosen as in a start if left out")
+    load = command.add_argument_group("the load")
+    load.add_argument("--batch", nargs="+", type=int, help="requests at once (default: 1 4 16; see --max-num-seqs)")
+    load.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0], help="(default: 0 1)")
+    load.add_argument("--prompts", type=Path, metavar="JSONL", help='lines of {"prompt": "..."} (default: the pair\'s)')
+    load.add_argument("--tokens", type=int, help="new tokens of each prompt (default: 64, quick: 48)")
+    search = command.add_argument_group("the search")
+    search.add_argument("--k", nargs="+", type=int, help="drafts a round to consider (default: 1 2 3 4 6 8)")
+    search.add_argument("--minutes", type=float, help="after which no engine is started (default: 10, quick: 3)")
+    search.add_argument("--quick", action="store_true", help="batches of 1 and 4, one repetition, three minutes")
+    answer = command.add_argument_group("the answer")
+    answer.add_argument("--output", type=Path, default=Path(OUTPUT), metavar="JSON", help="(default: %(default)s)")
+    answer.add_argument("--picture", type=Path, metavar="PNG", help="tokens a second by K and N (or .svg)")
+    answer.add_argument("--json", action="store_true", help="what is written, on standard output too, instead of lines")
+    command.set_defaults(run=run)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be tuned, as a start would be, and what the file will be good for."""
+
+    settings: Settings
+    made_for: MadeFor
+    draft_is_own: bool
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, write, print."""
+    from vllm_saguaro.benchmark import provenance
+    from vllm_saguaro.benchmark.client import WorkerError
+    from vllm_saguaro.benchmark.progress import Progress, ProgressBar
+    from vllm_saguaro.simulation.world import WorldError
+    from vllm_saguaro.tuning import document, plots
+    from vllm_saguaro.tuning.session import tune
+    from vllm_saguaro.tuning.settings import TuningError
+
+    try:
+        if arguments.picture is not None:
+            plots.check_plotting(arguments.picture)
+        _check_output(arguments.output)
+        with environment_kept(), stdout_kept():
+            question = ask(arguments)
+        about = provenance.collect(question.settings.cores)
+        found = tune(question.settings, ProgressBar() if sys.stderr.isatty() else Progress())
+    except (TuningError, WorldError) as error:
+        raise UsageError(f"tune: {error}") from error
+    except WorkerError as error:
+        print(f"vllm-saguaro: tune: an engine did not run: {error}", file=sys.stderr)
+        return 1
+    about["command"] = f"vllm-saguaro {shlex.join(arguments.words)}"
+    found.notes += provenance.warnings(about)
+    data = document.document(found, question.made_for, about, question.draft_is_own)
+    document.write(data, arguments.output)
+    if arguments.picture is not None:
+        plots.plot(found, arguments.picture)
+    print(json.dumps(data, indent=1) if arguments.json else as_text(found, data, arguments))
+    return 0
+
+
+def ask(arguments: argparse.Namespace) -> Question:
+    """What a start with these words would be. Raises UsageError or TuningError for what cannot be measured."""
+    from vllm_saguaro.config import SaguaroConfigError
+    from vllm_saguaro.tuning import settings
+    from vllm_saguaro.vllm_hooks import compatibility, served_engine
+    from vllm_saguaro.vllm_hooks.dry_run import dry_run, plugin_is_loaded
+    from vllm_saguaro.vllm_hooks.tuned_file import served_here
+
+    if not plugin_is_loaded():
+        raise UsageError("tune: vLLM does not load the plugin: see vllm-saguaro doctor")
+    words, quick = arguments.vllm_words, arguments.quick
+    try:
+        start = dry_run(arguments.target, arguments.draft, words)
+        fixed = served_engine.written_speculation(arguments.target, words)
+        watched = compatibility.check_platform() is compatibility.Runner.V1
+    except SaguaroConfigError as problem:
+        raise UsageError(f"tune: {problem}") from problem
+    except SystemExit as stop:
+        raise UsageError("tune: vLLM does not know the options after -- (see above)") from stop
+    if start.config.tuned is not None:
+        raise UsageError("tune: the speculative config after -- names a tuned file: leave it out, it is to be made")
+    named = fixed.pop("model", arguments.draft)
+    settings.refuse_ranks(start.ranks)
+    asked = any(word.partition("=")[0].replace("_", "-") == "--max-num-seqs" for word in words)
+    batches = arguments.batch or settings.default_batches(start.max_num_seqs, asked, quick)
+    settings.check_loads(batches, arguments.temperature, start.max_num_seqs)
+    ks = settings.check_ks(
+        [fixed["num_speculative_tokens"]] if "num_speculative_tokens" in fixed else arguments.k or settings.USUAL_KS
+    )
+    tokens = arguments.tokens or (48 if quick else 64)
+    room = settings.room_for_prompts(start.target_length, tokens, max(ks))
+    minutes = arguments.minutes or (settings.QUICK_MINUTES if quick else settings.MINUTES)
+    return Question(
+        settings.Settings(
+            target=arguments.target,
+            draft=start.draft,
+            words=tuple(words),
+            fixed=fixed,
+            batches=tuple(sorted(set(batches))),
+            temperatures=tuple(sorted(set(arguments.temperature))),
+            ks=ks,
+            prompts=settings.enough(settings.read_prompts(arguments.prompts, arguments.target), max(3, *batches)),
+            prompt_tokens=room,
+            tokens=tokens,
+            repetitions=1 if quick else 2,
+            seconds=60 * minutes,
+            watched=watched,
+            offline=start.target_folder is not None and start.draft_folder is not None,
+            cores=tuple(sorted(os.sched_getaffinity(0))),
+        ),
+        served_here(start.target, start.draft, start.dtype),
+        draft_is_own=named is None,
+    )
+
+
+def as_text(found: Tuning, data: Mapping[str, Any], arguments: argparse.Namespace) -> str:
+    """What was found, for a person."""
+    from vllm_saguaro.tuning import document
+
+    lines = [document.table(found), ""]
+    lines += [f"not tried: {name} ({why})" for name, why in found.left_out.items()]
+    lines += [f"note: {note}" for note in found.notes]
+    lines.append(f"choice: {json.dumps(data['choice'])}")
+    if data["recommended"] == "saguaro":
+        lines.append(f"saguaro is the fastest: {_gains(data)}")
+    else:
+        name = {"plain": "plain vLLM"}.get(data["recommended"], f"method {data['recommended']}")
+        lines.append(f"{name} is faster than saguaro here: {_gains(data)}. Leave saguaro off for this load.")
+    for each in data["by_batch"]:
+        lines.append(f"fastest at {each['batch']} at once: {each['fastest']}")
+    config = json.dumps({"method": "saguaro", "tuned": str(arguments.output)})
+    lines += [
+        f"written to {arguments.output}" + (f" and {arguments.picture}" if arguments.picture else ""),
+        f"vllm serve {arguments.target} --speculative-config '{config}'",
+    ]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def environment_kept() -> Iterator[None]:
+    """vLLM and our core plan write into the environment of this process: the engines begin with the one it had."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _gains(data: Mapping[str, Any]) -> str:
+    """Times plain, each method with its best, as over all loads."""
+    best: dict[str, float] = {}
+    for each in data["measured"]:
+        best[each["method"]] = max(best.get(each["method"], 0.0), each["gain_over_plain"])
+    return ", ".join(f"{method} {value:.2f}" for method, value in best.items()) + " times plain"
+
+
+def _check_output(path: Path) -> None:
+    """Before minutes are spent: a folder to write into."""
+    if path.is_dir() or not os.access(_nearest(path.absolute().parent), os.W_OK):
+        raise UsageError(f"tune: {path} cannot be written: write another file with --output")
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder

@@ -1,0 +1,81 @@
+"""The picture of a tuning run. Needs matplotlib, which is imported here alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vllm_saguaro.tuning.candidates import SAGUARO, Tried
+from vllm_saguaro.tuning.session import Tuning
+from vllm_saguaro.tuning.settings import TuningError
+
+_COLOURS = {"plain": "0.5", "draft_model": "tab:orange"}
+
+
+def check_plotting(path: Path) -> None:
+    """Raises TuningError where no picture could be made, before anything is measured."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise TuningError("a picture needs matplotlib: pip install matplotlib, or leave --picture out") from None
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise TuningError(f"--picture {path}: write a name that ends in .png, .svg or .pdf")
+
+
+def plot(found: Tuning, path: Path) -> None:
+    """A panel a load: tokens a second by K, predicted as a line for each N, measured as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    loads = found.settings.loads
+    columns = len(found.settings.temperatures)
+    rows = len(found.settings.batches)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(1 + 4.2 * columns, 0.6 + 3 * rows), layout="constrained", squeeze=False
+    )
+    for panel, load in zip(axes.flat, loads, strict=True):
+        _predicted(panel, found, load)
+        _measured(panel, found, load)
+        panel.set_title(f"{load[0]} at once, T={load[1]:g}", fontsize=9)
+        panel.set_xlabel("K, drafts a round")
+        panel.set_ylabel("tokens/s")
+        panel.set_xticks(sorted({0, *found.settings.ks}))
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=7)
+    figure.suptitle(f"{Path(found.settings.target).name}: lines predicted, points measured", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _predicted(panel: Any, found: Tuning, load: tuple[int, float]) -> None:
+    for number, n in enumerate(sorted({n for _, n in found.predicted})):
+        line = [(k, speeds[load]) for (k, size), speeds in sorted(found.predicted.items()) if size == n]
+        panel.plot(*zip(*line, strict=True), color=f"C{number}", linewidth=1, label=f"N = {n}, predicted")
+
+
+def _measured(panel: Any, found: Tuning, load: tuple[int, float]) -> None:
+    named = set[str]()
+    for each in found.tried:
+        method = each.candidate.method
+        low, high = each.spread[load]
+        speed = each.speeds[load]
+        panel.errorbar(
+            [_k(each)],
+            [speed],
+            yerr=[[speed - low], [high - speed]],
+            marker="*" if each is found.chosen else "o",
+            markersize=11 if each is found.chosen else 5,
+            color=_COLOURS.get(method, "black"),
+            capsize=2,
+            linestyle="",
+            label=f"{method}, measured" if method not in named else None,
+        )
+        named.add(method)
+
+
+def _k(each: Tried) -> int:
+    return int(each.candidate.keys.get("num_speculative_tokens", 4 if each.candidate.method == SAGUARO else 0))

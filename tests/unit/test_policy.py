@@ -427,8 +427,9 @@ def test_measured_rates_are_where_it_begins() -> None:
 def test_what_is_seen_later_counts_more_than_what_was_measured() -> None:
     policy = Policy(K, "none", priors=priors(0.9), branches=12)
     for _ in range(600):
-        policy.observe_rows([Judged(Source.CACHE, K, 0)], 0, 1)
-        policy.observe_step(1, 1, 1, 0.5, 0.5)
+        policy.observe_drafts([Judged(Source.CACHE, K, 0)])
+        policy.observe_look_up(hit=False)
+        policy.observe_step(1, 1, 0.5, 0.5)
     assert policy.reach(Source.CACHE)[0] < 0.05
     assert policy.hit_rate < 0.1
     assert policy.verify_pass == pytest.approx(0.5, rel=0.1)
@@ -437,6 +438,6 @@ def test_what_is_seen_later_counts_more_than_what_was_measured() -> None:
 def test_another_draft_side_begins_with_the_measured_hit_rate() -> None:
     policy = Policy(K, "none", priors=priors(0.9, 0.95), branches=12)
     for _ in range(300):
-        policy.observe_rows([], 0, 1)
+        policy.observe_look_up(hit=False)
     policy.begin_anew()
     assert policy.hit_rate == pytest.approx(0.95)

@@ -20,17 +20,17 @@ class TuningProbe:
         self._found = Observations()
         self._rows = 0
         policy: Policy = speculator.policy
-        self._observe_step, self._observe_rows = policy.observe_step, policy.observe_rows
+        self._observe_step, self._observe_drafts = policy.observe_step, policy.observe_drafts
         self._observe_round = policy.observe_round
-        self._look_up, self._miss = speculator._look_up, speculator._miss
+        self._measure, self._look_up, self._miss = speculator._measure, speculator._look_up, speculator._miss
         # The backups hold the same policy: what is put on the object reaches all who ask it.
         for name, mine in (
             ("observe_step", self._step),
-            ("observe_rows", self._judged),
+            ("observe_drafts", self._judged),
             ("observe_round", self._table),
         ):
             setattr(policy, name, mine)
-        for name, look in (("_look_up", self._looked_up), ("_miss", self._missed)):
+        for name, look in (("_measure", self._measured), ("_look_up", self._looked_up), ("_miss", self._missed)):
             setattr(speculator, name, look)
 
     @classmethod
@@ -43,17 +43,20 @@ class TuningProbe:
         found, self._found = self._found, Observations()
         return found
 
-    def _step(self, rows: int, tokens_in: int | None, tokens_out: int, seconds: float, whole: float) -> None:
-        self._rows = rows
-        if tokens_in is not None:
-            self._found.add_pass(rows, tokens_in, seconds)
-        self._observe_step(rows, tokens_in, tokens_out, seconds, whole)
+    def _measured(self, rows: Sequence[Verified], tokens_in: int | None, known_at: float) -> None:
+        self._rows = len(rows)
+        self._measure(rows, tokens_in, known_at)
 
-    def _judged(self, judged: Sequence[Judged], hits: int, outcomes: int) -> None:
+    def _step(self, tokens_in: int | None, tokens_out: int, seconds: float, whole: float) -> None:
+        if tokens_in is not None:
+            self._found.add_pass(self._rows, tokens_in, seconds)
+        self._observe_step(tokens_in, tokens_out, seconds, whole)
+
+    def _judged(self, judged: Sequence[Judged]) -> None:
         for row in judged:
             if row.source is Source.CACHE:
                 self._found.add_drafts(row.verified, row.accepted)
-        self._observe_rows(judged, hits, outcomes)
+        self._observe_drafts(judged)
 
     def _table(self, depth: int, seconds: float) -> None:
         if self._rows:

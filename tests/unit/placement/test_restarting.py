@@ -79,7 +79,7 @@ class Ward:
         log = logging.getLogger("saguaro-test")
         log.setLevel(logging.INFO)
         hits = (lambda: self.page.value(counters.HITS)) if device_counts else None
-        self.channel = RestartingChannel(self._start, restarts, self.page, log, care, lambda: self.now, hits)
+        self.channel = RestartingChannel(self._start, restarts, self.page, log, care, lambda: self.now, hits=hits)
 
     def _start(self) -> Life:
         life = self.lives.pop(0)

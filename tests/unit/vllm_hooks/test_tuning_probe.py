@@ -22,7 +22,7 @@ def test_outcomes_drafts_passes_and_tables_are_noted() -> None:
     assert dict(found.ranks) == {1: 1, 0: 1}
     assert found.not_predicted == 1
     assert (found.tried, found.accepted) == ([1, 1], [1, 0])
-    assert found.tables == {(1, K): [0.003]}, "of the first step the number of requests is not known"
+    assert found.tables == {(1, K): [0.003, 0.003]}
     assert [key for key, times in found.passes.items() for _ in times] == [(1, 1 + K), (1, 1)]
     assert bench.count() == untouched.count()
 

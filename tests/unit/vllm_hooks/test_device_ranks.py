@@ -40,7 +40,7 @@ def step(runner: Any, speculator: Any, number: int, wrong: bool) -> list[list[in
     slots = torch.arange(len(tokens))
     runner.postprocess_sampled(slots, tokens, sampled.int(), rejected.int(), "starts")
     speculator.ranks.share(drafts)
-    return drafts.tolist()  # type: ignore[no-any-return]
+    return drafts.tolist()
 
 
 def _rank(rank: int, meeting: str, answers: Any) -> None:
@@ -96,4 +96,4 @@ def test_drafts_of_a_step_that_was_not_booked_are_an_error(rank: int) -> None:
     install(runner, speculator, group)  # type: ignore[arg-type]
     step(runner, speculator, 0, wrong=False)
     with pytest.raises(RuntimeError, match="no tokens were booked before"):
-        speculator.ranks.share(torch.zeros(2, K, dtype=torch.int64))  # type: ignore[attr-defined]
+        speculator.ranks.share(torch.zeros(2, K, dtype=torch.int64))

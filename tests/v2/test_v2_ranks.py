@@ -96,12 +96,12 @@ def test_ranks_that_go_apart_are_found_at_odds(runs: Runs) -> None:
 
 def test_outcomes_are_hit_and_their_drafts_accepted(runs: Runs) -> None:
     """A draft that were cut up, or had KV of another rank's, would agree with nothing."""
-    for name in ("greedy", "among sampled"):
-        found = runs.stream[name]
-        assert hit_rate(found) > 0.3
-        assert 1 < found.accepted / found.metrics["vllm:saguaro_hits"] <= K
-        assert runs.process[name].metrics["vllm:saguaro_hits"] > 0  # how many tables come in time is chance
-        assert runs.process[name].accepted > 0
+    found = runs.stream["greedy"]
+    assert hit_rate(found) > 0.5
+    assert 1 < found.accepted / found.metrics["vllm:saguaro_hits"] <= K
+    for other in (runs.stream["among sampled"], runs.process["greedy"], runs.process["among sampled"]):
+        assert other.metrics["vllm:saguaro_hits"] > 0  # how many is chance: of the draws, or of what comes in time
+        assert other.accepted > 0
 
 
 def test_one_rank_has_a_draft_and_all_have_as_many_blocks(runs: Runs) -> None:

@@ -43,9 +43,10 @@ def go_apart(worker: Any) -> None:
 def facts(worker: Any) -> dict[str, Any]:
     """What is true of this rank."""
     config, speculator = worker.vllm_config, worker._speculator
+    ours = getattr(worker, "worker", worker)  # a process of a rank has vLLM's wrapper around it
     return {
         "pid": os.getpid(),
-        "worker": type(worker).__name__,
+        "worker": type(ours).__name__,
         "async": config.scheduler_config.async_scheduling,
         "has a draft": speculator._draft is not None,
         "has q": speculator.draft_logits is not None,

@@ -71,6 +71,13 @@ def config(use_v2: bool = True, trace: str | None = None) -> Any:
     return SimpleNamespace(use_v2_model_runner=use_v2, speculative_config=speculative)
 
 
+def rank(monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
+    """This is the first rank of the target, or another one."""
+    group = SimpleNamespace(is_first_rank=first)
+    monkeypatch.setattr(device_worker, "get_tp_group", lambda: group)
+    monkeypatch.setattr(device_worker.device_ranks, "install", lambda runner, speculator, group: None)
+
+
 @pytest.fixture
 def happened(monkeypatch: pytest.MonkeyPatch) -> Happened:
     found: Happened = []
@@ -81,6 +88,7 @@ def happened(monkeypatch: pytest.MonkeyPatch) -> Happened:
         return FakeDraft(found)
 
     monkeypatch.setattr(device_worker, "open_device_draft", open_draft)
+    rank(monkeypatch, first=True)
     monkeypatch.setattr(device_worker.marked_sampler, "install", lambda runner, ready: found.append("sampler"))
     monkeypatch.setattr(device_worker.runner_v2, "install", lambda runner, ours: found.append("speculator"))
     return found
@@ -139,6 +147,17 @@ def test_without_a_trace_there_is_none(happened: Happened) -> None:
     worker.init_device()
     worker.load_model()
     assert worker._trace is None
+
+
+def test_another_rank_than_the_first_has_no_draft_and_no_q(happened: Happened, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank(monkeypatch, first=False)
+    worker: Any = WorkerUnderTest(config(), happened)
+    worker.init_device()
+    worker.load_model()
+    assert worker._speculator.draft_logits is None
+    worker.execute_model(SimpleNamespace(finished_req_ids=set(), preempted_req_ids=None, scheduled_new_reqs=[]))
+    worker.shutdown()
+    assert happened == ["runner", "speculator", "target", "sampler", "forward", "worker ends"]
 
 
 def test_a_worker_that_ends_before_it_began(happened: Happened) -> None:

@@ -18,7 +18,7 @@ from vllm_saguaro.cli.usage import UsageError
 def test_help_has_examples_for_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["--help"]) == 0
     said = capsys.readouterr().out
-    for name in ("doctor", "simulate", "bench", "watch"):
+    for name in ("doctor", "tune", "simulate", "bench", "watch"):
         assert f"vllm-saguaro {name}" in said
         assert main.main([name, "--help"]) == 0
         own = capsys.readouterr().out

@@ -59,7 +59,7 @@ def drafts(end: ProcessEnd) -> NoReturn:
     model = FakeModel(max_length=MAX_LENGTH, num_blocks=256)
     engine = make_engine(model, shape.num_speculative_tokens, shape.branches)
     end.mailbox.announce(DraftState.READY, MAX_LENGTH)
-    serve(end, DraftLoop(engine, end.mailbox.publish))
+    serve(end, DraftLoop(engine, end.mailbox.publish, end.mailbox.note))
 
 
 def main() -> None:

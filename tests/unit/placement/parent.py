@@ -17,9 +17,11 @@ ROOT = Path(__file__).resolve().parents[3]
 SHAPE = MailboxShape(slots=4, branches=5, num_speculative_tokens=3, ring_bytes=1 << 16, support=8)
 
 
-def open_channel(role: str = "echo", module: str = "tests.unit.placement.echo_child") -> ProcessChannel:
+def open_channel(
+    role: str = "echo", module: str = "tests.unit.placement.echo_child", shape: MailboxShape = SHAPE
+) -> ProcessChannel:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return ProcessChannel(module, {"role": role}, SHAPE, environment)
+    return ProcessChannel(module, {"role": role}, shape, environment)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import signal
@@ -16,9 +17,17 @@ import pytest
 
 from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.placement.echo_child import DRAFTS, MAX_LENGTH
+<<<<<<< ours
 from tests.unit.placement.parent import ROOT, open_channel
 from tests.unit.placement.watching import becomes_idle, gone, until
 from vllm_saguaro.messages import Admit, Outcome, Release, Sampling, Stamp, Step, Table
+||||||| base
+from tests.unit.placement.parent import ROOT, open_channel
+from vllm_saguaro.messages import Admit, Outcome, Release, Sampling, Stamp, Step, Table
+=======
+from tests.unit.placement.parent import ROOT, SHAPE, open_channel
+from vllm_saguaro.messages import Admit, Outcome, Release, Round, Sampling, Stamp, Step, Table, Work
+>>>>>>> theirs
 from vllm_saguaro.placement import mailbox_channel
 from vllm_saguaro.placement import process as process_module
 from vllm_saguaro.placement.channel import Channel, DraftFailed
@@ -68,6 +77,31 @@ def test_life_of_a_request_in_another_process() -> None:
         outcome = Outcome(Stamp(2, 1, round_), table.accepted[branch], table.bonus[branch], len(text), drafts, verified)
         assert channel.post(Step(outcomes=[outcome]))
     channel.close()
+
+
+def test_the_rounds_of_another_process_are_told_in_our_time() -> None:
+    channel = open_channel("drafts", shape=dataclasses.replace(SHAPE, rounds=8))
+    channel.wait_until_ready()
+    before = time.perf_counter()
+    channel.post(ADMIT)
+    finished(channel, Stamp(2, 1, 0))
+    found: list[Round] = []
+
+    def told() -> bool:
+        found.extend(channel.rounds())
+        return len(found) == 2
+
+    assert until(told)
+    after = time.perf_counter()
+    prompt, one = found
+    assert (prompt.work, prompt.rows) == (Work.PROMPT, len(PROMPT))
+    assert (one.work, one.rows, one.branches) == (Work.ROUND, 1, SHAPE.branches)
+    times = [at / 1e9 for at in (prompt.began, prompt.ended, one.began, one.glued, one.forked, one.ended)]
+    assert times == sorted(times)
+    assert before <= times[0]
+    assert times[-1] <= after
+    channel.close()
+    assert channel.rounds() == []
 
 
 def test_nothing_is_left_in_shared_memory_and_no_descriptor_stays_open() -> None:

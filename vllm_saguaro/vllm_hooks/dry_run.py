@@ -155,7 +155,7 @@ def draft_kv_bytes(
 ) -> int:
     """The KV cache that one draft gets, as the workers reckon it. `slots`: max_num_seqs; `gpu_memory`: see `DryRun`."""
     from vllm_saguaro.drafting.buckets import default_branches
-    from vllm_saguaro.vllm_hooks.process_draft import KV_BYTES
+    from vllm_saguaro.vllm_hooks.draft_options import KV_BYTES
     from vllm_saguaro.vllm_hooks.stream_draft import MOST_OF_DEVICE, default_kv_tokens
 
     if config.placement != "stream":

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from vllm.logger import init_logger
 
 from vllm_saguaro import cores
-from vllm_saguaro.algorithm.sampling import SUPPORT
 from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
-from vllm_saguaro.drafting.loop import MAX_ROWS_A_TREE
 from vllm_saguaro.placement.device_mailbox import MailboxDraft
-from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.process import ProcessChannel
 from vllm_saguaro.placement.ray_channel import RayChannel
 from vllm_saguaro.placement.restarting import RestartingChannel
+from vllm_saguaro.vllm_hooks.draft_options import draft_options, mailbox_shape
 from vllm_saguaro.vllm_hooks.ray_draft import MODULE, ray_draft
 
 if TYPE_CHECKING:
@@ -32,8 +30,6 @@ logger = init_logger(f"vllm.{__name__}")
 
 STEPS: Final = 64
 """Records that there is room for: the draft side may be so many steps behind, in a long forward, and lose nothing."""
-KV_BYTES: Final = {"cpu": 1 << 30, "cuda": 8 << 30}
-"""KV budget of the draft, on its own GPU or its own cores."""
 
 
 def open_process_draft(
@@ -51,24 +47,19 @@ def open_process_draft(
     Raises `SaguaroConfigError` where no GPU is left for the draft, `DraftFailed` when it does not come up.
     """
     config = SaguaroConfig.from_dict(options)
-    shape = MailboxShape(
-        slots=slots,
-        branches=config.most_branches,
-        num_speculative_tokens=config.num_speculative_tokens,
-        ring_bytes=(4 << 20) + 8 * longest,
-        support=SUPPORT,
-        vocab_size=options["target_vocab_size"],
-        device_steps=STEPS,
-    )
-    environment = _environment(config, options, device)
+    plan = options["cores"] or {"draft": [], "target": []}
+    cpus: list[int] = plan["draft"]
+    shape = mailbox_shape(config, options, slots, longest, STEPS)
+    # The draft process sees one GPU, its own.
+    told = draft_options(config, options, slots, cpus, "cuda:0" if device.type == "cuda" else "cpu")
+    environment = _environment(config, cpus, device)
 
     def start() -> ProcessChannel | RayChannel:
-        told = _draft_options(config, options, slots, device)
         if config.placement == "ray":
-            plan = options["cores"] or {"draft": [], "target": []}
             draft = ray_draft(_with_gpu(config, device), told, plan, environment, slots)
             return RayChannel(draft, shape, environment)
-        return ProcessChannel(MODULE, told, shape, environment)
+        with cores.born_on(cpus):
+            return ProcessChannel(MODULE, told, shape, environment)
 
     channel = RestartingChannel(start, config.draft_restarts, page, logger)
     try:
@@ -80,41 +71,11 @@ def open_process_draft(
     return draft
 
 
-def _draft_options(
-    config: SaguaroConfig, options: Mapping[str, Any], slots: int, device: torch.device
-) -> dict[str, Any]:
-    """Those of `draft_process.load_engine`."""
-    draft: dict[str, Any] = dict(options["draft"])
-    engines = config.draft_pool_engines if config.draft_pool is not None else 1
-    model = draft | {
-        "max_length": draft.pop("max_model_len"),
-        "max_rows": max(MAX_ROWS_A_TREE, engines * slots),
-        "kv_cache_bytes": engines * KV_BYTES[device.type],
-        "vocab_size": options["target_vocab_size"],
-        # The draft process sees one GPU, its own.
-        "device": "cuda:0" if device.type == "cuda" else "cpu",
-    }
-    plan = options["cores"]
-    return {
-        "model": model,
-        "branches": config.most_branches,
-        "choose_branches": config.chooses_branches,
-        "num_speculative_tokens": config.num_speculative_tokens,
-        "fan_out": config.fan_out,
-        "draft_sample_method": config.draft_sample_method,
-        "sampling_c": config.sampling_c,
-        "cpus": list(plan["draft"]) if plan else [],
-    }
-
-
-def _environment(config: SaguaroConfig, options: Mapping[str, Any], device: torch.device) -> dict[str, str]:
+def _environment(config: SaguaroConfig, cpus: Sequence[int], device: torch.device) -> dict[str, str]:
     """The draft's whole environment: the target's, but for its own cores and its own GPU, and no runner's choice."""
-    plan = options["cores"]
-    cpus = list(plan["draft"]) if plan else []
     environment = cores.draft_environment(dict(os.environ), cpus or [0])
-    environment.pop(
-        "VLLM_USE_V2_MODEL_RUNNER", None
-    )  # the draft has no runner; where Triton is missing vLLM would refuse
+    # The draft has no runner; where Triton is missing vLLM would refuse.
+    environment.pop("VLLM_USE_V2_MODEL_RUNNER", None)
     if device.type == "cuda" and config.placement != "ray":  # Ray gives its actor a GPU itself
         environment["CUDA_VISIBLE_DEVICES"] = own_gpu(os.environ, torch.cuda.device_count(), device.index or 0)
     return environment

@@ -18,12 +18,10 @@ from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_saguaro import cores, counters
-from vllm_saguaro.algorithm.sampling import SUPPORT
 from vllm_saguaro.config import SaguaroConfig
-from vllm_saguaro.drafting.loop import MAX_ROWS_A_TREE
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.placement.inline import InlineChannel
-from vllm_saguaro.placement.mailbox import MailboxShape
+from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.process import ProcessChannel
 from vllm_saguaro.placement.ray_channel import RayChannel
 from vllm_saguaro.placement.restarting import RestartingChannel
@@ -31,17 +29,16 @@ from vllm_saguaro.placement.sharded import ShardedChannel
 from vllm_saguaro.policy import Policy
 from vllm_saguaro.speculator import Speculator
 from vllm_saguaro.vllm_hooks import compatibility, cpu_sampler, ranks, rejection_sampler, runner_v1
+from vllm_saguaro.vllm_hooks.draft_options import KV_BYTES, draft_options, mailbox_shape
 from vllm_saguaro.vllm_hooks.draft_process import load_engine
 from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
 from vllm_saguaro.vllm_hooks.known_noise import KnownNoise, RequestKeys
 from vllm_saguaro.vllm_hooks.metrics import attach_page
-from vllm_saguaro.vllm_hooks.ray_draft import ray_draft
+from vllm_saguaro.vllm_hooks.ray_draft import MODULE, ray_draft
 from vllm_saguaro.vllm_hooks.runner_v1 import SaguaroDrafter, SilentDrafter
 
 logger = init_logger(f"vllm.{__name__}")
 
-DRAFT_KV_BYTES = 1 << 30
-"""KV budget of the draft. Its pages are touched only when used, so a small load costs little memory."""
 SLOTS_A_RUNNING_REQUEST = 2
 """Preempted requests keep their slot while others run."""
 
@@ -87,14 +84,7 @@ class SaguaroWorker(CPUWorker):
         """Start the draft side."""
         config = SaguaroConfig.from_dict(self._options)
         slots = SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs
-        shape = MailboxShape(
-            slots=slots,
-            branches=config.most_branches,
-            num_speculative_tokens=config.num_speculative_tokens,
-            ring_bytes=(4 << 20) + 8 * self.model_config.max_model_len,
-            support=SUPPORT,
-            vocab_size=self._options["target_vocab_size"],
-        )
+        shape = mailbox_shape(config, self._options, slots, self.model_config.max_model_len)
         self._page = attach_page(self._options.get("counters"))
         self._channel = self._open_channel(config, shape)
         steps = config.num_speculative_tokens
@@ -120,7 +110,7 @@ class SaguaroWorker(CPUWorker):
                 resident = self._channel.resident_bytes if self._channel is not None else 0
                 # A draft in an actor that takes no memory here is on another node.
                 if self._channel is not None and (resident or self._options["placement"] != "ray"):
-                    budget = DRAFT_KV_BYTES * self._drafts
+                    budget = KV_BYTES["cpu"] * self._drafts
                     self.requested_cpu_memory -= budget + resident
             return super().determine_available_memory()
 
@@ -155,36 +145,27 @@ class SaguaroWorker(CPUWorker):
 
     def _open_channel(self, config: SaguaroConfig, shape: MailboxShape) -> Channel:
         plan = self._options["cores"]
-        options = {
-            "model": self._draft_model_options(),
-            "branches": config.most_branches,
-            "choose_branches": config.chooses_branches,
-            "num_speculative_tokens": config.num_speculative_tokens,
-            "fan_out": config.fan_out,
-            "draft_sample_method": config.draft_sample_method,
-            "sampling_c": config.sampling_c,
-        }
         if config.placement == "inline":
             logger.warning("Drafting inline, in the target's own thread: for debugging and ablation, not for speed.")
             self._page.set(counters.DRAFT_UP, 1)
-            return InlineChannel(lambda: load_engine(options), shape)
+            return InlineChannel(lambda: load_engine(draft_options(config, self._options, shape.slots, ())), shape)
         drafts = min(config.draft_replicas, shape.slots)
         parts = cores.shared_out(plan["draft"], drafts) if plan else [()] * drafts
         if drafts > 1 and plan and len(plan["draft"]) < drafts:
             logger.warning("Saguaro: %d drafts share %d cores.", drafts, len(plan["draft"]))
-        channels = [self._open_draft(config, {**options, "cpus": list(cpus)}, shape) for cpus in parts]
+        channels = [self._open_draft(config, cpus, shape) for cpus in parts]
         return channels[0] if drafts == 1 else ShardedChannel(channels, shape.slots, logger)
 
-    def _open_draft(self, config: SaguaroConfig, options: dict[str, Any], shape: MailboxShape) -> Channel:
-        plan = self._options["cores"]
-        environment = cores.draft_environment(dict(os.environ), options["cpus"] or [0])
+    def _open_draft(self, config: SaguaroConfig, cpus: Sequence[int], shape: MailboxShape) -> Channel:
+        plan, options = self._options["cores"], draft_options(config, self._options, shape.slots, cpus)
+        environment = cores.draft_environment(dict(os.environ), cpus or [0])
 
         def start() -> Channel:
             if config.placement == "ray":
-                draft = ray_draft(config, options, {**plan, "draft": options["cpus"]}, os.environ, shape.slots)
+                draft = ray_draft(config, options, {**plan, "draft": list(cpus)}, os.environ, shape.slots)
                 return RayChannel(draft, shape, environment)
-            with cores.born_on(options["cpus"]):
-                return ProcessChannel("vllm_saguaro.vllm_hooks.draft_process", options, shape, environment)
+            with cores.born_on(cpus):
+                return ProcessChannel(MODULE, options, shape, environment)
 
         return RestartingChannel(start, config.draft_restarts, self._page, logger)
 
@@ -192,18 +173,6 @@ class SaguaroWorker(CPUWorker):
     def _drafts(self) -> int:
         """Times that the KV budget is there: once a replica; and a pool that this engine starts has room for many."""
         return int(self._options["draft_pool_engines" if self._options["draft_pool"] else "draft_replicas"])
-
-    def _draft_model_options(self) -> dict[str, Any]:
-        """The fields of `DraftModelConfig`, as plain values."""
-        draft: dict[str, Any] = dict(self._options["draft"])
-        engines = self._drafts if self._options["draft_pool"] else 1
-        slots = SLOTS_A_RUNNING_REQUEST * self.scheduler_config.max_num_seqs
-        return draft | {
-            "max_length": draft.pop("max_model_len"),
-            "max_rows": max(MAX_ROWS_A_TREE, engines * slots),
-            "kv_cache_bytes": engines * DRAFT_KV_BYTES,
-            "vocab_size": self._options["target_vocab_size"],
-        }
 
     def _report(self) -> None:
         page = self._page

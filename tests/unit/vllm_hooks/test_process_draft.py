@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,16 +13,18 @@ import torch
 
 from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
 from vllm_saguaro.counters import CounterPage
+from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.vllm_hooks import process_draft
 from vllm_saguaro.vllm_hooks.process_draft import own_gpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CORE = min(os.sched_getaffinity(0))
 
 
 def options(**changes: Any) -> dict[str, Any]:
     config = dataclasses.replace(SaguaroConfig(draft_sample_method="probabilistic"), **changes)
     draft = {"model": "draft", "max_model_len": 128}
-    return {**config.to_dict(), "draft": draft, "target_vocab_size": 500, "cores": {"draft": [3], "target": [1, 2]}}
+    return {**config.to_dict(), "draft": draft, "target_vocab_size": 500, "cores": {"draft": [CORE], "target": []}}
 
 
 @pytest.mark.parametrize(
@@ -40,30 +45,39 @@ def test_without_a_second_gpu_it_says_what_to_write(count: int) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_the_draft_computes_on_its_own_device_and_chooses_no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_draft_has_its_own_gpu_and_chooses_no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     config = SaguaroConfig.from_dict(options())
-    told = process_draft._draft_options(config, options(), 300, CUDA)
-    assert (told["model"]["device"], told["model"]["max_rows"], told["model"]["max_length"]) == ("cuda:0", 300, 128)
-    assert (told["cpus"], told["draft_sample_method"], told["model"]["vocab_size"]) == ([3], "probabilistic", 500)
-    environment = process_draft._environment(config, options(), CUDA)
+    environment = process_draft._environment(config, [CORE], CUDA)
     assert environment["CUDA_VISIBLE_DEVICES"] == "6"
     assert "VLLM_USE_V2_MODEL_RUNNER" not in environment
-    on_cpu = process_draft._draft_options(config, options(), 2, CPU)
-    assert on_cpu["model"]["device"] == "cpu"
-    assert process_draft._environment(config, options(), CPU)["CUDA_VISIBLE_DEVICES"] == "4,6"
+    assert process_draft._environment(config, [CORE], CPU)["CUDA_VISIBLE_DEVICES"] == "4,6"
 
 
-def test_a_draft_pool_has_room_for_all_its_engines() -> None:
-    pooled = options(placement="ray", draft_pool="drafts", draft_pool_engines=3)
-    alone, many = (
-        process_draft._draft_options(SaguaroConfig.from_dict(each), each, 300, CUDA)["model"]
-        for each in (options(), pooled)
-    )
-    assert (alone["max_rows"], many["max_rows"]) == (300, 900)
-    assert many["kv_cache_bytes"] == 3 * alone["kv_cache_bytes"]
+@pytest.mark.parametrize(("device", "own"), [(CPU, "cpu"), (CUDA, "cuda:0")])
+def test_the_process_is_told_its_device_and_born_on_its_cores(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, own: str
+) -> None:
+    seen: list[Any] = []
+
+    @contextlib.contextmanager
+    def born_on(cpus: Sequence[int]) -> Iterator[None]:
+        seen.append(list(cpus))
+        yield
+        seen.append("born")
+
+    def refuse(module: str, told: Any, shape: MailboxShape, environment: Any) -> None:
+        seen.append((module, told["model"]["device"], shape.device_steps))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(process_draft.cores, "born_on", born_on)
+    monkeypatch.setattr(process_draft, "ProcessChannel", refuse)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(RuntimeError, match="seen"):
+        process_draft.open_process_draft(options(), 2, device, 256, CounterPage(), lambda *_: None)  # type: ignore[arg-type]
+    assert seen == [[CORE], ("vllm_saguaro.vllm_hooks.draft_process", own, process_draft.STEPS)]
 
 
 def test_a_draft_pool_is_told_how_many_requests_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:

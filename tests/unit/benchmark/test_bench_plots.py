@@ -14,6 +14,7 @@ from vllm_saguaro.benchmark.plots import PLOTS
 from vllm_saguaro.benchmark.records import Engine, Report, Run, Workload
 from vllm_saguaro.benchmark.series import batch_panels, hit_panels, sweep_panels
 from vllm_saguaro.benchmark.summary import Spread
+from vllm_saguaro.cli.bench_command import PICTURES
 
 WARM = Workload(8, 1.0, 0.9)
 
@@ -128,4 +129,4 @@ def test_the_same_run_twice_is_refused() -> None:
 
 
 def test_every_kind_can_be_asked_for() -> None:
-    assert tuple(PLOTS) == bench.PICTURES
+    assert tuple(PLOTS) == PICTURES

@@ -17,17 +17,9 @@ import pytest
 
 from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.placement.echo_child import DRAFTS, MAX_LENGTH
-<<<<<<< ours
-from tests.unit.placement.parent import ROOT, open_channel
-from tests.unit.placement.watching import becomes_idle, gone, until
-from vllm_saguaro.messages import Admit, Outcome, Release, Sampling, Stamp, Step, Table
-||||||| base
-from tests.unit.placement.parent import ROOT, open_channel
-from vllm_saguaro.messages import Admit, Outcome, Release, Sampling, Stamp, Step, Table
-=======
 from tests.unit.placement.parent import ROOT, SHAPE, open_channel
+from tests.unit.placement.watching import becomes_idle, gone, until
 from vllm_saguaro.messages import Admit, Outcome, Release, Round, Sampling, Stamp, Step, Table, Work
->>>>>>> theirs
 from vllm_saguaro.placement import mailbox_channel
 from vllm_saguaro.placement import process as process_module
 from vllm_saguaro.placement.channel import Channel, DraftFailed

@@ -80,7 +80,7 @@ export class Rounds {
 
   // Steps are written into bars where the usual one has room for it.
   #bar(bar, x, y, usual) {
-    const [left, right] = [x(bar.start), x(bar.start + bar.length)];
+    const [left, right] = [Math.max(LEFT, x(bar.start)), x(bar.start + bar.length)]; // one may have begun before the first pass
     const width = Math.max(0.8, right - left);
     const words = [`${bar.name} ${bar.step ?? ""}: ${ms(bar.length)}`];
     if (bar.rows !== undefined) words.push(`${bar.rows} ${bar.rows === 1 ? "request" : "requests"}`);

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from vllm_saguaro.cli.trace_file import Tail, TraceEvent
+from vllm_saguaro.cli.trace_tail import Tail, TraceEvent
 
 TARGET: Final = 1
 """The process of the target; that of draft r is 2 + r."""

@@ -22,7 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 from vllm_saguaro.cli.history import History
 from vllm_saguaro.cli.metrics_source import fetch
 from vllm_saguaro.cli.timeline import timeline
-from vllm_saguaro.cli.trace_file import TraceFile
+from vllm_saguaro.cli.trace_tail import TraceFile
 from vllm_saguaro.cli.usage import UsageError
 
 LOOPBACK: Final = "127.0.0.1"

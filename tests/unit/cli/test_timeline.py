@@ -9,7 +9,7 @@ import pytest
 
 from tests.unit.cli.planted_rounds import instant, named, outcomes, rounds, span, write
 from vllm_saguaro.cli.timeline import common, merged, timeline
-from vllm_saguaro.cli.trace_file import TraceFile
+from vllm_saguaro.cli.trace_tail import TraceFile
 
 
 def shown(tmp_path: Path, *events: dict[str, Any], last: int = 24) -> dict[str, Any]:

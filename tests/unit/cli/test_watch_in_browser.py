@@ -15,7 +15,7 @@ from vllm_saguaro.cli.exposition import Snapshot
 from vllm_saguaro.cli.history import History
 from vllm_saguaro.cli.metrics_source import fetch, metrics_url
 from vllm_saguaro.cli.reading import read
-from vllm_saguaro.cli.trace_file import TraceFile
+from vllm_saguaro.cli.trace_tail import TraceFile
 from vllm_saguaro.cli.watch_page import PageServer, page_server
 from vllm_saguaro.cli.wording import Row, rows
 

@@ -24,7 +24,7 @@ from tests.unit.cli.planted_rounds import rounds, write
 from vllm_saguaro.cli.exposition import Snapshot
 from vllm_saguaro.cli.history import History
 from vllm_saguaro.cli.metrics_source import NoAnswer, fetch, metrics_url
-from vllm_saguaro.cli.trace_file import TraceFile
+from vllm_saguaro.cli.trace_tail import TraceFile
 from vllm_saguaro.cli.usage import UsageError
 from vllm_saguaro.cli.watch_page import FILES, PageServer, address, page_server
 

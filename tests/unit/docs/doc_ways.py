@@ -90,17 +90,24 @@ WAYS: tuple[Way, ...] = (
     ),
     Runs(r"vllm-saguaro bench --target .*", Cost.LONG, SMALL_BENCH, r"== batch 1, T=0"),
     # the rest of the command
-    Runs(r"vllm-saguaro doctor .*", Cost.SLOW, says=r"0 error: it will run"),
+    Runs(r"vllm-saguaro doctor .* -- .*", Cost.SLOW, says=r"0 error: it will run"),
+    # Without it vLLM wants nearly all memory, and whether so much is free is the machine's affair.
+    Runs(r"vllm-saguaro doctor .*", Cost.SLOW, "-- --kv-cache-memory-bytes 268435456", r"0 error: it will run"),
     Runs(r"vllm-saguaro simulate", Cost.QUICK, repeats=True),
     Runs(r"vllm-saguaro simulate --world llama-70b", Cost.QUICK, says=r"ours +\d"),
     Runs(
         r"vllm-saguaro simulate --sweep all .*",
         Cost.SLOW,
         "--plot {folder}/x.png --tokens 16 --requests 2",
-        r"cost ratio|cost-ratio",
+        r"c, drafting over verify pass",
     ),
     Runs(r"vllm-saguaro simulate --validate .*", Cost.SLOW, says=r"\| "),
     Runs(r"vllm-saguaro watch \S+ --once", Cost.LONG, says=r"hit rate +\[", asks=True),
+    Cannot(
+        r"vllm-saguaro watch \S+ --web.*",
+        "a page, for a browser",
+        "tests/unit/cli/test_watch_page.py::test_the_command_prints_where_the_page_is_outlives_the_server_and_ends_with_130",
+    ),
     Runs(r"vllm-saguaro watch \S+", Cost.LONG, says=r"hit rate +\[", interrupted=True, asks=True),
     Cannot(
         r"vllm-saguaro tune .*",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.cli.planted_rounds import append, instant, named, rounds, span, text, write
-from vllm_saguaro.cli.trace_file import TraceEvent, TraceFile, parse
+from vllm_saguaro.cli.trace_tail import TraceEvent, TraceFile, parse
 
 
 @pytest.fixture

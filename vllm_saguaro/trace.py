@@ -6,6 +6,7 @@ that the draft sides have told, and writes the file. What goes wrong with the fi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -190,7 +191,8 @@ class WrittenTrace(Trace):
             self._thread.join()
             self.write()
             self._over = True
-            self._file.close()
+            with contextlib.suppress(OSError):  # what a full disk says at the end, too, is no affair of the engine's
+                self._file.close()
 
     def _news(self) -> dict[str, int]:
         """What has been counted since the last time."""

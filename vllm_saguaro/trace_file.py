@@ -18,6 +18,8 @@ from vllm_saguaro.config import SaguaroConfigError
 MOST_BYTES = 1 << 30
 """An engine runs for weeks, and viewers take no more than about this much."""
 _BEGINNING = b"[\n"
+_END_BYTES = 16
+"""Enough to see the last bracket of a list, whatever blanks come after it."""
 
 
 class TraceFile:
@@ -80,11 +82,17 @@ def checked_path(path: str) -> str:
 
 
 def _is_trace(path: str) -> bool:
-    """Whether a file is there that is empty, or begins as ours do: nothing else is replaced."""
+    """Whether a file is there that is empty, or begins as ours do and is as open at its end: nothing else is replaced.
+
+    A list in JSON may begin like a trace; its bracket at the end is what a trace leaves out.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return False
     except FileNotFoundError:  # a link to nowhere
         return True
     with open(path, "rb") as file:
-        return file.read(len(_BEGINNING)) in (b"", _BEGINNING)
+        beginning = file.read(len(_BEGINNING))
+        file.seek(max(os.fstat(file.fileno()).st_size - _END_BYTES, 0))
+        closed = file.read().rstrip().endswith(b"]")
+    return beginning in (b"", _BEGINNING) and not closed

@@ -113,7 +113,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("content", [b"model weights", b"[1, 2]", b"{}"])
+@pytest.mark.parametrize("content", [b"model weights", b"[1, 2]", b"{}", b'[\n  {"a": 1}\n]\n', b"[\n]"])
 def test_what_is_no_trace_is_not_replaced(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "other"
     path.write_bytes(content)

@@ -57,11 +57,13 @@ class Rounds:
     def _read(self, number: int) -> Round | None:
         at = self._at(number)
         with self._fence:
-            values = self._words[at : at + ROUND_WORDS].tolist()
+            before = self._words[at]
         with self._fence:
-            if self._words[at] != number or values[0] != number:
+            values = self._words[at + 1 : at + ROUND_WORDS].tolist()
+        with self._fence:
+            if before != number or self._words[at] != number:
                 return None
-        return round_of(values[1:], self._branches)
+        return round_of(values, self._branches)
 
     def _at(self, number: int) -> int:
         return 1 + number % self._room * ROUND_WORDS
@@ -72,6 +74,8 @@ class Rounds:
             pass
         with self._fence:
             self._words[at] = value
+        with self._fence:
+            pass
 
 
 def round_of(values: list[int], most_branches: int) -> Round | None:

@@ -216,7 +216,13 @@ def check_combination(
     engine_args: Any, parallel: Any, worker_class: str, placement: str, runner: Runner = Runner.V1
 ) -> None:
     """Refuse what this version cannot be combined with."""
-    for name in ("pipeline_parallel_size", "data_parallel_size", "prefill_context_parallel_size", "nnodes"):
+    for name in (
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "prefill_context_parallel_size",
+        "decode_context_parallel_size",
+        "nnodes",
+    ):
         if (size := getattr(parallel, name, 1)) > 1:
             raise SaguaroConfigError(
                 f'method "saguaro" serves a target on one machine, divided by tensor parallelism alone, {name} is '

@@ -103,8 +103,9 @@ class DeviceDraftWorker(_Worker):
         output = super().execute_model(scheduler_output)
         self._speculator.follow_step(scheduler_output)
         if self._trace is not None:
-            drafts = scheduler_output.scheduled_spec_decode_tokens.values()
-            self._trace.enqueued(began, len(scheduler_output.num_scheduled_tokens), sum(map(bool, drafts)))
+            if scheduled := scheduler_output.num_scheduled_tokens:  # a step may be there to say who has left, alone
+                drafts = scheduler_output.scheduled_spec_decode_tokens.values()
+                self._trace.enqueued(began, len(scheduled), sum(map(bool, drafts)))
             self._trace.counted()
         return output
 

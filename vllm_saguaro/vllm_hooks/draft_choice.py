@@ -169,7 +169,7 @@ def check_family(draft: Any) -> None:
     Branches share the blocks of a text and copy its last one; a recurrent state has no blocks. Layers with a sliding
     window, experts and latent attention (MLA) are all right.
     """
-    if draft.is_attention_free or draft.is_hybrid or draft.has_inner_state:
+    if draft.is_attention_free or draft.is_hybrid:
         why = "it has layers with a recurrent state (state-space or linear attention)"
     elif draft.is_encoder_decoder:
         why = "it has an encoder"

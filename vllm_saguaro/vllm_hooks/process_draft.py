@@ -15,6 +15,7 @@ import torch
 from vllm.distributed import parallel_state
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from vllm_saguaro import cores, counters
 from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
@@ -87,11 +88,12 @@ def _environment(config: SaguaroConfig, cpus: Sequence[int], device: torch.devic
     return environment
 
 
-def _targets(device: torch.device) -> range:
-    """Numbers of the GPUs that the target has: vLLM gives the ranks of one machine the first ones, in turn."""
+def _targets(device: torch.device) -> Sequence[int]:
+    """Numbers of the GPUs that the target has, as this process sees them: not the first ones with `--device-ids`."""
     ranks = get_tp_group().world_size if parallel_state.model_parallel_is_initialized() else 1
-    first = device.index or 0 if ranks == 1 else 0
-    return range(first, first + ranks)
+    if ranks == 1:
+        return [device.index or 0]
+    return [current_platform.logical_device_id_to_visible_device_id(rank) for rank in range(ranks)]
 
 
 def own_gpu(environment: Mapping[str, str], count: int, targets: Sequence[int]) -> str:

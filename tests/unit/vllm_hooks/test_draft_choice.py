@@ -191,7 +191,7 @@ def test_tokenizer_files_of_either_kind(tmp_path: Path) -> None:
     assert token_ids(str(tmp_path / "none")) is None
 
 
-KINDS = ("is_attention_free", "is_hybrid", "has_inner_state", "is_encoder_decoder", "uses_mrope")
+KINDS = ("is_attention_free", "is_hybrid", "is_encoder_decoder", "uses_mrope")
 
 
 def draft_that(*is_so: str) -> SimpleNamespace:
@@ -206,7 +206,7 @@ def test_a_draft_with_attention_in_every_layer_is_taken() -> None:
 @pytest.mark.parametrize(
     ("kind", "why"),
     [
-        *((kind, "recurrent state") for kind in KINDS[:3]),
+        *((kind, "recurrent state") for kind in KINDS[:2]),
         ("is_encoder_decoder", "has an encoder"),
         ("uses_mrope", "several dimensions"),
     ],

@@ -310,6 +310,10 @@ def test_a_wrong_word_gets_one_line(pair: Path, options: dict[str, Any], expecte
     ("arguments", "expected"),
     [
         ({"worker_cls": "my.Worker"}, "worker_cls is 'my.Worker' already: leave worker_cls out"),
+        (
+            {"tensor_parallel_size": 2, "decode_context_parallel_size": 2},
+            "by tensor parallelism alone, decode_context_parallel_size is 2: write decode_context_",
+        ),
         ({"pipeline_parallel_size": 2}, "by tensor parallelism alone, pipeline_parallel_size is 2: write pipeline_"),
         ({"data_parallel_size": 2}, "by tensor parallelism alone, data_parallel_size is 2: write data_parallel_size 1"),
         ({"tensor_parallel_size": 2, "nnodes": 2}, "serves a target on one machine"),

@@ -68,6 +68,15 @@ def test_all_ranks_of_the_target_have_a_gpu(
     assert [*process_draft._targets(torch.device(device))] == targets
 
 
+def test_the_ranks_gpus_are_those_that_vllm_gave_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `--device-ids 2,3` does."""
+    monkeypatch.setattr(process_draft.parallel_state, "model_parallel_is_initialized", lambda: True)
+    monkeypatch.setattr(process_draft, "get_tp_group", lambda: SimpleNamespace(world_size=2))
+    given = SimpleNamespace(logical_device_id_to_visible_device_id=lambda rank: rank + 2)
+    monkeypatch.setattr(process_draft, "current_platform", given)
+    assert [*process_draft._targets(torch.device("cuda", 2))] == [2, 3]
+
+
 def test_the_draft_has_its_own_gpu_and_chooses_no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,7 +56,7 @@ def measure(settings: Settings, progress: Progress | None = None, warn: Callable
         progress.step("deepening" if settings.target_layers or settings.draft_layers else "looking at the pair")
         target = deepened(settings.target, settings.target_layers)
         draft = deepened(settings.draft_path, settings.draft_layers)
-        with _workers() as start:
+        with _terminated_as_interrupted(), _workers() as start:
             workers: dict[Engine, WorkerHandle] = {}
             for engine in engines:
                 progress.step(f"loading {engine.name}")
@@ -71,6 +73,19 @@ def measure(settings: Settings, progress: Progress | None = None, warn: Callable
         note(text)
     report.summaries = {name: summary.to_json() for name, summary in summarise(report.runs).items()}
     return report
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: killed at once, it would leave a draft process that is frozen for ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

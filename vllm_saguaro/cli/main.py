@@ -26,6 +26,8 @@ EXAMPLES = """examples:
   vllm-saguaro bench --against-server plain=http://localhost:8000 saguaro=http://localhost:8001
   vllm-saguaro watch http://localhost:8000         hit rate, acceptance and misses of a running server
 
+K: drafts a round; N: predicted outcomes that get drafts
+AR, SD, SSD, ours: plain decoding, ordinary speculation, the engine of the paper, saguaro
 `vllm-saguaro COMMAND --help` has more. Every command takes --json.
 exit codes: 0 all is well; 1 the answer is bad; 2 the question was wrong; 130 stopped"""
 

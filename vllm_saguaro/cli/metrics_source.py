@@ -34,4 +34,4 @@ def fetch(url: str) -> Snapshot:
     except urllib.error.HTTPError as error:
         raise NoAnswer(f"{url} answers {error.code} {error.reason}") from error
     except (OSError, ValueError) as error:
-        raise NoAnswer(f"{url} does not answer ({getattr(error, 'reason', error)})") from error
+        raise NoAnswer(f"{url} does not answer ({getattr(error, 'reason', error)}): does the server run?") from error

@@ -26,6 +26,8 @@ EXAMPLES = """examples:
   vllm-saguaro simulate --world llama-70b --print-world > mine.json; vllm-saguaro simulate --world mine.json
   vllm-saguaro simulate --validate docs/results/headline_12_6.json docs/results/curve.json
 
+AR: plain decoding; SD: ordinary speculation; SSD: the engine of the paper; ours: saguaro.
+K: drafts a round; N: predicted outcomes that get drafts.
 What the numbers are fed with, and how far they can be trusted: docs/simulate.md."""
 
 

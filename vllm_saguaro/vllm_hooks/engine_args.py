@@ -9,6 +9,7 @@ method is asked for.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import json
@@ -120,8 +121,10 @@ def _parse_options(original: Any) -> Callable[[str], Any]:
         try:
             options = json.loads(text)
         except ValueError:
+            _refuse_misspelt(text.strip())
             return original(text)
         if not (isinstance(options, dict) and options.get("method") == METHOD):
+            _refuse_misspelt(options.get("method") if isinstance(options, dict) else None)
             return original(text)
         try:
             split_options(options)
@@ -130,6 +133,12 @@ def _parse_options(original: Any) -> Callable[[str], Any]:
         return CommandLineOptions(options)
 
     return parse_speculative_config
+
+
+def _refuse_misspelt(word: Any) -> None:
+    """Raise where somebody all but wrote our name: vLLM's own message would not say so."""
+    if isinstance(word, str) and difflib.get_close_matches(word.lower(), [METHOD], cutoff=0.8):
+        raise ArgumentTypeError(f'unknown method "{word}": did you mean "{METHOD}"?')
 
 
 def _parse_method(original: Any) -> Callable[[str], Any]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -186,6 +187,13 @@ def test_processor_time_of_a_session() -> None:
         assert procfs.session_seconds(process.pid) >= 0.25
         process.communicate(b"\n")
     assert procfs.session_seconds(process.pid) == 0
+
+
+def test_sigterm_ends_a_run_as_ctrl_c_does() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), session._terminated_as_interrupted():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_deepened_copy_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,16 @@ def test_a_wrong_key_is_an_argparse_error(parser: argparse.ArgumentParser, capsy
     assert 'error: argument --speculative-config/-sc: unknown key "branchs" in the speculative config: did you' in last
 
 
+@pytest.mark.parametrize(("text", "word"), [("saguro", "saguro"), ('{"method": "Saguaro"}', "Saguaro")])
+def test_a_misspelt_method_is_an_argparse_error(
+    parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str], text: str, word: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(parser, "--speculative-config", text)
+    assert caught.value.code == 2
+    assert f'unknown method "{word}": did you mean "saguaro"?' in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     "words",
     [

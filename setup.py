@@ -26,8 +26,5 @@ setup(
         "vllm.general_plugins": ["saguaro = vllm_saguaro:register"],
         "console_scripts": ["vllm-saguaro = vllm_saguaro.cli.main:main"],
     },
-    classifiers=[
-        "License :: OSI Approved :: Apache Software License",
-        "Programming Language :: Python :: 3",
-    ],
+    classifiers=["Programming Language :: Python :: 3"],
 )

@@ -59,3 +59,4 @@ folder.mkdir(exist_ok=True)
 PY
 python -m pip install --quiet --editable ".[dev,ray]"
 rm -f .venv/.installed-*; touch "$stamp"
+echo "all is in .venv: source .venv/bin/activate, then vllm-saguaro --help" >&2

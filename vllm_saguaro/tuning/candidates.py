@@ -7,12 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from vllm_saguaro.config import VLLM_KEYS
+
 PLAIN: Final = "plain"
 DRAFT_MODEL: Final = "draft_model"
 SAGUARO: Final = "saguaro"
 
 MARGIN: Final = 0.02
 """A later candidate must be faster by this share to be chosen: earlier ones change less of what is usual."""
+
+_OF_ANY_DRAFT: Final = frozenset(VLLM_KEYS) - {"num_speculative_tokens", "draft_sample_method"}
+"""Keys of the user that say what the draft is, not how it is used: every method's draft is that one."""
 
 Load = tuple[int, float]
 """Requests at once, and their temperature."""
@@ -38,10 +43,10 @@ class Candidate:
         return Candidate(self.method, {**self.keys, **keys})
 
     def speculative_config(self, draft: str, fixed: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What vLLM is told; `fixed`: keys of saguaro that the user has written. None for plain."""
+        """What vLLM is told; `fixed`: keys that the user has written for saguaro. None for plain."""
         if self.method == PLAIN:
             return None
-        own = fixed if self.method == SAGUARO else {}
+        own = {key: value for key, value in fixed.items() if self.method == SAGUARO or key in _OF_ANY_DRAFT}
         return {"method": self.method, "model": draft, **self.keys, **own}
 
 

@@ -174,7 +174,9 @@ def _predict(found: Tuning, settings: Settings) -> None:
 def first_candidates(found: Tuning) -> Iterator[Candidate]:
     """draft_model at its best K; of saguaro the best K with N left to the engine, the first of them also with its N."""
     ks = _best_ks(found)
-    yield Candidate(DRAFT_MODEL, {"num_speculative_tokens": _best_for_draft_model(found)})
+    baseline = Candidate(DRAFT_MODEL, {"num_speculative_tokens": _best_for_draft_model(found)})
+    # vLLM's default takes each draft as if it were certain: at temperature > 0 fewer are accepted.
+    yield baseline.changed(draft_sample_method="probabilistic") if any(found.settings.temperatures) else baseline
     for place, (k, n) in enumerate(ks):
         own = Candidate(SAGUARO, {"num_speculative_tokens": k})
         yield own

@@ -29,9 +29,10 @@ def written_speculation(target: str, words: Sequence[str]) -> dict[str, Any]:
 def _arguments(target: str, words: Sequence[str]) -> Any:
     """vLLM's `EngineArgs` of these words; those that are the server's own are passed over."""
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-saguaro tune TARGET --"))
-    namespace, _ = parser.parse_known_args(list(words))
+    from vllm_saguaro.vllm_hooks.passing_parser import PassingParser
+
+    parser = EngineArgs.add_cli_args(PassingParser(prog="vllm-saguaro tune TARGET --"))
+    namespace = parser.parse_args(list(words))
     namespace.model = target  # before anybody looks for the default one in the hub's cache
     return EngineArgs.from_cli_args(namespace)

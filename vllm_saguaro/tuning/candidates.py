@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from vllm_saguaro.config import VLLM_KEYS
+from vllm_saguaro.config import AUTO, VLLM_KEYS
 
 PLAIN: Final = "plain"
 DRAFT_MODEL: Final = "draft_model"
@@ -48,6 +48,15 @@ class Candidate:
             return None
         own = {key: value for key, value in fixed.items() if self.method == SAGUARO or key in _OF_ANY_DRAFT}
         return {"method": self.method, "model": draft, **self.keys, **own}
+
+
+def fixed_while_watched(fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's keys without those that would keep the watched engine from showing all that is to be seen."""
+    return {
+        key: value
+        for key, value in fixed.items()
+        if key not in ("adaptive", "backup") and not (key == "branches" and value == AUTO)
+    }
 
 
 @dataclass(frozen=True)
@@ -107,4 +116,4 @@ def recommended(chosen: Tried, others: Sequence[Tried], plain: Speeds) -> str:
 
 def choice_of(candidate: Candidate, fixed: Mapping[str, Any]) -> dict[str, Any]:
     """The keys for a config: those of the candidate that the user has not fixed; `auto` is left to the engine."""
-    return {key: value for key, value in candidate.keys.items() if key not in fixed and value != "auto"}
+    return {key: value for key, value in candidate.keys.items() if key not in fixed and value != AUTO}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,11 @@ class Tuned:
 
     def fill_in(self, written: Mapping[str, Any]) -> dict[str, Any]:
         """What the user wrote, and the choice where he wrote nothing."""
-        own = {key: value for key, value in written.items() if value is not None}
-        return {**self.choice, **own}
+        return {**self.own(written), **{key: value for key, value in written.items() if value is not None}}
+
+    def own(self, written: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of the choice that are used: those that the user has not written."""
+        return {key: value for key, value in self.choice.items() if written.get(key) is None}
 
     def doubts(self, here: MadeFor) -> str | None:
         """One line of warning where the file was made for something else, or found something else faster."""
@@ -132,7 +136,7 @@ def config_digest(folder: Path) -> str | None:
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(os.path.expanduser(path)).read_text(encoding="utf-8"))
     except OSError as error:
         raise SaguaroConfigError(f"tuned: {path} cannot be read ({error.strerror or error}): {_CURE}") from None
     except ValueError as error:

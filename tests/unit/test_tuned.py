@@ -145,3 +145,9 @@ def test_a_digest_changes_with_the_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"a": 1}')
     assert first is not None
     assert tuned.config_digest(tmp_path) not in (None, first)
+
+
+def test_a_path_from_home_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tuned.read("~/tuned.json").choice == FILE["choice"]

@@ -8,7 +8,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vllm_saguaro.tuning.settings import Settings
 
 OUTPUT = "saguaro-tuned.json"
+SPECULATION = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens")
+"""Options of vLLM, each with a value; the first also with dots."""
 EXAMPLES = """examples:
   vllm-saguaro tune assets/pair/target --quick -- --dtype float32 --kv-cache-memory-bytes 1073741824
   vllm-saguaro tune TARGET DRAFT --prompts PROMPTS.jsonl --picture tuned.png -- --max-num-seqs 64
@@ -31,7 +33,8 @@ EXAMPLES = """examples:
 
 After -- stands what `vllm serve` would get; keys of a speculative config there stay as they are. Each engine runs in a
 process of its own, one after the other, with nothing else beside it: leave the machine alone meanwhile.
-exit codes: 0 measured and written; 1 an engine could not be started; 2 the question was wrong; 130 stopped"""
+exit codes: 0 measured and written; 1 an engine could not be started or the file not written; 2 the question was wrong;
+130 stopped"""
 
 
 def add_to(commands: Any) -> None:
@@ -75,7 +78,6 @@ def run(arguments: argparse.Namespace) -> int:
     from vllm_saguaro.benchmark import provenance
     from vllm_saguaro.benchmark.client import WorkerError
     from vllm_saguaro.benchmark.progress import Progress, ProgressBar
-    from vllm_saguaro.simulation.world import WorldError
     from vllm_saguaro.tuning import document, plots
     from vllm_saguaro.tuning.session import tune
     from vllm_saguaro.tuning.settings import TuningError
@@ -88,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
             question = ask(arguments)
         about = provenance.collect(question.settings.cores)
         found = tune(question.settings, ProgressBar() if sys.stderr.isatty() else Progress())
-    except (TuningError, WorldError) as error:
+    except TuningError as error:
         raise UsageError(f"tune: {error}") from error
     except WorkerError as error:
         print(f"vllm-saguaro: tune: an engine did not run: {error}", file=sys.stderr)
@@ -96,7 +98,12 @@ def run(arguments: argparse.Namespace) -> int:
     about["command"] = f"vllm-saguaro {shlex.join(arguments.words)}"
     found.notes += provenance.warnings(about)
     data = document.document(found, question.made_for, about, question.draft_is_own)
-    document.write(data, arguments.output)
+    try:
+        document.write(data, arguments.output)
+    except OSError as error:
+        print(f"vllm-saguaro: tune: the file was not written, here is what it would hold: {error}", file=sys.stderr)
+        print(json.dumps(data, indent=1))
+        return 1
     if arguments.picture is not None:
         plots.plot(found, arguments.picture)
     print(json.dumps(data, indent=1) if arguments.json else as_text(found, data, arguments))
@@ -173,12 +180,29 @@ def as_text(found: Tuning, data: Mapping[str, Any], arguments: argparse.Namespac
         lines.append(f"{name} is faster than saguaro here: {_gains(data)}. Leave saguaro off for this load.")
     for each in data["by_batch"]:
         lines.append(f"fastest at {each['batch']} at once: {each['fastest']}")
-    config = json.dumps({"method": "saguaro", "tuned": str(arguments.output)})
+    config = {"method": "saguaro", **found.settings.fixed, "tuned": str(arguments.output)}
+    words = ["vllm", "serve", arguments.target, *without_speculation(found.settings.words)]
     lines += [
         f"written to {arguments.output}" + (f" and {arguments.picture}" if arguments.picture else ""),
-        f"vllm serve {arguments.target} --speculative-config '{config}'",
+        shlex.join([*words, "--speculative-config", json.dumps(config)]),
     ]
     return "\n".join(lines)
+
+
+def without_speculation(words: Sequence[str]) -> list[str]:
+    """The words of a server that say nothing of its speculative config, however that is written."""
+    left: list[str] = []
+    value_follows = False
+    for word in words:
+        if value_follows:
+            value_follows = False
+            continue
+        option, is_whole, _ = word.partition("=")
+        if option.replace("_", "-").partition(".")[0] in SPECULATION:
+            value_follows = not is_whole
+        else:
+            left.append(word)
+    return left
 
 
 @contextlib.contextmanager
@@ -202,7 +226,8 @@ def _gains(data: Mapping[str, Any]) -> str:
 
 def _check_output(path: Path) -> None:
     """Before minutes are spent: a folder to write into."""
-    if path.is_dir() or not os.access(_nearest(path.absolute().parent), os.W_OK):
+    place = path if path.exists() else _nearest(path.absolute().parent)
+    if path.is_dir() or not (place.is_dir() or place == path) or not os.access(place, os.W_OK):
         raise UsageError(f"tune: {path} cannot be written: write another file with --output")
 
 

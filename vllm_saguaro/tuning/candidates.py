@@ -7,12 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from vllm_saguaro.config import AUTO, VLLM_KEYS
+
 PLAIN: Final = "plain"
 DRAFT_MODEL: Final = "draft_model"
 SAGUARO: Final = "saguaro"
 
 MARGIN: Final = 0.02
 """A later candidate must be faster by this share to be chosen: earlier ones change less of what is usual."""
+
+_OF_ANY_DRAFT: Final = frozenset(VLLM_KEYS) - {"num_speculative_tokens", "draft_sample_method"}
+"""Keys of the user that say what the draft is, not how it is used: every method's draft is that one."""
 
 Load = tuple[int, float]
 """Requests at once, and their temperature."""
@@ -38,11 +43,20 @@ class Candidate:
         return Candidate(self.method, {**self.keys, **keys})
 
     def speculative_config(self, draft: str, fixed: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What vLLM is told; `fixed`: keys of saguaro that the user has written. None for plain."""
+        """What vLLM is told; `fixed`: keys that the user has written for saguaro. None for plain."""
         if self.method == PLAIN:
             return None
-        own = fixed if self.method == SAGUARO else {}
+        own = {key: value for key, value in fixed.items() if self.method == SAGUARO or key in _OF_ANY_DRAFT}
         return {"method": self.method, "model": draft, **self.keys, **own}
+
+
+def fixed_while_watched(fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """The user's keys without those that would keep the watched engine from showing all that is to be seen."""
+    return {
+        key: value
+        for key, value in fixed.items()
+        if key not in ("adaptive", "backup") and not (key == "branches" and value == AUTO)
+    }
 
 
 @dataclass(frozen=True)
@@ -102,4 +116,4 @@ def recommended(chosen: Tried, others: Sequence[Tried], plain: Speeds) -> str:
 
 def choice_of(candidate: Candidate, fixed: Mapping[str, Any]) -> dict[str, Any]:
     """The keys for a config: those of the candidate that the user has not fixed; `auto` is left to the engine."""
-    return {key: value for key, value in candidate.keys.items() if key not in fixed and value != "auto"}
+    return {key: value for key, value in candidate.keys.items() if key not in fixed and value != AUTO}

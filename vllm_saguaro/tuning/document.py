@@ -16,7 +16,7 @@ from vllm_saguaro.tuning.session import Tuning
 def document(found: Tuning, made_for: MadeFor, provenance: Mapping[str, Any], draft_is_own: bool) -> dict[str, Any]:
     """Plain values only. `draft_is_own`: the draft that a start would choose by itself, and need not be named."""
     settings, chosen = found.settings, found.chosen
-    named = {} if draft_is_own else {"model": settings.draft}
+    named = {} if draft_is_own else {"model": _from_anywhere(settings.draft)}
     return {
         "kind": KIND,
         "format": FORMAT,
@@ -69,6 +69,11 @@ def table(found: Tuning) -> str:
         mark = "  <- chosen" if each is found.chosen else ""
         lines.append(f"{each.candidate.name:<{wide}} {speeds} {gain(each.speeds, found.plain):>9.2f}{mark}")
     return "\n".join(lines)
+
+
+def _from_anywhere(model: str) -> str:
+    """A folder's whole path: a server may be started elsewhere. A hub name as it is."""
+    return str(Path(model).absolute()) if Path(model).is_dir() else model
 
 
 def _of_batch(found: Tuning, batch: int) -> dict[str, Any]:

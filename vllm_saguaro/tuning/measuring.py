@@ -14,7 +14,7 @@ from typing import Any, Final
 from vllm_saguaro.benchmark import procfs
 from vllm_saguaro.benchmark.client import WorkerHandle
 from vllm_saguaro.benchmark.progress import Progress
-from vllm_saguaro.tuning.candidates import PLAIN, SAGUARO, Candidate, Load, Tried
+from vllm_saguaro.tuning.candidates import PLAIN, SAGUARO, Candidate, Load, Tried, fixed_while_watched
 from vllm_saguaro.tuning.observations import Observations
 from vllm_saguaro.tuning.settings import Settings
 
@@ -55,16 +55,18 @@ def steps_of(settings: Settings) -> int:
 
 def order_of(settings: Settings, candidate: Candidate, watched: bool) -> dict[str, Any]:
     """What the worker is told first."""
+    watched = watched and candidate.method == SAGUARO
+    fixed = fixed_while_watched(settings.fixed) if watched else settings.fixed
     return {
         "cores": list(settings.cores),
         "threads": None,
         "target": settings.target,
         "words": list(settings.words),
-        "llm": {"speculative_config": candidate.speculative_config(settings.draft, settings.fixed)},
+        "llm": {"speculative_config": candidate.speculative_config(settings.draft, fixed)},
         "prompts": list(settings.prompts),
         "prompt_tokens": settings.prompt_tokens,
         "forecasts": False,
-        "watched": watched and candidate.method == SAGUARO,
+        "watched": watched,
     }
 
 

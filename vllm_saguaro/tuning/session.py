@@ -9,7 +9,7 @@ from typing import Final
 
 from vllm_saguaro.benchmark.client import WorkerError
 from vllm_saguaro.benchmark.progress import Progress
-from vllm_saguaro.simulation.world import World
+from vllm_saguaro.simulation.world import World, WorldError
 from vllm_saguaro.tuning import prediction
 from vllm_saguaro.tuning.candidates import (
     DRAFT_MODEL,
@@ -32,11 +32,13 @@ WATCHED_BRANCHES: Final = 24
 REAL_RUNS: Final = 3
 """(K, N) that are tried in a real engine."""
 C_CHOICES: Final = (1.0, 0.5, 0.1)
+RANKED: Final = ("ranked", "uncalibrated")
+"""Fan-outs that give the branches to the likeliest outcomes."""
 _MOST_ENGINES: Final = 13
 _NOISE: Final = 0.05
 """A share of the cores' time that others may take before it is said."""
 _WITHOUT_PREDICTION: Final = (4, 2, 6)
-"""K where an engine cannot be watched."""
+"""K where nothing is predicted, those of them that are asked for."""
 
 Measure = Callable[[Settings, Candidate, Progress, bool], Measured]
 
@@ -119,7 +121,7 @@ class _Run:
 
 
 def tune(settings: Settings, progress: Progress, measuring: Measure = measure) -> Tuning:
-    """Measure, predict, try, choose. Raises WorkerError where the first engines do not run, TuningError, WorldError."""
+    """Measure, predict, try, choose. Raises WorkerError where the first engines do not run."""
     began = time.monotonic()
     run = _Run(settings, progress, measuring)
     progress.begin(_MOST_ENGINES * steps_of(settings))
@@ -128,7 +130,11 @@ def tune(settings: Settings, progress: Progress, measuring: Measure = measure) -
         if settings.watched:
             _watch(run, settings)
             progress.step("predicting")
-            _predict(run.found, settings)
+            try:
+                _predict(run.found, settings)
+            except WorldError as error:
+                run.found.worlds, run.found.predicted = {}, {}
+                run.found.notes.append(f"nothing was predicted: {error}")
         for number, candidate in enumerate(first_candidates(run.found)):
             run.add(candidate, must=number <= 1)
         for candidate in further_candidates(run.found):
@@ -164,7 +170,9 @@ def _predict(found: Tuning, settings: Settings) -> None:
     seen = found.observations
     whole = Observations.together(seen.values())
     written = settings.fixed.get("branches")
-    branches, sizes = (written, (written,)) if isinstance(written, int) else (WATCHED_BRANCHES, SIZES)
+    branches = written if isinstance(written, int) else WATCHED_BRANCHES
+    ranked = settings.fixed.get("fan_out", RANKED[0]) in RANKED  # elsewhere N branches are not the first of N + 1
+    sizes = SIZES if branches is not written and ranked else (branches,)
     for temperature in settings.temperatures:
         own = Observations.together(part for (_, at), part in seen.items() if at == temperature)
         found.worlds[temperature] = prediction.world_of(whole, own, branches, max(settings.ks), f"T={temperature:g}")
@@ -174,7 +182,9 @@ def _predict(found: Tuning, settings: Settings) -> None:
 def first_candidates(found: Tuning) -> Iterator[Candidate]:
     """draft_model at its best K; of saguaro the best K with N left to the engine, the first of them also with its N."""
     ks = _best_ks(found)
-    yield Candidate(DRAFT_MODEL, {"num_speculative_tokens": _best_for_draft_model(found)})
+    baseline = Candidate(DRAFT_MODEL, {"num_speculative_tokens": _best_for_draft_model(found)})
+    # vLLM's default takes each draft as if it were certain: at temperature > 0 fewer are accepted.
+    yield baseline.changed(draft_sample_method="probabilistic") if any(found.settings.temperatures) else baseline
     for place, (k, n) in enumerate(ks):
         own = Candidate(SAGUARO, {"num_speculative_tokens": k})
         yield own
@@ -185,13 +195,14 @@ def first_candidates(found: Tuning) -> Iterator[Candidate]:
 def _best_ks(found: Tuning) -> list[tuple[int, int]]:
     if found.predicted:
         return shortlist(found.predicted, found.plain, REAL_RUNS)
-    return [(k, 0) for k in _WITHOUT_PREDICTION]
+    asked = found.settings.ks
+    return [(k, 0) for k in [k for k in _WITHOUT_PREDICTION if k in asked] or asked]
 
 
 def _best_for_draft_model(found: Tuning) -> int:
-    """By the same model; where nothing was watched the usual one."""
+    """By the same model; where nothing was predicted the first that saguaro is tried with."""
     if not found.worlds:
-        return _WITHOUT_PREDICTION[0]
+        return _best_ks(found)[0][0]
     loads, ks = found.settings.loads, found.settings.ks
     predicted = {(k, 0): {load: prediction.predict(found.worlds, load, k, 0, "sd") for load in loads} for k in ks}
     return shortlist(predicted, found.plain, 1)[0][0]

@@ -1,4 +1,4 @@
-"""The start of a server up to where weights would load, and what is known then. For `vllm-saguaro doctor`.
+"""The start of a server up to where weights would load, and what is known then. For `vllm-saguaro doctor` and `tune`.
 
 Nothing is judged here: the refusals are those of a real start, made by the same code.
 """
@@ -73,12 +73,13 @@ def dry_run(target: str, draft: str | None, words: Sequence[str]) -> DryRun:
     SaguaroConfigError with the one line that a start would end with; SystemExit where vLLM's parser refuses the words.
     """
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-saguaro doctor TARGET --"))
-    namespace, ignored = parser.parse_known_args(list(words))
-    namespace.model = target
+    from vllm_saguaro.vllm_hooks.passing_parser import PassingParser
+
+    parser = EngineArgs.add_cli_args(PassingParser(prog="vllm-saguaro TARGET --"))
     try:
+        namespace = parser.parse_args(list(words))
+        namespace.model = target
         arguments = EngineArgs.from_cli_args(namespace)
         arguments.speculative_config = _asked_for(arguments, draft)
         whole = arguments.create_engine_config()
@@ -89,7 +90,7 @@ def dry_run(target: str, draft: str | None, words: Sequence[str]) -> DryRun:
             f"vLLM does not take this target ({compatibility.one_line(error)}): write a local folder or a hub name, "
             "and after -- what vllm serve would get"
         ) from error
-    return _what_is_known(whole, tuple(ignored))
+    return _what_is_known(whole, parser.beyond)
 
 
 def _asked_for(arguments: Any, draft: str | None) -> dict[str, Any]:
@@ -99,9 +100,11 @@ def _asked_for(arguments: Any, draft: str | None) -> dict[str, Any]:
     if arguments.spec_method is not None:
         options["method"] = str(arguments.spec_method)
         arguments.spec_method = None
-    if options.get("method") != METHOD:
+    if "method" not in options:
+        raise SaguaroConfigError(f'the speculative config names no method: write "method": "{METHOD}" in it too')
+    if options["method"] != METHOD:
         raise SaguaroConfigError(
-            f'doctor looks at method "{METHOD}" alone, the speculative config says "{options.get("method")}": '
+            f'method "{METHOD}" alone is looked at here, the speculative config says "{options["method"]}": '
             "leave it out"
         )
     if draft is not None:

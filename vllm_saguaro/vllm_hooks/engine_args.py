@@ -30,7 +30,7 @@ from vllm_saguaro.vllm_hooks.draft_choice import (
     read_vocab_size,
     resolve_folder,
 )
-from vllm_saguaro.vllm_hooks.tuned_file import served_here, split_with_file
+from vllm_saguaro.vllm_hooks.tuned_file import blamed_on_file, served_here, split_with_file
 
 WORKER_CLASS: Final = "vllm_saguaro.vllm_hooks.worker.SaguaroWorker"
 GPU_WORKER_CLASS: Final = "vllm_saguaro.vllm_hooks.gpu_worker.SaguaroGPUWorker"
@@ -189,11 +189,13 @@ def _create(engine_args: Any, original: Callable[..., Any], *args: Any, **kwargs
     worker_class = _worker_class(runner)
     arguments = inspect.signature(original).bind(engine_args, *args, **kwargs).arguments
     target, parallel = arguments["target_model_config"], arguments["target_parallel_config"]
-    config, passed, written, tuned = split_with_file(_gather(engine_args))
-    config = on_device(config, written) if runner is Runner.V2 else on_host(config, written)
-    compatibility.check_combination(engine_args, parallel, worker_class, config.placement, runner)
-    compatibility.check_placement(config.placement)
-    check_cluster(config)
+    by_user = _gather(engine_args)
+    config, passed, written, tuned = split_with_file(by_user)
+    with blamed_on_file(tuned, by_user):
+        config = on_device(config, written) if runner is Runner.V2 else on_host(config, written)
+        compatibility.check_combination(engine_args, parallel, worker_class, config.placement, runner)
+        compatibility.check_placement(config.placement)
+        check_cluster(config)
 
     if "model" in passed:
         passed["model"] = resolve_folder(passed["model"])

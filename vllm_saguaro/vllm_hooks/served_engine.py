@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -14,7 +15,28 @@ def load_served(target: str, words: Sequence[str], speculative_config: Mapping[s
     arguments.spec_method = arguments.spec_model = arguments.spec_tokens = None
     arguments.speculative_config = dict(speculative_config) if speculative_config is not None else None
     arguments.disable_log_stats = False
-    return LLM.from_engine_args(arguments)
+    with sized_as_a_server():
+        return LLM.from_engine_args(arguments)
+
+
+@contextlib.contextmanager
+def sized_as_a_server() -> Iterator[None]:
+    """`vllm.LLM` takes other numbers of requests and tokens a step than a server, where none are written."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
+
+    original = EngineArgs.__dict__["get_batch_defaults"]
+    usual = EngineArgs.get_batch_defaults
+
+    def get_batch_defaults(world_size: int) -> tuple[dict[Any, int], ...]:
+        served = UsageContext.OPENAI_API_SERVER
+        return tuple({**sizes, UsageContext.LLM_CLASS: sizes[served]} for sizes in usual(world_size))
+
+    EngineArgs.get_batch_defaults = staticmethod(get_batch_defaults)
+    try:
+        yield
+    finally:
+        EngineArgs.get_batch_defaults = original
 
 
 def written_speculation(target: str, words: Sequence[str]) -> dict[str, Any]:
@@ -29,9 +51,10 @@ def written_speculation(target: str, words: Sequence[str]) -> dict[str, Any]:
 def _arguments(target: str, words: Sequence[str]) -> Any:
     """vLLM's `EngineArgs` of these words; those that are the server's own are passed over."""
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm-saguaro tune TARGET --"))
-    namespace, _ = parser.parse_known_args(list(words))
+    from vllm_saguaro.vllm_hooks.passing_parser import PassingParser
+
+    parser = EngineArgs.add_cli_args(PassingParser(prog="vllm-saguaro tune TARGET --"))
+    namespace = parser.parse_args(list(words))
     namespace.model = target  # before anybody looks for the default one in the hub's cache
     return EngineArgs.from_cli_args(namespace)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_saguaro import cores, tuned
-from vllm_saguaro.config import SaguaroConfig, split_options
+from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError, split_options
 from vllm_saguaro.tuned import MadeFor, Tuned
 
 
@@ -24,9 +26,22 @@ def split_with_file(
         return config, passed, written, None
     file = tuned.read(config.tuned)
     whole = file.fill_in(written)
-    config, passed = split_options(whole)
+    with blamed_on_file(file, written):
+        config, passed = split_options(whole)
     priors = file.priors.to_dict() if file.priors is not None else None
     return dataclasses.replace(config, priors=priors), passed, whole, file
+
+
+@contextlib.contextmanager
+def blamed_on_file(file: Tuned | None, written: Mapping[str, Any]) -> Iterator[None]:
+    """A refusal within says which keys are the file's, since the user never wrote them. `written`: what he wrote."""
+    try:
+        yield
+    except SaguaroConfigError as error:
+        own = file.own(written) if file is not None else {}
+        if file is None or not own:
+            raise
+        raise SaguaroConfigError(f"{error} (the tuned file {file.path} has {json.dumps(own)})") from error
 
 
 def served_here(target: str, draft: str, dtype: Any) -> MadeFor:
@@ -41,9 +56,9 @@ def _model(name: str) -> tuple[str, str | None]:
 
 
 def _machine() -> str:
-    """The processor and how many there are, or the GPU."""
+    """The processor and how many cores may be used, or the GPU."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
         return str(current_platform.get_device_name())
-    return f"{cores.processor_name()}, {os.cpu_count()} cores"
+    return f"{cores.processor_name()}, {len(cores.allowed_cpus())} cores"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from vllm_saguaro.cli import tune_command
 from vllm_saguaro.cli.main import main
 from vllm_saguaro.cli.tune_command import Question
 from vllm_saguaro.cli.usage import UsageError
-from vllm_saguaro.tuning import session
+from vllm_saguaro.tuning import document, session
 from vllm_saguaro.tuning.settings import Settings, TuningError
 
 SETTINGS = Settings("target", "draft", batches=(1,), temperatures=(0.0,), ks=(1, 4))
@@ -44,6 +47,23 @@ def test_it_writes_the_file_and_says_how_to_serve_with_it(here: Path, capsys: py
     assert data["provenance"]["command"] == "vllm-saguaro tune target --output mine.json -- --dtype float32"
     assert data["provenance"]["versions"]["torch"]
     assert data["provenance"]["processor"]["cores"] == os.cpu_count()
+
+
+def test_the_server_gets_the_words_and_keys_that_were_tuned_with(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (
+        *("--dtype", "float32", "--speculative_config.draft_cpus", "1", "-sc", "{}", "--spec-tokens=2"),
+        *("--speculative-config={}", "--spec_method", "saguaro", "--served-model-name", "a b"),
+    )
+    settings = dataclasses.replace(SETTINGS, words=words, fixed={"draft_cpus": "1", "num_speculative_tokens": 4})
+    monkeypatch.setattr(tune_command, "ask", lambda _: Question(settings, HERE, draft_is_own=True))
+    assert main(["tune", "target"]) == 0
+    *_, line = capsys.readouterr().out.splitlines()
+    *before, option, config = shlex.split(line)
+    assert before == ["vllm", "serve", "target", "--dtype", "float32", "--served-model-name", "a b"]
+    assert option == "--speculative-config"
+    assert json.loads(config) == {"method": "saguaro", **settings.fixed, "tuned": tune_command.OUTPUT}
 
 
 def test_json_is_what_was_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +142,26 @@ def test_a_file_that_cannot_be_written_is_refused_first(here: Path, capsys: pyte
     assert main(["tune", "target", "--output", str(here)]) == 2
     assert "cannot be written: write another file with --output" in capsys.readouterr().err
     assert main(["tune", "target", "--output", "new/folder/tuned.json"]) == 0
+
+
+def test_below_a_file_nothing_can_be_written(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "file").touch()
+    assert main(["tune", "target", "--output", "file/out.json"]) == 2
+    assert "file/out.json cannot be written" in capsys.readouterr().err
+    assert main(["tune", "target", "--output", "file"]) == 0
+
+
+def test_what_cannot_be_written_after_all_is_printed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "saguaro-tuned.json")
+
+    monkeypatch.setattr(document, "write", full)
+    assert main(["tune", "target"]) == 1
+    said = capsys.readouterr()
+    assert "the file was not written, here is what it would hold: [Errno 28] No space left" in said.err
+    assert json.loads(said.out)["kind"] == tuned.KIND
 
 
 def test_the_environment_of_the_engines_is_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,19 +80,15 @@ def test_a_choice_has_what_differs_from_the_users_keys_and_from_auto() -> None:
     assert choice_of(candidate, {"backup": "jit"}) == {"num_speculative_tokens": 6}
 
 
-def test_what_the_user_wrote_goes_to_saguaro_alone() -> None:
-    fixed = {"draft_cpus": "1", "num_speculative_tokens": 3}
+def test_what_the_user_wrote_goes_to_saguaro_and_of_the_draft_itself_to_draft_model_too() -> None:
+    fixed = {"draft_cpus": "1", "num_speculative_tokens": 3, "draft_sample_method": "coupled", "quantization": "awq"}
     keys = {"num_speculative_tokens": 6}
-    assert Candidate(SAGUARO, keys).speculative_config("d", fixed) == {
-        "method": "saguaro",
-        "model": "d",
-        "num_speculative_tokens": 3,
-        "draft_cpus": "1",
-    }
+    assert Candidate(SAGUARO, keys).speculative_config("d", fixed) == {"method": "saguaro", "model": "d", **fixed}
     assert Candidate(DRAFT_MODEL, keys).speculative_config("d", fixed) == {
         "method": "draft_model",
         "model": "d",
         "num_speculative_tokens": 6,
+        "quantization": "awq",
     }
     assert Candidate(PLAIN).speculative_config("d", fixed) is None
 

@@ -134,3 +134,15 @@ def test_others_on_the_cores_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_texts_are_shorter_on_a_slow_machine(batch: int, speed: float, tokens: int) -> None:
     """A twentieth of ten minutes: 30 s for three texts one after the other, or for four at once."""
     assert tokens_in_time(SETTINGS, batch, speed) == tokens
+
+
+def test_the_watched_engine_has_the_users_keys_but_for_those_that_would_hide_something() -> None:
+    fixed = {"adaptive": True, "backup": "jit", "branches": "auto", "draft_cpus": "1"}
+    settings = dataclasses.replace(SETTINGS, fixed=fixed)
+    candidate = CANDIDATE.changed(branches=24, backup="none", adaptive=False)
+    told = measuring.order_of(settings, candidate, watched=True)["llm"]["speculative_config"]
+    assert told == {"method": "saguaro", "model": "d", **candidate.keys, "draft_cpus": "1"}
+    told = measuring.order_of(settings, candidate, watched=False)["llm"]["speculative_config"]
+    assert told == {"method": "saguaro", "model": "d", **candidate.keys, **fixed}
+    settings = dataclasses.replace(SETTINGS, fixed={"branches": 8})
+    assert measuring.order_of(settings, candidate, watched=True)["llm"]["speculative_config"]["branches"] == 8

@@ -19,7 +19,7 @@ from vllm_saguaro.tuning.candidates import DRAFT_MODEL, PLAIN, SAGUARO, Candidat
 from vllm_saguaro.tuning.measuring import Measured
 from vllm_saguaro.tuning.observations import Observations
 from vllm_saguaro.tuning.session import Tuning, tune, watched_candidate
-from vllm_saguaro.tuning.settings import Settings
+from vllm_saguaro.tuning.settings import USUAL_KS, Settings
 
 SETTINGS = Settings("target", "draft", batches=(1, 4), temperatures=(0.0,), ks=(1, 2, 8))
 HERE = MadeFor(("target", None), ("draft", None), "float32", "0.32.0", "X, 2 cores")
@@ -104,7 +104,7 @@ def test_without_time_only_what_is_needed_is_tried_and_the_rest_is_named() -> No
 def test_c_is_not_spoken_of_where_drafts_from_q_were_not_tried() -> None:
     settings = dataclasses.replace(SETTINGS, temperatures=(1.0,), seconds=50.0)
     found = tune(settings, Progress(), Machine(by_keys, seconds=100.0))
-    assert any("probabilistic" in name for name in found.left_out)
+    assert any(name.startswith("saguaro") and "probabilistic" in name for name in found.left_out)
     assert not any(name.startswith("C ") for name in found.left_out)
 
 
@@ -134,6 +134,15 @@ def sampled(machine: Machine, **fixed: Any) -> Tuning:
     return tune(dataclasses.replace(SETTINGS, temperatures=(0.0, 1.0), fixed=fixed), Progress(), machine)
 
 
+def test_draft_model_draws_its_drafts_where_anything_is_sampled() -> None:
+    machine = Machine(by_keys)
+    sampled(machine)
+    assert machine.asked[1].startswith("draft_model K=")
+    assert machine.asked[1].endswith(" draft_sample_method=probabilistic")
+    tune(SETTINGS, Progress(), greedy := Machine(by_keys))
+    assert "draft_sample_method" not in greedy.asked[1]
+
+
 def test_c_is_tried_only_where_drafts_from_q_are_not_slower() -> None:
     slower = Machine(lambda keys: 1.5 - 0.3 * ("draft_sample_method" in keys))
     found = sampled(slower)
@@ -153,10 +162,41 @@ def test_c_is_tried_for_who_asked_for_drafts_from_q() -> None:
 
 def test_an_engine_that_cannot_be_watched_is_tried_without_prediction() -> None:
     machine = Machine(lambda keys: 1.0 + 0.1 * keys["num_speculative_tokens"])
-    found = tune(dataclasses.replace(SETTINGS, watched=False), Progress(), machine)
+    found = tune(dataclasses.replace(SETTINGS, watched=False, ks=USUAL_KS), Progress(), machine)
     assert machine.asked == ["plain", "draft_model K=4", "saguaro K=4", "saguaro K=2", "saguaro K=6"]
     assert found.chosen.candidate.keys == {"num_speculative_tokens": 6}
     assert document.document(found, HERE, {}, True)["priors"] is None
+
+
+@pytest.mark.parametrize(("ks", "tried"), [((3,), [3]), ((2, 3, 4), [4, 2]), ((1, 3), [1, 3])])
+def test_without_prediction_only_k_that_are_asked_for_are_tried(ks: tuple[int, ...], tried: list[int]) -> None:
+    machine = Machine(by_keys)
+    tune(dataclasses.replace(SETTINGS, watched=False, ks=ks), Progress(), machine)
+    assert machine.asked == ["plain", f"draft_model K={tried[0]}", *(f"saguaro K={k}" for k in tried)]
+
+
+def test_too_little_for_a_prediction_is_noted_and_real_engines_are_tried_all_the_same() -> None:
+    class Blind(Machine):
+        def __call__(self, *asked: Any) -> Measured:
+            measured = super().__call__(*asked)
+            return dataclasses.replace(measured, observations={load: Observations() for load in measured.observations})
+
+    machine = Blind(by_keys)
+    found = tune(SETTINGS, Progress(), machine)
+    assert machine.asked[:3] == ["plain", "draft_model K=2", "saguaro K=2"]
+    (note,) = found.notes
+    assert note.startswith("nothing was predicted: no ")
+    assert (found.worlds, found.predicted) == ({}, {})
+    assert document.document(found, HERE, {}, True)["priors"] is None
+
+
+@pytest.mark.parametrize(
+    ("fixed", "sizes"),
+    [({}, {4, 24}), ({"fan_out": "uncalibrated"}, {4, 24}), ({"fan_out": "uniform"}, {24}), ({"branches": 8}, {8})],
+)
+def test_smaller_n_are_predicted_where_the_watched_branches_show_them(fixed: dict[str, Any], sizes: set[int]) -> None:
+    found = tune(dataclasses.replace(SETTINGS, fixed=fixed), Progress(), Machine(by_keys))
+    assert {n for _, n in found.predicted} == sizes
 
 
 def test_others_on_the_cores_are_noted() -> None:
@@ -182,6 +222,14 @@ def test_the_file_is_one_that_a_start_reads(tmp_path: Path) -> None:
     assert len(file.priors.acceptance) == 8
     assert file.made_for == HERE
     assert file.doubts(HERE) is None
+
+
+def test_a_draft_in_a_folder_is_named_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = tune(SETTINGS, Progress(), Machine(by_keys))
+    assert document.document(found, HERE, {}, False)["choice"]["model"] == "draft", "a name of the hub"
+    (tmp_path / "draft").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert document.document(found, HERE, {}, False)["choice"]["model"] == str(tmp_path / "draft")
 
 
 def test_the_file_keeps_all_measurements() -> None:

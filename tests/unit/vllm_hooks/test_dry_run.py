@@ -56,11 +56,23 @@ def test_words_of_the_speculative_config_are_taken(pair: Path) -> None:
     assert dry_run(str(pair), None, [*SHORT, "--spec-method", "saguaro"]).config.placement == "process"
 
 
+def test_words_are_read_as_a_server_reads_them(pair: Path, tmp_path: Path) -> None:
+    file = tmp_path / "words.yaml"
+    file.write_text("max-num-batched-tokens: 1024\n")
+    dotted = ["--speculative-config.method", "saguaro", "--speculative_config.branches", "8"]
+    start = dry_run(
+        str(pair), None, [*SHORT, "--max_num_seqs", "16", *dotted, "-O0", "--config", str(file), "--port=1"]
+    )
+    assert (start.max_num_seqs, start.config.branches) == (16, 8)
+    assert start.ignored == ("--port=1",)
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (["--pipeline-parallel-size", "2"], "tensor parallelism alone"),
         (["--speculative-config", '{"method": "ngram"}'], 'method "saguaro" alone'),
+        (["--speculative-config.branches", "8"], "names no method: write"),
         (["--speculative-config", '{"method": "saguaro", "model": "x"}'], "named twice"),
         (["--spec-model", "x"], "named twice"),
     ],

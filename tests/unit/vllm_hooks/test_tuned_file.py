@@ -119,6 +119,23 @@ def test_a_file_that_is_none_is_refused_before_any_model(pair: Path, tmp_path: P
     assert "is damaged (branches must be a whole number" in refusal(pair, {"method": "saguaro", "tuned": broken})
 
 
+def test_a_refusal_of_what_the_file_fills_in_names_the_file(pair: Path, tmp_path: Path) -> None:
+    path = file_for(pair, tmp_path, choice={"placement": "inline", "branches": 8})
+    speculation = {"method": "saguaro", "tuned": path, "draft_replicas": 2, "branches": 4}
+    said = refusal(pair, speculation)
+    assert said.startswith("draft_replicas is 2, but with placement")
+    assert said.endswith(f' (the tuned file {path} has {{"placement": "inline"}})')
+    assert "\n" not in said
+    path = file_for(pair, tmp_path, choice={"placement": "stream"})
+    assert refusal(pair, {"method": "saguaro", "tuned": path}).endswith('has {"placement": "stream"})')
+    assert "tuned" not in refusal(pair, {"method": "saguaro", "tuned": path, "placement": "stream"})
+
+
+def test_a_machine_is_the_cores_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores, "allowed_cpus", lambda: (3, 5, 7))
+    assert tuned_file.served_here("t", "d", "float32").machine.endswith(", 3 cores")
+
+
 def test_on_a_command_line_it_is_the_end_with_one_line(pair: Path, tmp_path: Path) -> None:
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
     speculation = json.dumps({"method": "saguaro", "tuned": str(tmp_path / "nothing.json")})

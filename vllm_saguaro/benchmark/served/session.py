@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ class _Session:
         self._prompts = settings.read_prompts()
         self._reference: dict[tuple[Load, int], list[Answer]] = {}
         self._notes: list[str] = []
+        self._run = secrets.token_hex(8)
 
     async def run(self) -> Report:
         """All of it."""
@@ -160,7 +162,7 @@ class _Session:
             "return_token_ids": True,
         }
         if not self._settings.prefix_cache:
-            body["cache_salt"] = f"{load.name} {salt}"
+            body["cache_salt"] = f"{self._run} {load.name} {salt}"  # an earlier run's prompts may be there, too
         return body
 
     def _compared(self, server: About, load: Load, number: int, answers: Sequence[Answer]) -> dict[int, int] | None:
@@ -199,7 +201,10 @@ class _Session:
 
 
 async def _settled(session: aiohttp.ClientSession, server: About) -> dict[str, float]:
-    """The server's counters once they stand still: vLLM sends the end of a text before it has counted it."""
+    """The server's counters once they stand still: vLLM sends the end of a text before it has counted it.
+
+    Raises ServerError where they cannot be read any more: without them the rest would count from the server's start.
+    """
     if not server.has_counters:
         return {}
     now = await counted_by(session, server.name, server.url)

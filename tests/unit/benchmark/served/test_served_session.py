@@ -182,6 +182,22 @@ def test_prompts_that_come_again_are_salted_unless_the_cache_is_asked_for(
     assert all(body["ignore_eos"] and body["model"] == "pair" for body in server.bodies)
 
 
+def test_a_second_run_does_not_find_the_prompts_of_the_first(make: Make, prompts: Path) -> None:
+    server = make()
+    settings = settings_of(prompts, server)
+    quietly(settings)
+    first = {body["cache_salt"] for body in server.bodies}
+    quietly(settings)
+    assert first.isdisjoint(body["cache_salt"] for body in server.bodies[len(server.bodies) // 2 :])
+
+
+@pytest.mark.parametrize("texts", [2, 8])
+def test_metrics_that_fail_meanwhile_end_it(texts: int, make: Make, prompts: Path) -> None:
+    """Two texts are the warm-up, six the measured part."""
+    with pytest.raises(ServerError, match=r"plain: .*/metrics answers 503: too busy"):
+        quietly(settings_of(prompts, make(blind_after=texts)))
+
+
 @pytest.mark.parametrize(
     ("flaw", "complaint"),
     [

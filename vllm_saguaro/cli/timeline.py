@@ -26,9 +26,10 @@ def timeline(tail: Tail, rounds: int) -> dict[str, Any]:
     """The last `rounds` target passes and all that happened meanwhile, as plain values.
 
     Times are microseconds from `origin`, the start of the first pass that is shown. `hidden` of a draft round are the
-    parts of it during which the target computed.
+    parts of it during which the target computed, in a pass before the first, too.
     """
-    passes = _last([event for event in tail.events if _is_step(event)], rounds)
+    steps = [event for event in tail.events if _is_step(event)]
+    passes = _last(steps, rounds)
     if not passes:
         nothing: dict[str, Any] = {"span": 0.0, "lanes": [], "bars": [], "outcomes": [], "marks": [], "summary": None}
         return {**nothing, "words": "no target pass in it yet"}
@@ -36,7 +37,8 @@ def timeline(tail: Tail, rounds: int) -> dict[str, Any]:
     shown = [event for event in tail.events if event.end >= origin and event.start <= last and _is_shown(event)]
     outcomes = [event for event in tail.events if event.name == "outcomes" and origin <= event.start]
     shown += [event for event in outcomes if event.start > last]
-    busy = merged((event.start, event.end) for event in passes if event.name in _PASSES)
+    since = min(origin, *(event.start for event in shown))  # a round may have begun behind a pass before the first
+    busy = merged((event.start, event.end) for event in steps if event.name in _PASSES and event.end >= since)
     bars = [_bar(event, busy, origin) for event in shown if event.length is not None]
     processes = sorted({event.process for event in shown} | {TARGET})
     marks = [event for event in shown if event.length is None and event.name != "outcomes"]
@@ -130,7 +132,7 @@ def _summary(
     misses = sum(_count(event, cause) for event in outcomes for cause in ("not_predicted", "late", "absent"))
     return {
         "passes": len(passes),
-        "seen": bool(busy),
+        "seen": any(event.name in _PASSES for event in passes),
         "took": max(event.end for event in passes) - passes[0].start,
         "rounds": len(rounds),
         "hits": sum(_count(event, "hits") for event in outcomes),

@@ -54,6 +54,19 @@ def test_only_the_last_rounds_are_shown(tmp_path: Path) -> None:
     assert min(bar["start"] for bar in found["bars"] if bar["name"] == "verify") == 0
 
 
+def test_a_round_that_began_behind_the_pass_before_the_first_one_is_hidden_by_it(tmp_path: Path) -> None:
+    events = [
+        span("verify", 1, 0.0, 8e3, step=1),
+        span("round", 2, 6e3, 6e3, step=1),
+        span("verify", 1, 10e3, 8e3, step=2),
+    ]
+    found = shown(tmp_path, *events, last=1)
+    (drafting,) = [bar for bar in found["bars"] if bar["name"] == "round"]
+    assert (drafting["start"], drafting["hidden"]) == (-4e3, [(-4e3, -2e3), (0.0, 2e3)])
+    assert (found["summary"]["passes"], found["summary"]["drafting"], found["summary"]["hidden"]) == (1, 6e3, 4e3)
+    assert "67% of 1 draft round lay behind target passes" in found["words"]
+
+
 def test_a_pause_ends_the_view_backwards(tmp_path: Path) -> None:
     found = shown(tmp_path, *rounds(5), *rounds(2, begin=60e6, first=6))
     assert [bar["step"] for bar in found["bars"] if bar["name"] == "verify"] == [6, 7]

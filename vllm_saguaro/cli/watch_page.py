@@ -151,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing: the terminal is the command's."""
 
     def _answer_json(self, value: dict[str, Any]) -> None:
-        self._answer(HTTPStatus.OK, "application/json", json.dumps(value).encode())
+        self._answer(HTTPStatus.OK, "application/json", json.dumps(value, allow_nan=False).encode())
 
     def _answer(self, status: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(status)

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import secrets
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,7 +52,7 @@ class _Session:
         async with open_session() as session:
             servers = [await about(session, name, url, settings.model) for name, url in settings.servers]
             self._check(servers)
-            origin = provenance.collect(allowed_cores())
+            origin = provenance.collect(allowed_cores(), settings.without_secrets(sys.argv))
             runs = [Run(server.name, load) for load in settings.loads() for server in servers]
             self._progress.begin(settings.repetitions * len(runs))
             try:

@@ -257,6 +257,18 @@ def test_the_report_is_plain_json_with_its_origin(make: Make, prompts: Path) -> 
         records.Report.from_json(read)
 
 
+def test_no_password_is_in_the_report(make: Make, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(prompts, make(), make())
+    (plain, url), (other, second) = settings.servers
+    place, its = url.removeprefix("http://"), second.removeprefix("http://")
+    secret = (plain, f"http://me:it's@{place}"), (other, f"http://it's@{its}")
+    words = ["bench", "--against-server", f"me:it's@{place}/v1", f"{other}=http://it's@{its}"]
+    monkeypatch.setattr(sys, "argv", words)
+    report = quietly(dataclasses.replace(settings, servers=secret))
+    assert report.provenance["command"] == f"python bench --against-server {place}/v1 {other}=http://{its}"
+    assert "it's" not in json.dumps(report.to_json())
+
+
 def test_loads_are_every_pair() -> None:
     chosen = Settings((), concurrency=(1, 2), temperature=(0.0, 1.0))
     assert chosen.loads() == [Load(1, 0.0), Load(1, 1.0), Load(2, 0.0), Load(2, 1.0)]

@@ -23,7 +23,7 @@ class Sample:
 
 
 def samples(text: str) -> Iterator[Sample]:
-    """Every line that is a sample; comments, and what is none, are left out."""
+    """Every line that is a sample; comments, what is none, and what is no finite number are left out."""
     for line in text.splitlines():
         match = None if line.startswith("#") else _SAMPLE.match(line)
         if match is None:
@@ -31,6 +31,8 @@ def samples(text: str) -> Iterator[Sample]:
         try:
             value = float(match["value"])
         except ValueError:
+            continue
+        if not math.isfinite(value):
             continue
         labels = {label["name"]: _plain(label["value"]) for label in _LABEL.finditer(match["labels"] or "")}
         yield Sample(match["name"], labels, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import urllib.error
 import urllib.request
 from typing import Final
@@ -19,8 +20,12 @@ class NoAnswer(Exception):
 
 def metrics_url(url: str) -> str:
     """The address of the metrics of a server. Raises UsageError for what is none."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a bracket that is not closed, a port that is no number
+        good = False
+    if not good:
         raise UsageError(f"watch: {url!r} is no address of a server: write one like http://localhost:8000")
     path = parts.path.rstrip("/")
     return parts._replace(path=path if path.endswith("/metrics") else f"{path}/metrics").geturl()
@@ -33,5 +38,6 @@ def fetch(url: str) -> Snapshot:
             return Snapshot(answer.read().decode("utf-8", "replace"))
     except urllib.error.HTTPError as error:
         raise NoAnswer(f"{url} answers {error.code} {error.reason}") from error
-    except (OSError, ValueError) as error:
-        raise NoAnswer(f"{url} does not answer ({getattr(error, 'reason', error)}): does the server run?") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        said = " ".join(str(getattr(error, "reason", error)).split())[:200]  # it may hold what was sent, line ends too
+        raise NoAnswer(f"{url} does not answer ({said or type(error).__name__}): does the server run?") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
@@ -18,6 +19,8 @@ _OF_DRAFT: Final = ("round", "prompt")
 """What a round consists of (glue, fork, decode) lies within it, and is for a viewer with more room."""
 _PAUSE: Final = 1e6
 """Microseconds without a pass after which nobody asked for anything: what was before would only squeeze the rest."""
+_MOST_COUNTED: Final = 10**6
+"""No step has so many outcomes: a file that says more says nonsense."""
 
 Span = tuple[float, float]
 
@@ -26,9 +29,10 @@ def timeline(tail: Tail, rounds: int) -> dict[str, Any]:
     """The last `rounds` target passes and all that happened meanwhile, as plain values.
 
     Times are microseconds from `origin`, the start of the first pass that is shown. `hidden` of a draft round are the
-    parts of it during which the target computed.
+    parts of it during which the target computed, in a pass before the first, too.
     """
-    passes = _last([event for event in tail.events if _is_step(event)], rounds)
+    steps = [event for event in tail.events if _is_step(event)]
+    passes = _last(steps, rounds)
     if not passes:
         nothing: dict[str, Any] = {"span": 0.0, "lanes": [], "bars": [], "outcomes": [], "marks": [], "summary": None}
         return {**nothing, "words": "no target pass in it yet"}
@@ -36,7 +40,8 @@ def timeline(tail: Tail, rounds: int) -> dict[str, Any]:
     shown = [event for event in tail.events if event.end >= origin and event.start <= last and _is_shown(event)]
     outcomes = [event for event in tail.events if event.name == "outcomes" and origin <= event.start]
     shown += [event for event in outcomes if event.start > last]
-    busy = merged((event.start, event.end) for event in passes if event.name in _PASSES)
+    since = min(origin, *(event.start for event in shown))  # a round may have begun behind a pass before the first
+    busy = merged((event.start, event.end) for event in steps if event.name in _PASSES and event.end >= since)
     bars = [_bar(event, busy, origin) for event in shown if event.length is not None]
     processes = sorted({event.process for event in shown} | {TARGET})
     marks = [event for event in shown if event.length is None and event.name != "outcomes"]
@@ -96,26 +101,34 @@ def _name(process: int) -> str:
 
 def _bar(event: TraceEvent, busy: Sequence[Span], origin: float) -> dict[str, Any]:
     hidden = common(event.start, event.end, busy) if event.process != TARGET else []
+    said = ((key, event.arguments.get(key)) for key in ("step", "rows", "branches", "tokens", "why"))
     return {
         "process": event.process,
         "name": event.name,
         "start": event.start - origin,
         "length": event.length,
         "hidden": [(start - origin, end - origin) for start, end in hidden],
-        **{
-            key: event.arguments[key] for key in ("step", "rows", "branches", "tokens", "why") if key in event.arguments
-        },
+        **{key: value for key, value in said if isinstance(value, str) or _is_number(value)},
     }
 
 
 def _counts(event: TraceEvent) -> dict[str, int]:
-    keys = ("step", "hits", "not_predicted", "late", "absent", "accepted", "backups")
-    return {key: _count(event, key) for key in keys}
+    keys = ("hits", "not_predicted", "late", "absent", "accepted", "backups")
+    return {"step": _whole(event, "step"), **{key: _count(event, key) for key in keys}}
 
 
 def _count(event: TraceEvent, key: str) -> int:
+    return min(_MOST_COUNTED, _whole(event, key))
+
+
+def _whole(event: TraceEvent, key: str) -> int:
     value = event.arguments.get(key, 0)
-    return int(value) if isinstance(value, (int, float)) else 0
+    return max(0, int(value)) if _is_number(value) else 0
+
+
+def _is_number(value: object) -> bool:
+    """Python's JSON has NaN, Infinity and integers beyond any float, too; nobody can draw them."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def _summary(
@@ -130,7 +143,7 @@ def _summary(
     misses = sum(_count(event, cause) for event in outcomes for cause in ("not_predicted", "late", "absent"))
     return {
         "passes": len(passes),
-        "seen": bool(busy),
+        "seen": any(event.name in _PASSES for event in passes),
         "took": max(event.end for event in passes) - passes[0].start,
         "rounds": len(rounds),
         "hits": sum(_count(event, "hits") for event in outcomes),

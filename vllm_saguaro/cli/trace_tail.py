@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import stat
 import threading
@@ -16,6 +15,8 @@ _MOST_EVENTS: Final = 16384
 _MOST_BYTES: Final = 4 << 20
 """Read at once at most: of a longer piece only its end."""
 _KNOWN_BYTES: Final = 64
+_MOST_MICROSECONDS: Final = 1e18
+"""Some 30000 years: what lies further is no time, and their differences would not be finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ def parse(line: bytes) -> TraceEvent | dict[int, str] | None:
         if found["ph"] not in ("X", "i"):
             return None
         start, length = float(found["ts"]), float(found["dur"]) if found["ph"] == "X" else None
-        if not math.isfinite(start + (length or 0.0)):
+        if not abs(start) + abs(length or 0.0) < _MOST_MICROSECONDS:  # NaN is not less either
             return None
         return TraceEvent(str(found["name"]), str(found.get("cat", "")), process, start, length, arguments)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -98,7 +98,10 @@ class PageServer(ThreadingHTTPServer):
             print(f"vllm-saguaro: the page could not be served ({error!r})", file=sys.stderr)
 
     def knows(self, host: str | None) -> bool:
-        """Whether a request is for this page: one on loopback is not for names that only lead there (DNS rebinding)."""
+        """Whether a request is for this page: one on loopback is not for names that only lead there (DNS rebinding).
+
+        Raises ValueError where the host is none.
+        """
         if not _is_loopback(self.host):
             return True
         name = urlsplit(f"//{host or ''}").hostname or ""
@@ -132,9 +135,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer one of the few paths there are."""
-        parts = urlsplit(self.path)
-        asked = {key: values[-1] for key, values in parse_qs(parts.query).items()}
-        if not self.server.knows(self.headers["Host"]):
+        try:
+            parts = urlsplit(self.path)
+            asked = {key: values[-1] for key, values in parse_qs(parts.query).items()}
+            known = self.server.knows(self.headers["Host"])
+        except ValueError:  # a bracket that is not closed
+            self._answer(HTTPStatus.BAD_REQUEST, "text/plain", b"this is no address")
+            return
+        if not known:
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"this page is for this machine only")
         elif parts.path == "/readings.json":
             self._answer_json(readings(self.server, _number(asked.get("since"), 0), asked.get("run", "")))
@@ -151,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing: the terminal is the command's."""
 
     def _answer_json(self, value: dict[str, Any]) -> None:
-        self._answer(HTTPStatus.OK, "application/json", json.dumps(value).encode())
+        self._answer(HTTPStatus.OK, "application/json", json.dumps(value, allow_nan=False).encode())
 
     def _answer(self, status: HTTPStatus, kind: str, body: bytes) -> None:
         self.send_response(status)

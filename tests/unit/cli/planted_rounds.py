@@ -11,19 +11,19 @@ def named(process: int, name: str) -> dict[str, Any]:
     return {"name": "process_name", "ph": "M", "pid": process, "tid": 0, "args": {"name": name}}
 
 
-def span(name: str, process: int, start: float, length: float, **arguments: int) -> dict[str, Any]:
+def span(name: str, process: int, start: float, length: float, **arguments: Any) -> dict[str, Any]:
     category = "target" if process == 1 else "draft"
     event = {"name": name, "cat": category, "ph": "X", "ts": start, "dur": length, "pid": process, "tid": 0}
     return {**event, "args": arguments}
 
 
-def instant(name: str, process: int, at: float, **arguments: int) -> dict[str, Any]:
+def instant(name: str, process: int, at: float, **arguments: Any) -> dict[str, Any]:
     category = "target" if process == 1 else "draft"
     event = {"name": name, "cat": category, "ph": "i", "s": "t", "ts": at, "pid": process, "tid": 0}
     return {**event, "args": arguments}
 
 
-def outcomes(at: float, step: int, **counts: int) -> dict[str, Any]:
+def outcomes(at: float, step: int, **counts: Any) -> dict[str, Any]:
     every = {"hits": 0, "not_predicted": 0, "late": 0, "absent": 0, "accepted": 0, "backups": 0}
     return instant("outcomes", 1, at, step=step, **{**every, **counts})
 

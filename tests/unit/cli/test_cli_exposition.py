@@ -13,7 +13,10 @@ vllm:x_total{cause="late",model_name="a"} 3.0
 vllm:x_total{cause="late",model_name="b"} 2.0
 vllm:x_total{cause="absent",model_name="a"} 1e1 1700000000000
 vllm:plain 4
-vllm:odd{path="C:\\dir",quote="say \"{hi}\"",line="a\nb"} NaN
+vllm:odd{path="C:\\dir",quote="say \"{hi}\"",line="a\nb"} 2.5
+vllm:unknown NaN
+vllm:endless +Inf
+vllm:beyond 1e999
 vllm:nothing{a="b"} many
 just words
 """
@@ -34,7 +37,13 @@ def test_numbers_are_summed_over_the_labels_that_are_not_asked_for() -> None:
 def test_escapes_and_braces_in_labels_are_read() -> None:
     (odd,) = [sample for sample in samples(TEXT) if sample.name == "vllm:odd"]
     assert odd.labels == {"path": "C:\\dir", "quote": 'say "{hi}"', "line": "a\nb"}
-    assert math.isnan(odd.value)
+    assert odd.value == 2.5
+
+
+def test_what_is_no_finite_number_is_left_out() -> None:
+    snapshot = Snapshot(TEXT)
+    assert not [name for name in ("vllm:unknown", "vllm:endless", "vllm:beyond") if name in snapshot]
+    assert "vllm:odd" in snapshot
 
 
 def test_what_prometheus_writes_is_read_back() -> None:

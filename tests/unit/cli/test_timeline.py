@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,19 @@ def test_only_the_last_rounds_are_shown(tmp_path: Path) -> None:
     assert min(bar["start"] for bar in found["bars"] if bar["name"] == "verify") == 0
 
 
+def test_a_round_that_began_behind_the_pass_before_the_first_one_is_hidden_by_it(tmp_path: Path) -> None:
+    events = [
+        span("verify", 1, 0.0, 8e3, step=1),
+        span("round", 2, 6e3, 6e3, step=1),
+        span("verify", 1, 10e3, 8e3, step=2),
+    ]
+    found = shown(tmp_path, *events, last=1)
+    (drafting,) = [bar for bar in found["bars"] if bar["name"] == "round"]
+    assert (drafting["start"], drafting["hidden"]) == (-4e3, [(-4e3, -2e3), (0.0, 2e3)])
+    assert (found["summary"]["passes"], found["summary"]["drafting"], found["summary"]["hidden"]) == (1, 6e3, 4e3)
+    assert "67% of 1 draft round lay behind target passes" in found["words"]
+
+
 def test_a_pause_ends_the_view_backwards(tmp_path: Path) -> None:
     found = shown(tmp_path, *rounds(5), *rounds(2, begin=60e6, first=6))
     assert [bar["step"] for bar in found["bars"] if bar["name"] == "verify"] == [6, 7]
@@ -92,6 +107,26 @@ def test_what_is_only_given_to_a_device_hides_nothing(tmp_path: Path) -> None:
         "3 steps given to the device in 22.0 ms, 0 hits, 0 misses. When the device computed is not in the trace; "
         "1 draft round. The target waited 0.00 ms (0.0% of the time)."
     )
+
+
+@pytest.mark.parametrize(
+    ("said", "counted"),
+    [(math.nan, 0), (math.inf, 0), (10**400, 0), (-7, 0), (10**12, 10**6), ("many", 0), (2.0, 2)],
+    ids=lambda value: str(value)[:9],
+)
+def test_counts_that_cannot_be_do_no_harm(said: object, counted: int, tmp_path: Path) -> None:
+    found = shown(tmp_path, span("verify", 1, 0.0, 5.0, step=1), outcomes(5.0, 2 * 10**6, hits=said, late=said))
+    assert [mark["step"] for mark in found["outcomes"]] == [2 * 10**6], "a server may be up for long"
+    assert [(mark["hits"], mark["late"]) for mark in found["outcomes"]] == [(counted, counted)]
+    assert (found["summary"]["hits"], found["summary"]["misses"]) == (counted, counted)
+
+
+def test_a_bar_says_only_what_a_browser_can_read(tmp_path: Path) -> None:
+    odd = {"rows": math.nan, "tokens": math.inf, "branches": 10**400, "why": ["a", "list"]}
+    beyond = [span("verify", 1, at, 5.0, step=9) for at in (-1.7e308, 1.7e308)]
+    found = shown(tmp_path, span("verify", 1, 0.0, 5.0, step=1, **odd), *beyond)
+    assert [bar.keys() & {"step", *odd} for bar in found["bars"]] == [{"step"}]
+    json.dumps(found, allow_nan=False)
 
 
 def test_without_a_pass_there_is_nothing_to_show(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from tests.unit.cli.metrics_server import Server, recorded
 from vllm_saguaro.cli import watch_command
 from vllm_saguaro.cli.main import main
-from vllm_saguaro.cli.metrics_source import metrics_url
+from vllm_saguaro.cli.metrics_source import NoAnswer, fetch, metrics_url
 from vllm_saguaro.cli.usage import UsageError
 
 
@@ -97,12 +99,39 @@ def test_no_server_is_one_line_and_exit_code_1(capsys: pytest.CaptureFixture[str
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"what?\r\n",
+        b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nvllm:",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nvl",
+    ],
+)
+def test_a_server_that_breaks_off_is_one_line(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer_once() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=answer_once)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/metrics"
+        with pytest.raises(NoAnswer, match=r"/metrics does not answer \(.+\)$") as found:
+            fetch(url)
+        thread.join()
+    assert "\n" not in str(found.value)
+
+
 def test_addresses_are_taken_as_people_write_them() -> None:
     url = metrics_url
     assert url("localhost:8000") == "http://localhost:8000/metrics"
     assert url("http://h:1/") == url("http://h:1/metrics") == "http://h:1/metrics"
     assert url("https://h/prefix/") == "https://h/prefix/metrics"
-    for wrong in ("ftp://h", "http://", "file:///etc"):
+    for wrong in ("ftp://h", "http://", "file:///etc", "http://[::1", "http://h:port", "http://h:99999", "[", "h:0"):
         with pytest.raises(UsageError, match="no address"):
             url(wrong)
 

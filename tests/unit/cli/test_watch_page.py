@@ -119,6 +119,13 @@ def test_a_name_that_only_leads_here_is_turned_away(page: PageServer) -> None:
         assert get(page, "/readings.json", Host=here)[0] == 200
 
 
+def test_an_address_that_is_none_is_answered_all_the_same(page: PageServer, capfd: pytest.CaptureFixture[str]) -> None:
+    assert get(page, "/", Host="[")[0] == 400
+    assert get(page, "http://[/")[0] == 400
+    assert get(page, "/")[0] == 200
+    assert capfd.readouterr().err == ""
+
+
 def test_a_slow_server_or_a_browser_that_goes_away_holds_nobody_up(capfd: pytest.CaptureFixture[str]) -> None:
     asked, released = threading.Event(), threading.Event()
 

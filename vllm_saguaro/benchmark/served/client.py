@@ -59,7 +59,10 @@ async def about(session: aiohttp.ClientSession, name: str, url: str, model: str 
     if chosen not in cards:
         raise ServerError(f"{name} serves {known}, not {chosen}: name one that all servers serve with --model")
     card = cards[chosen]
-    counted = await counted_by(session, name, url)
+    try:
+        counted = await counted_by(session, name, url)
+    except ServerError:
+        counted = {}
     try:
         version = json.loads(await _get(session, name, f"{url}/version")).get("version")
     except (ServerError, ValueError, AttributeError):
@@ -78,11 +81,8 @@ async def about(session: aiohttp.ClientSession, name: str, url: str, model: str 
 
 
 async def counted_by(session: aiohttp.ClientSession, name: str, url: str) -> dict[str, float]:
-    """The server's counters, as `counters.flatten` has those of an engine; empty where it does not say."""
-    try:
-        return counters.from_exposition(await _get(session, name, f"{url}/metrics"))
-    except ServerError:
-        return {}
+    """The server's counters, as `counters.flatten` has those of an engine. Raises ServerError where it does not say."""
+    return counters.from_exposition(await _get(session, name, f"{url}/metrics"))
 
 
 def others_tokens(counted: dict[str, float], ours: int) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import secrets
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,6 +44,7 @@ class _Session:
         self._prompts = settings.read_prompts()
         self._reference: dict[tuple[Load, int], list[Answer]] = {}
         self._notes: list[str] = []
+        self._run = secrets.token_hex(8)
 
     async def run(self) -> Report:
         """All of it."""
@@ -49,7 +52,7 @@ class _Session:
         async with open_session() as session:
             servers = [await about(session, name, url, settings.model) for name, url in settings.servers]
             self._check(servers)
-            origin = provenance.collect(allowed_cores())
+            origin = provenance.collect(allowed_cores(), settings.without_secrets(sys.argv))
             runs = [Run(server.name, load) for load in settings.loads() for server in servers]
             self._progress.begin(settings.repetitions * len(runs))
             try:
@@ -160,7 +163,7 @@ class _Session:
             "return_token_ids": True,
         }
         if not self._settings.prefix_cache:
-            body["cache_salt"] = f"{load.name} {salt}"
+            body["cache_salt"] = f"{self._run} {load.name} {salt}"  # an earlier run's prompts may be there, too
         return body
 
     def _compared(self, server: About, load: Load, number: int, answers: Sequence[Answer]) -> dict[int, int] | None:
@@ -199,7 +202,10 @@ class _Session:
 
 
 async def _settled(session: aiohttp.ClientSession, server: About) -> dict[str, float]:
-    """The server's counters once they stand still: vLLM sends the end of a text before it has counted it."""
+    """The server's counters once they stand still: vLLM sends the end of a text before it has counted it.
+
+    Raises ServerError where they cannot be read any more: without them the rest would count from the server's start.
+    """
     if not server.has_counters:
         return {}
     now = await counted_by(session, server.name, server.url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,13 @@ class Settings:
             if names.count(name) > 1:
                 raise SettingsError(f'two servers are called "{name}": name them as A=URL B=URL')
         self.read_prompts()
+
+    def without_secrets(self, words: Iterable[str]) -> list[str]:
+        """The words of a command without users' names and passwords in the servers' addresses."""
+        found = list(words)
+        for secret in {urlsplit(url).netloc.rpartition("@")[0] for _, url in self.servers} - {""}:
+            found = [word.replace(f"{secret}@", "") for word in found]
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, paths without the part that belongs to this machine."""

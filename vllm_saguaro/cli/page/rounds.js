@@ -96,8 +96,11 @@ export class Rounds {
       const hidden = bar.hidden.reduce((sum, [start, end]) => sum + end - start, 0);
       words.push(`${ms(hidden)} of it behind target passes`);
       group.append(make("rect", { x: left, y, width: Math.max(0.8, width - 1), height: LANE, class: "open-part" }));
-      for (const [start, end] of bar.hidden)
-        group.append(make("rect", { x: x(start), y, width: Math.max(0.5, Math.min(x(end), right - 1) - x(start)), height: LANE, class: "hidden-part" }));
+      for (const [start, end] of bar.hidden) {
+        const from = Math.max(left, x(start));
+        const to = Math.min(x(end), right - 1);
+        if (x(end) > left) group.append(make("rect", { x: from, y, width: Math.max(0.5, to - from), height: LANE, class: "hidden-part" }));
+      }
     }
     const label = `${bar.step ?? ""}`;
     if (bar.name !== "wait" && Math.min(width, usual) > 6 + 7 * label.length)

@@ -14,7 +14,8 @@ MODEL = "pair"
 
 class FakeServer:
     """`drafts`: tokens a piece, and whether it has our metrics. `odd`: prompts whose text goes another way, from which
-    token. `flaw`: what goes wrong with every completion. `others`: tokens that it makes for somebody else meanwhile."""
+    token. `flaw`: what goes wrong with every completion. `others`: tokens that it makes for somebody else meanwhile.
+    `blind_after`: from this text on its metrics fail."""
 
     def __init__(
         self,
@@ -27,10 +28,11 @@ class FakeServer:
         metrics: bool = True,
         longest: int = 1024,
         hits: int = 3,
+        blind_after: int | None = None,
     ) -> None:
         self.drafts, self.odd, self.flaw, self.others, self.models = drafts, odd or {}, flaw, others, models
         self.ids, self.metrics, self.longest = ids, metrics, longest
-        self.hits = hits
+        self.hits, self.blind_after = hits, blind_after
         self.bodies: list[dict[str, Any]] = []
         self.most_at_once = 0
         self._at_once = self._made = self._rounds = 0
@@ -76,6 +78,8 @@ class FakeServer:
     async def _metrics(self, _: web.Request) -> web.Response:
         if not self.metrics:
             return web.Response(status=404)
+        if self.blind_after is not None and len(self.bodies) >= self.blind_after:
+            return web.json_response({"error": {"message": "too busy"}}, status=503)
         lines = [
             f'vllm:num_requests_running{{engine="0"}} {self._at_once}.0',
             f'vllm:generation_tokens_total{{engine="0"}} {self._made}.0',

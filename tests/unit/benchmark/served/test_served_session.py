@@ -182,6 +182,22 @@ def test_prompts_that_come_again_are_salted_unless_the_cache_is_asked_for(
     assert all(body["ignore_eos"] and body["model"] == "pair" for body in server.bodies)
 
 
+def test_a_second_run_does_not_find_the_prompts_of_the_first(make: Make, prompts: Path) -> None:
+    server = make()
+    settings = settings_of(prompts, server)
+    quietly(settings)
+    first = {body["cache_salt"] for body in server.bodies}
+    quietly(settings)
+    assert first.isdisjoint(body["cache_salt"] for body in server.bodies[len(server.bodies) // 2 :])
+
+
+@pytest.mark.parametrize("texts", [2, 8])
+def test_metrics_that_fail_meanwhile_end_it(texts: int, make: Make, prompts: Path) -> None:
+    """Two texts are the warm-up, six the measured part."""
+    with pytest.raises(ServerError, match=r"plain: .*/metrics answers 503: too busy"):
+        quietly(settings_of(prompts, make(blind_after=texts)))
+
+
 @pytest.mark.parametrize(
     ("flaw", "complaint"),
     [
@@ -239,6 +255,18 @@ def test_the_report_is_plain_json_with_its_origin(make: Make, prompts: Path) -> 
     assert read["summaries"]["saguaro, 1 at once, T=0"]["hit_rate"] == 0.75
     with pytest.raises(ValueError, match="a report of servers"):
         records.Report.from_json(read)
+
+
+def test_no_password_is_in_the_report(make: Make, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(prompts, make(), make())
+    (plain, url), (other, second) = settings.servers
+    place, its = url.removeprefix("http://"), second.removeprefix("http://")
+    secret = (plain, f"http://me:it's@{place}"), (other, f"http://it's@{its}")
+    words = ["bench", "--against-server", f"me:it's@{place}/v1", f"{other}=http://it's@{its}"]
+    monkeypatch.setattr(sys, "argv", words)
+    report = quietly(dataclasses.replace(settings, servers=secret))
+    assert report.provenance["command"] == f"python bench --against-server {place}/v1 {other}=http://{its}"
+    assert "it's" not in json.dumps(report.to_json())
 
 
 def test_loads_are_every_pair() -> None:

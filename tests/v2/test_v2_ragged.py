@@ -78,5 +78,6 @@ def test_fewer_drafts_a_step_than_k_are_fine(ragged: Three) -> None:
     assert last["scheduled K"].tokens == plain["greedy"].tokens
     per_step = {row.accepted for row in last["scheduled K"].rounds}
     assert 3 in per_step
-    assert {row.verified for row in last["scheduled K"].rounds} > {0, 3}, "the draft is not told how many there were"
+    # Four at once, so three drafts each, of the four that were drafted; none of a first token.
+    assert {row.verified for row in last["scheduled K"].rounds} == {0, 3}, "the draft is not told how many there were"
     assert not last.answer["facts"]["draft_logits"], "drafts that are never drawn need no q"

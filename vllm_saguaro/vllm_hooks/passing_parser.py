@@ -16,7 +16,7 @@ class PassingParser(FlexibleArgumentParser):
 
     beyond: tuple[str, ...] = ()
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Namespace, list[str]]:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Namespace, list[str]]:
         """All words count as known."""
         namespace, beyond = super().parse_known_args(args, namespace)
         self.beyond = tuple(beyond)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from vllm_saguaro.benchmark.procfs import session_seconds
 
 _PATIENCE = 30.0
 """Seconds a worker may take to end by itself."""
+ANSWER_SECONDS = 3600.0
+"""How long a worker may take to load an engine (it may have to fetch its files) or for one repetition."""
 
 
 class WorkerError(RuntimeError):
@@ -55,13 +58,33 @@ class WorkerHandle:
             )
 
     def ask(self, order: dict[str, Any]) -> dict[str, Any]:
-        """Send one order and wait for its answer."""
+        """Send one order and wait for its answer. A worker without one in ANSWER_SECONDS is ended.
+
+        Raises WorkerError.
+        """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(order) + "\n")
-            self.process.stdin.flush()
-        line = self.process.stdout.readline()
+        too_late = threading.Event()
+
+        def give_up() -> None:
+            too_late.set()
+            self._signal(signal.SIGKILL)
+
+        clock = threading.Timer(ANSWER_SECONDS, give_up)
+        clock.daemon = True
+        clock.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.write(json.dumps(order) + "\n")
+                self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        finally:
+            clock.cancel()
+        if too_late.is_set():
+            raise WorkerError(
+                f"{self.name}: no answer after {ANSWER_SECONDS / 60:.3g} minutes, so it was ended; does it hang? Ask "
+                f"for fewer prompts or tokens where it is only slow\n--- end of its log\n{self._end_of_log()}"
+            )
         answer: dict[str, Any] = json.loads(line) if line else {"error": "the process ended"}
         if "error" in answer:
             raise WorkerError(f"{self.name}: {answer['error'].strip()}\n--- end of its log\n{self._end_of_log()}")

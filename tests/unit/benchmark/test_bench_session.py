@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from vllm_saguaro.benchmark import deepened, procfs, provenance, session
+from vllm_saguaro.benchmark import client, deepened, procfs, provenance, session
 from vllm_saguaro.benchmark.client import WorkerError, WorkerHandle
 from vllm_saguaro.benchmark.progress import Progress
 from vllm_saguaro.benchmark.settings import Settings
@@ -163,6 +164,17 @@ def test_a_real_worker_reports_what_went_wrong_and_ends(tmp_path: Path) -> None:
     finally:
         worker.close()
     assert worker.process.returncode is not None
+
+
+def test_a_worker_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "hanging_worker.py").write_text("import time\ntime.sleep(600)\n")
+    worker = WorkerHandle("hanging", tmp_path / "log", "hanging_worker")
+    with pytest.raises(WorkerError, match=r"hanging: no answer after 0\.005 minutes, so it was ended"):
+        worker.ask({})
+    worker.close()
+    assert worker.process.returncode == -signal.SIGKILL
 
 
 def test_a_frozen_worker_ends_when_it_is_told(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_server_that_breaks_off_is_one_line(answer: bytes) -> None:
         thread = threading.Thread(target=answer_once)
         thread.start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/metrics"
-        with pytest.raises(NoAnswer, match=r"/metrics does not answer \(.+\)$") as found:
+        with pytest.raises(NoAnswer, match=r"/metrics does not answer \(.+\): does the server run\?$") as found:
             fetch(url)
         thread.join()
     assert "\n" not in str(found.value)

@@ -82,7 +82,8 @@ class Settings:
     def without_secrets(self, words: Iterable[str]) -> list[str]:
         """The words of a command without users' names and passwords in the servers' addresses."""
         found = list(words)
-        for secret in {urlsplit(url).netloc.rpartition("@")[0] for _, url in self.servers} - {""}:
+        secrets = {urlsplit(url).netloc.rpartition("@")[0] for _, url in self.servers} - {""}
+        for secret in sorted(secrets, key=len, reverse=True):  # one may be the end of another
             found = [word.replace(f"{secret}@", "") for word in found]
         return found
 

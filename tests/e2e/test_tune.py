@@ -53,6 +53,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     return folder / "saguaro-tuned.json", json.loads(out)
 
 
+@pytest.mark.long  # eight engines, one after the other
 def test_the_file_has_what_was_measured(answer: tuple[Path, dict[str, Any]]) -> None:
     path, printed = answer
     assert json.loads(path.read_text()) == printed
@@ -65,6 +66,7 @@ def test_the_file_has_what_was_measured(answer: tuple[Path, dict[str, Any]]) -> 
     assert tuned.read(str(path)).choice["num_speculative_tokens"] in (2, 4)
 
 
+@pytest.mark.long
 def test_an_engine_that_starts_with_it_gives_plain_texts(answer: tuple[Path, dict[str, Any]]) -> None:
     speculation = {"method": "saguaro", "tuned": str(answer[0])}
     with_file, plain = run_engines(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 _TICK = 1 / os.sysconf("SC_CLK_TCK")
@@ -58,3 +58,21 @@ def available_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def share_of_others(cores: Sequence[int], own: Callable[[], float]) -> Callable[[], float]:
+    """From now on: a call gives the share of these cores' time that others have taken since then.
+
+    `own`: processor seconds so far of those who are no others.
+    """
+
+    def readings() -> tuple[float, float]:
+        return time.perf_counter() * len(cores), busy_seconds(cores) - own()
+
+    before = readings()
+
+    def share() -> float:
+        capacity, foreign = (now - then for now, then in zip(readings(), before, strict=True))
+        return max(0.0, foreign) / capacity
+
+    return share

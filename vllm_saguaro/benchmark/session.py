@@ -139,19 +139,14 @@ def _take_turns(settings: Settings, report: Report, workers: dict[Engine, Worker
 
 def _one_repetition(settings: Settings, workload: Workload, worker: WorkerHandle) -> tuple[Repetition, list[list[int]]]:
     """Ask one worker, and watch who else uses the cores meanwhile."""
-    cores = settings.cores
-
-    def readings() -> tuple[float, float]:
-        return time.perf_counter() * len(cores), procfs.busy_seconds(cores) - worker.cpu_seconds()
-
     with worker.turn():
         worker.ask(_order(settings, workload, warm_up=True))  # what the others have pushed out of the caches
-        before = readings()
+        others = procfs.share_of_others(settings.cores, worker.cpu_seconds)
         answer = worker.ask(_order(settings, workload))
-        capacity, foreign = (after - start for after, start in zip(readings(), before, strict=True))
+        foreign = others()
     token_ids: list[list[int]] = answer.pop("token_ids")
     digests = [digest(ids) for ids in token_ids]
-    return Repetition(**answer, digests=digests, foreign_cpu=round(max(0.0, foreign) / capacity, 4)), token_ids
+    return Repetition(**answer, digests=digests, foreign_cpu=round(foreign, 4)), token_ids
 
 
 def digest(token_ids: list[int]) -> str:

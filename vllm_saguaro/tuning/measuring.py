@@ -78,10 +78,9 @@ def _serve(settings: Settings, load: Load, worker: WorkerHandle, found: Measured
     order["tokens"] = tokens_in_time(settings, batch, _speed(warm))
     speeds, seen = [], []
     for _ in range(settings.repetitions):
-        before = _readings(settings, worker)
+        others = procfs.share_of_others(settings.cores, worker.cpu_seconds)
         answer = worker.ask(order)
-        capacity, foreign = (after - start for after, start in zip(_readings(settings, worker), before, strict=True))
-        found.foreign_cpu = max(found.foreign_cpu, foreign / capacity)
+        found.foreign_cpu = max(found.foreign_cpu, others())
         speeds.append(_speed(answer))
         if answer["observations"] is not None:
             seen.append(Observations.from_json(answer["observations"]))
@@ -103,11 +102,6 @@ def tokens_in_time(settings: Settings, batch: int, speed: float) -> int:
 
 def _speed(answer: dict[str, Any]) -> float:
     return float(answer["decode_tokens"] / answer["decode_seconds"])
-
-
-def _readings(settings: Settings, worker: WorkerHandle) -> tuple[float, float]:
-    cores = settings.cores
-    return time.perf_counter() * len(cores), procfs.busy_seconds(cores) - worker.cpu_seconds()
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,3 +173,8 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON that a person can read, making the folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def digest(content: Sequence[int] | str) -> str:
+    """A text, or its token ids, in few letters: equal for equal ones, in this run and in another."""
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import signal
 import tempfile
 import threading
@@ -18,7 +17,7 @@ from vllm_saguaro.benchmark.client import WorkerHandle
 from vllm_saguaro.benchmark.counters import HITS, count
 from vllm_saguaro.benchmark.deepened import deepened
 from vllm_saguaro.benchmark.progress import Progress
-from vllm_saguaro.benchmark.records import Engine, Repetition, Report, Run, Workload
+from vllm_saguaro.benchmark.records import Engine, Repetition, Report, Run, Workload, digest
 from vllm_saguaro.benchmark.settings import Settings
 from vllm_saguaro.benchmark.summary import find, summarise
 
@@ -147,11 +146,6 @@ def _one_repetition(settings: Settings, workload: Workload, worker: WorkerHandle
     token_ids: list[list[int]] = answer.pop("token_ids")
     digests = [digest(ids) for ids in token_ids]
     return Repetition(**answer, digests=digests, foreign_cpu=round(foreign, 4)), token_ids
-
-
-def digest(token_ids: list[int]) -> str:
-    """A text in few letters: equal for equal texts, in this run and in another."""
-    return hashlib.sha256(repr(token_ids).encode()).hexdigest()[:12]
 
 
 def _memory_warnings(engines: int) -> list[str]:

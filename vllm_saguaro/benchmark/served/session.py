@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import hashlib
 import secrets
 import sys
 import time
@@ -16,6 +15,7 @@ import aiohttp
 from vllm_saguaro.benchmark import counters, provenance
 from vllm_saguaro.benchmark.counters import GENERATED, RUNNING, WAITING, count
 from vllm_saguaro.benchmark.progress import Progress
+from vllm_saguaro.benchmark.records import digest
 from vllm_saguaro.benchmark.served.client import About, ServerError, about, ask, counted_by, open_session, others_tokens
 from vllm_saguaro.benchmark.served.records import Answer, Load, Repetition, Report, Run
 from vllm_saguaro.benchmark.served.settings import Settings
@@ -109,7 +109,7 @@ class _Session:
             [answer.first for answer in answers],
             [gap for answer in answers for gap in answer.gaps],
             [answer.of_a_token for answer in answers if answer.of_a_token is not None],
-            [_digest(answer) for answer in answers],
+            [digest(answer.content) for answer in answers],
             {name: value for name, value in counted.items() if name.startswith(counters.PREFIXES)},
             self._compared(server, load, number, answers),
         )
@@ -239,7 +239,3 @@ def _parting(one: Sequence[object], other: Sequence[object]) -> int | None:
         if mine != theirs:
             return place
     return None if len(one) == len(other) else min(len(one), len(other))
-
-
-def _digest(answer: Answer) -> str:
-    return hashlib.sha256(repr(answer.content).encode()).hexdigest()[:12]

@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.illustrations.browser import BrowserError, browser
 from scripts.repository import ROOT
+from scripts.soaking.server import free_port
 from vllm_saguaro.benchmark.deepened import deepened
 
 PAIR = ROOT / "assets" / "pair"
@@ -89,7 +89,7 @@ def draw(arguments: argparse.Namespace) -> Path:
     draft = deepened(PAIR / "target" / "draft", arguments.draft_layers)
     lines = (PAIR / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt"] for line in lines]
-    port, ended = _free_port(), threading.Event()
+    port, ended = free_port(), threading.Event()
     url = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "rounds.json"
@@ -148,13 +148,6 @@ def _answers(url: str) -> bool:
         return httpx.get(url, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def parser() -> argparse.ArgumentParser:

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import httpx
+
+from scripts.soaking.server import free_port
 
 Found = TypeVar("Found")
 
@@ -109,7 +110,7 @@ def browser() -> Iterator[Browser]:
     """A browser of its own, without any memory. Raises BrowserError where there is none, or it does not start."""
     if not is_installed():
         raise BrowserError(f"no {BROWSER} with its {DRIVER} here: on Debian, apt-get install {PACKAGES}")
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "wb") as nowhere:
         driver = subprocess.Popen([DRIVER, f"--port={port}"], stdout=nowhere, stderr=nowhere)
         try:
@@ -150,10 +151,3 @@ def _wait_until_up(client: httpx.Client, driver: subprocess.Popen[bytes]) -> Non
         except httpx.TransportError:
             time.sleep(0.05)
     raise BrowserError(f"{DRIVER} does not come up")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

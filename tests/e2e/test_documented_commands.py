@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,9 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from scripts.soaking.server import free_port
 from tests.e2e.harness import ROOT
 from tests.unit.docs.doc_shell import Shown, shown
-from tests.unit.docs.doc_shells import SECONDS, end, environment, run
+from tests.unit.docs.doc_shells import SECONDS, begin, end, run
 from tests.unit.docs.doc_ways import Cost, Runs, Serves, line_of, once, way_of
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]  # an hour: some seventy engines are loaded
@@ -45,20 +45,9 @@ def served(command: Shown) -> Iterator[str]:
     """The address of a server that a command has started; it ends well with the block."""
     way = way_of(command.text)
     assert isinstance(way, Serves)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            ["bash", "-c", f"exec {line_of(command, way, port=port)}"],
-            cwd=ROOT,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            text=True,
-            start_new_session=True,
-        )
+        process = begin(f"exec {line_of(command, way, port=port)}", log)
         try:
             url = f"http://localhost:{port}"
             _wait(process, url, log.fileno())

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from scripts.soaking.server import free_port
 from tests.e2e import plans
 from tests.e2e.conftest import Plain
 from tests.e2e.harness import OF_SERVERS, TARGET, environment_at_start, is_gone_within, prompts, shared_memory
@@ -40,12 +40,6 @@ class Served:
     left_running: list[int]
     new_shared_memory: set[str]
     log: str
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def stream(url: str, prompt: str) -> tuple[str, int]:

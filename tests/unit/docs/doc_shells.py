@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
 from tests.e2e.harness import environment_at_start
 from tests.unit.docs.doc_pages import ROOT
@@ -44,17 +45,7 @@ def run(command: Shown, way: Runs, folder: Path, **servers: str) -> str:
     line = line_of(command, way, folder=str(folder), **servers)
     where = copy_of_the_repository(folder / "copy") if way.elsewhere else ROOT
     with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(
-            ["bash", "-c", f"exec {line}" if way.interrupted else line],
-            cwd=where,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            text=True,
-            start_new_session=True,
-            preexec_fn=_hear_ctrl_c,
-        )
+        process = begin(f"exec {line}" if way.interrupted else line, said, where)
         try:
             status = _interrupted(process, way, said) if way.interrupted else process.wait(SECONDS)
         finally:
@@ -68,6 +59,21 @@ def run(command: Shown, way: Runs, folder: Path, **servers: str) -> str:
         shown = [each.rstrip() for each in command.output.strip().splitlines()]
         assert [each.rstrip() for each in text.strip().splitlines()] == shown, f"{command.place} shows another output"
     return text
+
+
+def begin(line: str, said: IO[str], where: Path = ROOT) -> subprocess.Popen[str]:
+    """A shell with this line, in a session of its own; what it says goes to `said`."""
+    return subprocess.Popen(
+        ["bash", "-c", line],
+        cwd=where,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=said,
+        stderr=said,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_hear_ctrl_c,
+    )
 
 
 def copy_of_the_repository(folder: Path) -> Path:

@@ -37,7 +37,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Healthy).serve_forever()
 
 def test_a_server_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch_picture, "_END", 0.5)
-    port = watch_picture._free_port()
+    port = watch_picture.free_port()
     url = f"http://127.0.0.1:{port}"
     with watch_picture.served([sys.executable, "-c", DEAF, str(port)], url, tmp_path / "log.txt"):
         assert watch_picture._answers(f"{url}/health")

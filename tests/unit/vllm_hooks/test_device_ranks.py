@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.unit.vllm_hooks.test_ranks import Group
+from tests.unit.vllm_hooks.two_ranks import answers_of_two
 from vllm_saguaro.vllm_hooks.device_ranks import install
 
 K = 3
@@ -55,14 +55,7 @@ def _rank(rank: int, meeting: str, answers: Any) -> None:
 
 
 def test_every_rank_books_and_drafts_what_the_first_one_does(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path / "meet"), answers)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = {rank: (booked, drafts) for rank, booked, drafts in (answers.get(timeout=120) for _ in ranks)}
-    for process in ranks:
-        process.join(60)
+    found = {rank: (booked, drafts) for rank, booked, drafts in answers_of_two(_rank, tmp_path, 120)}
     kinds = ["torch.int64", "torch.int32", "torch.int32"]
     booked = [
         (list(range(len(tokens))), tokens, sampled, rejected, kinds, ("starts",))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from vllm.distributed import parallel_state
 
+from tests.unit.vllm_hooks.two_ranks import answers_of_two
 from vllm_saguaro.vllm_hooks.undivided import undivided
 
 
@@ -90,14 +90,7 @@ def _rank(rank: int, meeting: str, answers: Any) -> None:
 
 
 def test_layers_of_a_draft_are_whole_in_a_divided_target(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path / "meet"), answers)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = {rank: rest for rank, *rest in (answers.get(timeout=240) for _ in ranks)}
-    for process in ranks:
-        process.join(60)
+    found = {rank: rest for rank, *rest in answers_of_two(_rank, tmp_path, 240)}
     random = torch.Generator().manual_seed(0)
     table, up, down = (torch.randn(shape, generator=random) for shape in ((64, 8), (16, 8), (8, 16)))
     expected = table[TOKENS] @ up.T @ down.T

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.unit.vllm_hooks.rank_processes import answers_of_ranks
 from tests.unit.vllm_hooks.test_ranks import Group
-from tests.unit.vllm_hooks.two_ranks import answers_of_two
 from vllm_saguaro.vllm_hooks.device_ranks import install
 
 K = 3
@@ -55,7 +55,7 @@ def _rank(rank: int, meeting: str, answers: Any) -> None:
 
 
 def test_every_rank_books_and_drafts_what_the_first_one_does(tmp_path: Path) -> None:
-    found = {rank: (booked, drafts) for rank, booked, drafts in answers_of_two(_rank, tmp_path, 120)}
+    found = {rank: (booked, drafts) for rank, booked, drafts in answers_of_ranks(2, _rank, tmp_path, 120)}
     kinds = ["torch.int64", "torch.int32", "torch.int32"]
     booked = [
         (list(range(len(tokens))), tokens, sampled, rejected, kinds, ("starts",))

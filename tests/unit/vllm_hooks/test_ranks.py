@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 import torch
 from vllm.v1.outputs import SamplerOutput
 
+from tests.unit.vllm_hooks.rank_processes import answers_of_ranks
 from vllm_saguaro.vllm_hooks.ranks import install
 
 Tokens = list[list[int]]
@@ -48,26 +48,22 @@ STEPS: list[tuple[Any, Tokens]] = [
 ]
 
 
-def _rank(rank: int, world_size: int, meeting: str, answers: Any) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+RANKS = 3
+
+
+def _rank(rank: int, meeting: str, answers: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
     samples = [torch.tensor(tokens, dtype=torch.int32) for _, tokens in STEPS]
     runner = runner_of(samples if rank == 0 else [], rows=3)
-    group: Any = Group(rank, world_size)
+    group: Any = Group(rank, RANKS)
     install(runner, group)
     answers.put((rank, [runner._sample(None, metadata).sampled_token_ids.tolist() for metadata, _ in STEPS]))
     torch.distributed.destroy_process_group()
 
 
 def test_every_rank_has_the_tokens_of_the_first(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, 3, str(tmp_path / "meet"), answers)) for rank in range(3)]
-    for process in ranks:
-        process.start()
-    found = dict(answers.get(timeout=120) for _ in ranks)
-    for process in ranks:
-        process.join(60)
-    assert found == {rank: [tokens for _, tokens in STEPS] for rank in range(3)}
+    found = dict(answers_of_ranks(RANKS, _rank, tmp_path, 120))
+    assert found == {rank: [tokens for _, tokens in STEPS] for rank in range(RANKS)}
 
 
 def test_a_target_of_one_rank_is_left_alone() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from vllm.distributed import parallel_state
 
-from tests.unit.vllm_hooks.two_ranks import answers_of_two
+from tests.unit.vllm_hooks.rank_processes import answers_of_ranks
 from vllm_saguaro.vllm_hooks.undivided import undivided
 
 
@@ -90,7 +90,7 @@ def _rank(rank: int, meeting: str, answers: Any) -> None:
 
 
 def test_layers_of_a_draft_are_whole_in_a_divided_target(tmp_path: Path) -> None:
-    found = {rank: rest for rank, *rest in answers_of_two(_rank, tmp_path, 240)}
+    found = {rank: rest for rank, *rest in answers_of_ranks(2, _rank, tmp_path, 240)}
     random = torch.Generator().manual_seed(0)
     table, up, down = (torch.randn(shape, generator=random) for shape in ((64, 8), (16, 8), (8, 16)))
     expected = table[TOKENS] @ up.T @ down.T

@@ -1,4 +1,4 @@
-"""Two processes that meet as ranks."""
+"""Processes that meet as ranks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 
-def answers_of_two(rank: Callable[[int, str, Any], None], folder: Path, seconds: float) -> list[Any]:
-    """What `rank`(number, file to meet at, queue) has put into the queue, once in each of two new processes."""
+def answers_of_ranks(size: int, rank: Callable[[int, str, Any], None], folder: Path, seconds: float) -> list[Any]:
+    """What `rank`(number, file to meet at, queue) has put into the queue, once in each of `size` new processes."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    processes = [context.Process(target=rank, args=(number, str(folder / "meet"), answers)) for number in range(2)]
+    processes = [context.Process(target=rank, args=(number, str(folder / "meet"), answers)) for number in range(size)]
     for process in processes:
         process.start()
     found = [answers.get(timeout=seconds) for _ in processes]

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from vllm_saguaro.cores import parse_cpus
+from vllm_saguaro.config_checks import (
+    AUTO,
+    SaguaroConfigError,
+    require_amount,
+    require_choice,
+    require_cpus,
+    require_fraction,
+    require_int,
+    require_ray_options,
+    show,
+)
 
 METHOD: Final = "saguaro"
 
@@ -23,7 +31,6 @@ FAN_OUTS: Final = ("ranked", "uncalibrated", "geometric", "uniform")
 PLACEMENTS: Final = ("process", "stream", "inline", "ray")
 BACKUPS: Final = ("auto", "none", "ngram", "jit")
 DRAFT_SAMPLE_METHODS: Final = ("coupled", "probabilistic", "greedy")
-AUTO: Final = "auto"
 MAX_BRANCHES: Final = 256
 AUTO_MAX_BRANCHES: Final = 48
 """N at most where it chooses itself: beyond, a branch adds a percent of hits at most."""
@@ -49,7 +56,6 @@ OWN_KEYS: Final = (
     "trace",
     "tuned",
 )
-RAY_KEYS: Final = ("num_cpus", "num_gpus", "resources", "runtime_env", "namespace", "address")
 
 # vLLM's keys that mean for our draft what they mean for vLLM's own `draft_model`.
 VLLM_KEYS: Final = (
@@ -100,10 +106,6 @@ _POOL_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 EXAMPLE: Final = '{"method": "saguaro", "model": "DRAFT", "num_speculative_tokens": 4}'
 
 
-class SaguaroConfigError(ValueError):
-    """The user asked for something that cannot be; the message is one line that says what to write instead."""
-
-
 @dataclass(frozen=True)
 class SaguaroConfig:
     """All options of one engine, validated. It crosses processes as a plain dict (`to_dict`, `from_dict`).
@@ -135,51 +137,51 @@ class SaguaroConfig:
 
     def __post_init__(self) -> None:
         if self.branches != AUTO:
-            _require_int("branches", self.branches, 1, MAX_BRANCHES, or_else=AUTO)
+            require_int("branches", self.branches, 1, MAX_BRANCHES, or_else=AUTO)
         if self.sampling_c != AUTO:
-            _require_fraction("sampling_c", self.sampling_c)
+            require_fraction("sampling_c", self.sampling_c)
         if self.adaptive is not None and not isinstance(self.adaptive, bool):
-            raise SaguaroConfigError(f"adaptive must be true or false, not {_show(self.adaptive)}")
-        _require_int("draft_restarts", self.draft_restarts, 0, None)
-        _require_int("draft_replicas", self.draft_replicas, 1, MAX_REPLICAS)
+            raise SaguaroConfigError(f"adaptive must be true or false, not {show(self.adaptive)}")
+        require_int("draft_restarts", self.draft_restarts, 0, None)
+        require_int("draft_replicas", self.draft_replicas, 1, MAX_REPLICAS)
         if self.draft_replicas > 1 and self.placement == "inline":
             raise SaguaroConfigError(
                 f'draft_replicas is {self.draft_replicas}, but with placement "inline" the draft is the target\'s own '
                 'thread: write draft_replicas 1, or placement "process"'
             )
         if self.draft_gpu_memory is not None:
-            _require_amount("draft_gpu_memory", self.draft_gpu_memory, least=None)
-        _require_choice("draft_sample_method", self.draft_sample_method, DRAFT_SAMPLE_METHODS)
-        _require_int("num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
-        _require_int("draft_max_length", self.draft_max_length, 0, None)
-        _require_choice("fan_out", self.fan_out, FAN_OUTS)
-        _require_choice("placement", self.placement, PLACEMENTS)
-        _require_choice("backup", self.backup, BACKUPS)
+            require_amount("draft_gpu_memory", self.draft_gpu_memory, least=None)
+        require_choice("draft_sample_method", self.draft_sample_method, DRAFT_SAMPLE_METHODS)
+        require_int("num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
+        require_int("draft_max_length", self.draft_max_length, 0, None)
+        require_choice("fan_out", self.fan_out, FAN_OUTS)
+        require_choice("placement", self.placement, PLACEMENTS)
+        require_choice("backup", self.backup, BACKUPS)
         if self.trace is not None and not (isinstance(self.trace, str) and self.trace.strip()):
             raise SaguaroConfigError(
-                f'trace must be the name of a file, not {_show(self.trace)}: write for example "trace.json"'
+                f'trace must be the name of a file, not {show(self.trace)}: write for example "trace.json"'
             )
         if self.draft_cpus is not None:
-            _require_cpus(self.draft_cpus)
+            require_cpus(self.draft_cpus)
         if self.ray_options is not None:
             if self.placement != "ray":
                 raise SaguaroConfigError(
                     'ray_options go with placement "ray" alone: write "placement": "ray" too, or leave them out'
                 )
-            _require_ray_options(self.ray_options)
-        _require_int("draft_pool_engines", self.draft_pool_engines, 1, MAX_POOL_ENGINES)
+            require_ray_options(self.ray_options)
+        require_int("draft_pool_engines", self.draft_pool_engines, 1, MAX_POOL_ENGINES)
         if self.draft_pool is not None:
             self._check_pool(self.draft_pool)
         if self.tuned is not None and not (isinstance(self.tuned, str) and self.tuned.strip()):
             raise SaguaroConfigError(
-                f"tuned must be the path of a file, not {_show(self.tuned)}: write that of one that vllm-saguaro tune "
+                f"tuned must be the path of a file, not {show(self.tuned)}: write that of one that vllm-saguaro tune "
                 "wrote"
             )
 
     def _check_pool(self, pool: object) -> None:
         if not (isinstance(pool, str) and _POOL_NAME.fullmatch(pool)):
             raise SaguaroConfigError(
-                f"draft_pool must be a name of letters, digits, '-', '_' and '.', not {_show(pool)}: write for example "
+                f"draft_pool must be a name of letters, digits, '-', '_' and '.', not {show(pool)}: write for example "
                 '"drafts"'
             )
         if self.placement != "ray":
@@ -262,15 +264,15 @@ def _check_vllm_values(passed: Mapping[str, Any]) -> None:
     """The few values of vLLM's keys that this version cannot serve. The rest is vLLM's to check."""
     model = passed.get("model")
     if "model" in passed and not (isinstance(model, str) and model.strip()):
-        raise SaguaroConfigError(f"model must be the draft's folder or hub name, not {_show(model)}: write {EXAMPLE}")
+        raise SaguaroConfigError(f"model must be the draft's folder or hub name, not {show(model)}: write {EXAMPLE}")
     if "max_model_len" in passed:
-        _require_int("max_model_len", passed["max_model_len"], 1, None)
+        require_int("max_model_len", passed["max_model_len"], 1, None)
     if "enforce_eager" in passed and not isinstance(passed["enforce_eager"], bool):
-        raise SaguaroConfigError(f"enforce_eager must be true or false, not {_show(passed['enforce_eager'])}")
+        raise SaguaroConfigError(f"enforce_eager must be true or false, not {show(passed['enforce_eager'])}")
     draft_tp = passed.get("draft_tensor_parallel_size", 1)
     if draft_tp != 1 or isinstance(draft_tp, bool):
         raise SaguaroConfigError(
-            f"draft_tensor_parallel_size must be 1, not {_show(draft_tp)}: the draft runs on one rank; leave it out"
+            f"draft_tensor_parallel_size must be 1, not {show(draft_tp)}: the draft runs on one rank; leave it out"
         )
     rejection = passed.get("rejection_sample_method", "standard")
     if rejection in ("synthetic", "fly"):
@@ -281,7 +283,7 @@ def _check_vllm_values(passed: Mapping[str, Any]) -> None:
         raise SaguaroConfigError(
             'rejection_sample_method "block" is ignored by vLLM\'s CPU runner (it samples "standard"): write "standard"'
         )
-    _require_choice("rejection_sample_method", rejection, ("standard",))
+    require_choice("rejection_sample_method", rejection, ("standard",))
 
 
 def _refusal(key: object) -> str:
@@ -295,111 +297,3 @@ def _refusal(key: object) -> str:
     if near:
         return f'unknown key "{key}" in the speculative config: did you mean "{near[0]}"?'
     return f'unknown key "{key}" in the speculative config: write one of {", ".join(known)}'
-
-
-def _require_int(name: str, value: object, low: int, high: int | None, or_else: str | None = None) -> None:
-    """Whole numbers only; Python counts True as 1, a user does not. `or_else`: a word that is allowed as well."""
-    span = f"from {low} to {high}" if high is not None else f"of at least {low}"
-    span += f', or "{or_else}"' if or_else is not None else ""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise SaguaroConfigError(f"{name} must be a whole number, not {_show(value)}: write a number {span}")
-    if value < low or (high is not None and value > high):
-        raise SaguaroConfigError(f"{name} is out of range: {value}; write a number {span}")
-
-
-def _require_fraction(name: str, value: object) -> None:
-    """A number from 0 to 1, or "auto"."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise SaguaroConfigError(
-            f'{name} must be a number, not {_show(value)}: write a number from 0 to 1, or "{AUTO}"'
-        )
-    if not 0 <= value <= 1:
-        raise SaguaroConfigError(f'{name} is out of range: {value}; write a number from 0 to 1, or "{AUTO}"')
-
-
-def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """One of a few words; a near miss is named."""
-    if isinstance(value, str) and value in choices:
-        return
-    advice = " or ".join(f'"{choice}"' for choice in choices)
-    near = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) and len(choices) > 1 else []
-    hint = f' (did you mean "{near[0]}"?)' if near else ""
-    raise SaguaroConfigError(f"{name}: {_show(value)} is not a known value{hint}: write {advice}")
-
-
-def _require_cpus(value: object) -> None:
-    """A list of cores that `cores.parse_cpus` reads. Whether the machine has them is `plan_cores`' question."""
-    if not isinstance(value, str):
-        raise SaguaroConfigError(f'draft_cpus must be a string, not {_show(value)}: write for example "3" or "2-3,6"')
-    try:
-        parse_cpus(value)
-    except ValueError as error:
-        raise SaguaroConfigError(f"draft_cpus: {error}") from None
-
-
-def _require_ray_options(options: object) -> None:
-    """Ray's own options for an actor, as far as they pass through. What a cluster has of them is Ray's to say."""
-    if not isinstance(options, Mapping):
-        raise SaguaroConfigError(
-            f'ray_options must be an object, not {_show(options)}: write for example {{"num_cpus": 4}}'
-        )
-    for key, value in options.items():
-        name = f"ray_options.{key}"
-        if key == "num_cpus":
-            _require_int(name, value, 1, None)
-        elif key == "num_gpus":
-            _require_amount(name, value, least=0)
-        elif key == "resources":
-            if not isinstance(value, Mapping) or not all(isinstance(resource, str) for resource in value):
-                raise SaguaroConfigError(
-                    f"{name} must be an object of names and amounts, not {_show(value)}: write for example "
-                    '{"draft_node": 1}'
-                )
-            for resource, amount in value.items():
-                if resource in ("CPU", "GPU"):
-                    raise SaguaroConfigError(f"{name}: {resource} has a key of its own: write num_{resource.lower()}s")
-                _require_amount(f"{name}.{resource}", amount, least=None)
-        elif key == "runtime_env":
-            _require_runtime_env(name, value)
-        elif key in ("namespace", "address"):
-            if not (isinstance(value, str) and value.strip()):
-                raise SaguaroConfigError(f"{name} must be a string, not {_show(value)}: leave it out, or write one")
-            if key == "address" and value.startswith("ray://"):
-                raise SaguaroConfigError(
-                    f"{name} {_show(value)} is that of a Ray client server, which cannot place a draft beside this "
-                    'process: write "auto", or HOST:PORT of the cluster\'s head'
-                )
-        else:
-            near = difflib.get_close_matches(str(key), RAY_KEYS, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else f"write one of {', '.join(RAY_KEYS)}"
-            raise SaguaroConfigError(f'unknown key "{key}" in ray_options: {hint}')
-
-
-def _require_amount(name: str, value: object, least: int | None) -> None:
-    """How much of a resource: of at least `least`, or (None) more than nothing."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise SaguaroConfigError(f"{name} must be a number, not {_show(value)}: write how many, like 1 or 0.5")
-    fits = value > 0 if least is None else value >= least
-    if not (fits and value < math.inf):
-        span = "a number above 0" if least is None else f"a number of at least {least}"
-        raise SaguaroConfigError(f"{name} is out of range: {value}; write {span}")
-
-
-def _require_runtime_env(name: str, value: object) -> None:
-    """It crosses to other processes as JSON, and Ray checks what is in it."""
-    try:
-        if not isinstance(value, Mapping):
-            raise TypeError
-        json.dumps(dict(value))
-    except (TypeError, ValueError):
-        raise SaguaroConfigError(
-            f"{name} must be an object of plain values, not {_show(value)}: write for example "
-            '{"env_vars": {"NAME": "value"}}'
-        ) from None
-
-
-def _show(value: object) -> str:
-    """A value as the user would write it, on one line and not without end."""
-    text = f'"{value}"' if isinstance(value, str) else repr(value)
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -13,7 +13,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT: dict[str, set[str]] = {
     "messages": set(),
     "cores": set(),
-    "config": {"cores"},
+    "config_checks": {"cores"},
+    "config": {"config_checks"},
     "tuned": {"config", "algorithm"},
     "counters": {"messages"},
     "algorithm": {"messages"},
@@ -33,7 +34,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """What each room may import beside itself; `vllm_hooks`, `cli`, `benchmark` and `tuning` may import
 everything."""
-LIGHT = ("__init__.py", "config.py", "device_options.py", "cores.py", "messages.py", "counters.py", "trace_file.py")
+LIGHT = (
+    "__init__.py",
+    "config.py",
+    "config_checks.py",
+    "device_options.py",
+    "cores.py",
+    "messages.py",
+    "counters.py",
+    "trace_file.py",
+)
 UNPICKLING = (
     "pickle",
     "_pickle",

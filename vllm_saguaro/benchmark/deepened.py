@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from pathlib import Path
 
@@ -31,8 +30,3 @@ def deepened(source: Path, layers: int | None) -> Path:
             if not (folder / "config.json").is_file():
                 raise
     return folder
-
-
-def layers_of(model: Path) -> int:
-    """How many layers a folder's model has, by its own word."""
-    return int(json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"])

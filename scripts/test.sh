@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv if it is missing, installs what is needed, then runs every check: style, format, types, all tests.
-#   scripts/test.sh            everything
+# Makes .venv if it is missing, installs what is needed, then runs every check: style, format, types, all tests but
+# those marked long.
+#   scripts/test.sh            everything: the slow tests, which wait much, beside the quick ones
 #   scripts/test.sh --fast     without the tests marked slow
 #   scripts/test.sh -k cache   what follows goes to pytest
 set -euo pipefail
@@ -8,15 +9,22 @@ cd "$(dirname "$0")/.."
 scripts/install.sh
 export PATH="$PWD/.venv/bin:$PATH"
 
-selection=()
-if [ "${1:-}" = --fast ]; then
-  selection=(-m "not slow")
-  shift
-fi
-
 run() { echo "== $*" >&2; "$@"; }
 run ruff check .
 run ruff format --check .
 run mypy
 # "python -m" puts the project's root on the path, where the tests find scripts/.
-run python -m pytest "${selection[@]}" "$@"
+if [ "${1:-}" = --fast ]; then
+  shift
+  run python -m pytest -m "not slow and not long" "$@"
+elif [ $# -gt 0 ]; then
+  run python -m pytest "$@"
+else
+  # Engines that load and drafts that come back leave cores idle. The quick tests take those, and no more.
+  (run python -m pytest -m "slow and not long" 2>&1 | sed -u "s/^/slow:  /") &
+  slow=$!
+  quick=0
+  (run nice -n 3 python -m pytest -m "not slow and not long" 2>&1 | sed -u "s/^/quick: /") || quick=$?
+  wait "$slow"
+  exit "$quick"
+fi

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.e2e.harness import Json, prompts, text_of, tokenize
 
-HELD_OUT, TOKENS = 24, 96
+HELD_OUT, TOKENS = 12, 96
 SAMPLED_PROMPT = "    def __init__(self, "
 SAMPLES, SAMPLED_TOKENS = 1024, 3
 VARIANTS: dict[str, Json] = {

@@ -52,7 +52,14 @@ def test_serve_with_a_missing_folder(target: Path) -> None:
     assert line.startswith("vllm_saguaro: the draft folder does not exist: ./no/such/draft; write")
 
 
-@pytest.mark.parametrize("command", [("serve",), ("bench", "latency", "--model"), ("bench", "throughput", "--model")])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("serve",),
+        pytest.param(("bench", "latency", "--model"), marks=pytest.mark.long),
+        pytest.param(("bench", "throughput", "--model"), marks=pytest.mark.long),
+    ],
+)
 def test_the_bare_word_where_no_draft_is_known(target: Path, command: tuple[str, ...]) -> None:
     lengths = ("--input-len", "8", "--output-len", "8") if command[0] == "bench" else ()
     done = vllm(*command, target, "--speculative-config", "saguaro", *lengths)

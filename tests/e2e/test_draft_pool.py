@@ -27,7 +27,7 @@ from tests.e2e.harness import (
 from tests.e2e.ray_nodes import ray_environment, ray_nodes
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]
 
 SCENARIO = plans.greedy(8, count=8)
 NAME = SCENARIO["name"]

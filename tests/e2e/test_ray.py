@@ -58,15 +58,19 @@ CARE = {"first_back_off": 0.2, "longest_back_off": 0.4, "good_life": 0.5, "hang"
 
 
 @pytest.fixture(scope="module")
-def local() -> Iterator[EngineRun]:
+def local() -> EngineRun:
     """An engine with a Ray of its own. The actor is killed, and then hangs, before the first step of a scenario."""
+    memory, before = shared_memory(), folders()
     faults = [plans.with_events(fault, (0, fault), (12, "await_draft")) for fault in FAULTS]
     spec = {"options": BASE | saguaro(placement="ray"), "scenarios": [SCENARIO, *faults], "care": CARE}
     with engines([spec]) as group:
         run = group.read_engine()
         assert group.process.wait(60) == 0
         assert all(is_gone_within(pid, 5) for pid in run.answer["draft_pids"])
-        yield run
+    # A Ray of our own leaves nothing.
+    assert folders() == before
+    assert shared_memory() <= memory
+    return run
 
 
 def test_the_text_is_the_plain_one(local: EngineRun, plain: EngineRun) -> None:
@@ -81,16 +85,6 @@ def test_an_actor_that_ends_or_hangs_costs_no_request_and_another_one_is_started
 ) -> None:
     assert_same_texts(local[fault], plain["eight at once"])
     assert local[fault].metrics["vllm:saguaro_draft_restarts"] == 1
-
-
-def test_a_ray_of_our_own_leaves_nothing() -> None:
-    memory, before = shared_memory(), folders()
-    with engines([{"options": BASE | saguaro(placement="ray"), "scenarios": [plans.several_outputs()]}]) as group:
-        run = group.read_engine()
-        assert is_gone_within(run.answer["draft_pid"], 5)
-        assert folders() == before
-        assert group.process.wait(60) == 0
-    assert shared_memory() <= memory
 
 
 def test_killing_the_engine_ends_the_actor_and_ray() -> None:

@@ -124,7 +124,10 @@ def serve(how: signal.Signals, folder: Path) -> Served:
     return Served(list(texts), list(pieces), metrics, status, took, processes, left, new, log.read_text())
 
 
-@pytest.fixture(scope="module", params=[signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+ENDS = [pytest.param(signal.SIGINT, id="SIGINT"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long)]
+
+
+@pytest.fixture(scope="module", params=ENDS)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Served:
     return serve(request.param, tmp_path_factory.mktemp("server"))
 

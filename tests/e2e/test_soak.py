@@ -8,7 +8,7 @@ import pytest
 
 from tests.e2e.harness import Json, run_script
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]
 
 REQUESTS = 150
 FAULTS = ("--kills", "2", "--faults", "slow=1")

@@ -1,0 +1,124 @@
+"""Small random models of other families, by configuration: each can be a target, and its own draft."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.harness import TARGET
+
+VOCABULARY = 4096
+WINDOW = 32
+"""Tokens that a sliding layer looks back: fewer than the texts are long."""
+SPREAD = 0.2
+"""Of the weights: far from uniform logits, so that a wrong entry of the KV shows in what is likeliest."""
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 1024,
+    "initializer_range": SPREAD,
+}
+_TWO_KV_HEADS = {"num_key_value_heads": 2, "head_dim": 64}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+
+
+def _llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**_SHAPE, **_TWO_KV_HEADS))
+
+
+def _sliding() -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return MistralForCausalLM(MistralConfig(**_SHAPE, **_TWO_KV_HEADS, sliding_window=WINDOW))
+
+
+def _sliding_and_full() -> Any:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["sliding_attention", "full_attention"] * 2
+    more = {"num_key_value_heads": 1, "head_dim": 64, "sliding_window": WINDOW, "layer_types": kinds}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**_SHAPE, **more, query_pre_attn_scalar=64))
+
+
+def _sliding_with_sinks() -> Any:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    kinds = ["sliding_attention", "full_attention"] * 2
+    more = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": WINDOW, "layer_types": kinds}
+    return GptOssForCausalLM(GptOssConfig(**_SHAPE, **_TWO_KV_HEADS, **more))
+
+
+def _experts() -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SHAPE, **_TWO_KV_HEADS, **_EXPERTS))
+
+
+def _latent() -> Any:
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    ranks = {"kv_lora_rank": 64, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+    more = {"num_key_value_heads": 2, "first_k_dense_replace": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    return DeepseekV2ForCausalLM(DeepseekV2Config(**_SHAPE, **ranks, **more))
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": _llama,
+    "sliding": _sliding,
+    "sliding and full": _sliding_and_full,
+    "sliding with sinks": _sliding_with_sinks,
+    "experts": _experts,
+    "latent": _latent,
+}
+
+
+def make(family: str, folder: Path) -> Path:
+    """Write a model of this family into `folder`, with the pair's tokenizer, and return it."""
+    import torch
+
+    torch.manual_seed(0)
+    FAMILIES[family]().float().eval().save_pretrained(folder)
+    for path in TARGET.glob("tokenizer*.json"):
+        shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+def quantise(folder: Path, into: Path) -> Path:
+    """Write the Llama of `folder` with 8-bit weights and activations (W8A8, compressed-tensors), and return it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, into)
+    weights: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if ".layers." not in name or not name.endswith("proj.weight"):
+            weights[name] = weight
+            continue
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        weights[name] = (weight / scale).round().to(torch.int8)
+        weights[name.removesuffix("weight") + "weight_scale"] = scale
+    save_file(weights, into / "model.safetensors", metadata={"format": "pt"})
+    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": eight_bits | {"strategy": "channel", "dynamic": False},
+        "input_activations": eight_bits | {"strategy": "token", "dynamic": True},
+    }
+    config = json.loads((into / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
+    (into / "config.json").write_text(json.dumps(config))
+    return into

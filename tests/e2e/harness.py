@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from scripts.soaking import processes
+
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "assets" / "pair" / "target"
 DRAFT = TARGET / "draft"
@@ -263,4 +265,5 @@ def is_gone_within(pid: int, seconds: float) -> bool:
 
 
 def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+    """What is left in shared memory by processes that are no more: other tests may run beside these."""
+    return processes.without_owner(processes.shared_memory())

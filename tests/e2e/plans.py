@@ -11,7 +11,6 @@ SAMPLED_PROMPT = "    def __init__(self, "
 SAMPLES, SAMPLED_TOKENS = 1024, 3
 VARIANTS: dict[str, Json] = {
     "T=0.8": {"temperature": 0.8},
-    "T=1.2": {"temperature": 1.2},
     "T=0.8, top_k=20": {"temperature": 0.8, "top_k": 20},
     "T=1.2, top_p=0.9": {"temperature": 1.2, "top_p": 0.9},
 }

@@ -227,7 +227,10 @@ COMPILED = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("explicit", [True, False], ids=["warmed up", "warms itself up"])
+@pytest.mark.parametrize(
+    "explicit",
+    [pytest.param(True, id="warmed up", marks=pytest.mark.long), pytest.param(False, id="warms itself up")],
+)
 def test_compiled_with_a_first_forward_of_one_token(
     oracle: LlamaForCausalLM, llama_folder: Path, explicit: bool
 ) -> None:

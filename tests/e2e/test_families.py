@@ -11,7 +11,7 @@ from tests.e2e import plans
 from tests.e2e.families import FAMILIES, make, quantise
 from tests.e2e.harness import BASE, Json, Scenario, assert_same_texts, run_engines, saguaro
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.long]
 
 # The synchronous twin: every table is whole, so what is drafted depends on the draft's KV alone.
 TWIN: Json = {"placement": "inline", "branches": 12, "backup": "none", "draft_sample_method": "greedy"}

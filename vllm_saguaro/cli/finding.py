@@ -34,9 +34,9 @@ class Finding:
         return asdict(self)
 
 
-def ok(subject: str, text: str) -> Finding:
-    """All is well."""
-    return Finding(Level.OK, subject, text)
+def ok(subject: str, text: str, advice: str = "") -> Finding:
+    """All is well; `advice` is for who wants something else."""
+    return Finding(Level.OK, subject, text, advice)
 
 
 def warning(subject: str, text: str, advice: str) -> Finding:

@@ -57,6 +57,6 @@ folder.mkdir(exist_ok=True)
 (folder / "INSTALLER").write_text("vllm_saguaro\n")
 (folder / "RECORD").write_text("".join(f"vllm-{version}.dist-info/{n},,\n" for n in ("METADATA", "INSTALLER", "RECORD")))
 PY
-python -m pip install --quiet --editable ".[dev,ray]"
+python -m pip install --quiet --editable ".[dev,ray,docs]"
 rm -f .venv/.installed-*; touch "$stamp"
 echo "all is in .venv: source .venv/bin/activate, then vllm-saguaro --help" >&2

@@ -8,11 +8,12 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from vllm_saguaro import cores
 from vllm_saguaro.cli import installation
 from vllm_saguaro.cli.finding import Finding, Level, as_text, error, ok, refused, warning
+from vllm_saguaro.cli.placements import Host, RayHere, placements
 from vllm_saguaro.cli.usage import UsageError
 
 EXAMPLES = """examples:
@@ -65,22 +66,14 @@ def examine(target: str | None, draft: str | None, words: list[str]) -> list[Fin
         return [*findings, installation.plan_now()]
     about, host = vllm_itself()
     findings += about
-    bad = any(finding.level is Level.ERROR for finding in findings)
     if host is None:
         return [*findings, installation.plan_now()]
-    findings += installation.gpus(host.on_cpu)
-    if target is None or bad:
+    findings += installation.gpus(None if host.on_cpu else host.gpus)
+    place = placement(host)
+    if target is None or any(finding.level is Level.ERROR for finding in (*findings, place)):
         plan = [] if host.on_v2 else [installation.plan_now()]  # by default a draft has no cores of its own there
-        return [*findings, *plan, *placements(host)]
-    return [*findings, *placements(host), *pair(target, draft, words)]
-
-
-@dataclass(frozen=True)
-class Host:
-    """What vLLM would run on: the CPU or CUDA, with model runner V1 or V2."""
-
-    on_cpu: bool
-    on_v2: bool
+        return [*findings, *plan, place]
+    return [*findings, place, *pair(target, draft, words)]
 
 
 def vllm_itself() -> tuple[list[Finding], Host | None]:
@@ -122,7 +115,9 @@ def platform() -> tuple[Host, Finding]:
 
     from vllm_saguaro.vllm_hooks import compatibility
 
-    host = Host(on_cpu=current_platform.is_cpu(), on_v2=compatibility.check_platform() is compatibility.Runner.V2)
+    on_cpu = current_platform.is_cpu()
+    on_v2 = compatibility.check_platform() is compatibility.Runner.V2
+    host = Host(on_cpu, on_v2, gpus=0 if on_cpu else current_platform.device_count())
     if not host.on_v2:
         return host, ok("platform", "vLLM's CPU backend, model runner V1")
     where = "vLLM's CPU backend" if host.on_cpu else "CUDA"
@@ -133,20 +128,18 @@ def platform() -> tuple[Host, Finding]:
     )
 
 
-def placements(host: Host) -> list[Finding]:
-    """Where a draft could run."""
+def placement(host: Host) -> Finding:
+    """Where a draft could run, on the machine as it is."""
     from vllm_saguaro.config import SaguaroConfigError
     from vllm_saguaro.vllm_hooks import compatibility
 
-    if not host.on_v2:
-        local = "process, inline"
-    else:
-        local = "stream, process" if host.on_cpu else "stream, process (on a second GPU)"
     try:
         compatibility.check_placement("ray")
-        return [ok("placement", f"{local}, ray (Ray {installation.version_of('ray')})")]
-    except SaguaroConfigError as problem:
-        return [ok("placement", f"{local}; not ray: {problem}")]
+        problem = ""
+    except SaguaroConfigError as refusal:
+        problem = str(refusal)
+    ray = RayHere(installation.version_of("ray"), problem)
+    return placements(host, len(cores.one_cpu_a_core(cores.allowed_cpus())), ray)
 
 
 def pair(target: str, draft: str | None, words: list[str]) -> list[Finding]:

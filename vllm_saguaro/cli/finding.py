@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
+
+_COLON: Final = re.compile(r'(?<!"): |(?<="): (?!["{\[\d]|true|false)')
+"""Not the one between a key and its value, in what a user is to write."""
 
 
 class Level(StrEnum):
@@ -30,9 +34,9 @@ class Finding:
         return asdict(self)
 
 
-def ok(subject: str, text: str) -> Finding:
-    """All is well."""
-    return Finding(Level.OK, subject, text)
+def ok(subject: str, text: str, advice: str = "") -> Finding:
+    """All is well; `advice` is for who wants something else."""
+    return Finding(Level.OK, subject, text, advice)
 
 
 def warning(subject: str, text: str, advice: str) -> Finding:
@@ -48,8 +52,11 @@ def error(subject: str, text: str, advice: str) -> Finding:
 def refused(subject: str, message: str) -> Finding:
     """An error from one of our own checks: its one line says what is wrong and, after the last ": " or "; ", what to
     write instead."""
-    wrong, _, advice = message.rpartition(": ") if ": " in message else message.rpartition("; ")
-    return error(subject, wrong or message, advice if wrong else "")
+    colons = list(_COLON.finditer(message))
+    if not colons:
+        wrong, _, advice = message.rpartition("; ")
+        return error(subject, wrong or message, advice if wrong else "")
+    return error(subject, message[: colons[-1].start()], message[colons[-1].end() :])
 
 
 def as_text(findings: Sequence[Finding]) -> str:

@@ -90,13 +90,16 @@ def plan_of(plan: CorePlan) -> Finding:
     return ok("cores", plan.describe())
 
 
-def gpus(on_cpu: bool, device_folder: Path = Path("/dev")) -> list[Finding]:
-    """NVIDIA GPUs; nothing where there are none. `on_cpu`: this vLLM is one for the CPU, and leaves them alone."""
-    count = sum(path.name[6:].isdecimal() for path in device_folder.glob("nvidia[0-9]*"))
+def gpus(visible: int | None, device_folder: Path = Path("/dev")) -> list[Finding]:
+    """NVIDIA GPUs; nothing where there are none. `visible`: to vLLM; None: it is one for the CPU, and leaves them
+    alone."""
+    count = max(sum(path.name[6:].isdecimal() for path in device_folder.glob("nvidia[0-9]*")), visible or 0)
     if not count:
         return []
-    unused = ", not used: this vLLM computes on the CPU" if on_cpu else ""
-    return [ok("gpus", f"{count} NVIDIA GPU{'s' * (count > 1)} here{unused}")]
+    here = f"{count} NVIDIA GPU{'s' * (count > 1)} here"
+    if visible is None:
+        return [ok("gpus", f"{here}, not used: this vLLM computes on the CPU")]
+    return [ok("gpus", here if visible == count else f"{here}, {visible} visible to this process")]
 
 
 def memory_available(

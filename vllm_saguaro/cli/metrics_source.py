@@ -37,7 +37,7 @@ def fetch(url: str) -> Snapshot:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
             return Snapshot(answer.read().decode("utf-8", "replace"))
     except urllib.error.HTTPError as error:
-        raise NoAnswer(f"{url} answers {error.code} {error.reason}") from error
+        raise NoAnswer(f"{url} answers {error.code} {error.reason}: is that a vLLM server?") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         said = " ".join(str(getattr(error, "reason", error)).split())[:200]  # it may hold what was sent, line ends too
         raise NoAnswer(f"{url} does not answer ({said or type(error).__name__}): does the server run?") from error

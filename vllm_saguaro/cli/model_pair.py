@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 from vllm_saguaro.cli import installation
-from vllm_saguaro.cli.finding import Finding, error, ok, warning
+from vllm_saguaro.cli.finding import Finding, error, ok, refused, warning
 from vllm_saguaro.cli.weights import WeightsError, read_weights
+from vllm_saguaro.config import SaguaroConfigError
 from vllm_saguaro.drafting.buckets import branches_for, default_branches
 from vllm_saguaro.drafting.loop import MAX_ROWS_A_TREE
 from vllm_saguaro.drafting.pace import Pace
@@ -23,6 +25,7 @@ def findings_of(start: DryRun) -> list[Finding]:
         models(start),
         vocabulary(start),
         *([installation.plan_of(start.plan)] if start.plan is not None else []),
+        *gpu(start),
         *([warning("type", start.slow_type, "start with --dtype float32")] if start.slow_type else []),
         *memory(start),
         kv_cache(start),
@@ -59,6 +62,28 @@ def vocabulary(start: DryRun) -> Finding:
         f"{sizes} fit, but there is no tokenizer.json of {lacking} on this machine to compare",
         "be sure that the draft is of the target's family: another vocabulary of the same size would never be accepted",
     )
+
+
+def gpu(start: DryRun) -> list[Finding]:
+    """Whether the target leaves a GPU to a draft that computes on one of its own."""
+    if start.gpu_memory is None or start.config.placement == "stream" or start.gpus > start.ranks:
+        return []
+    from vllm_saguaro.vllm_hooks.process_draft import free_gpus
+    from vllm_saguaro.vllm_hooks.ray_draft import check_cluster
+
+    if start.config.placement == "ray" and check_cluster(start.config) is not None:
+        return [
+            warning(
+                "gpus",
+                f"the target takes all {start.gpus} that this process sees",
+                "be sure that Ray has another one of this machine, and takes none of these for free",
+            )
+        ]
+    try:
+        free_gpus(os.environ, start.gpus, range(start.ranks), start.config.placement)
+    except SaguaroConfigError as problem:
+        return [refused("gpus", str(problem))]
+    return []
 
 
 def memory(start: DryRun) -> list[Finding]:

@@ -26,7 +26,8 @@ class DryRun:
     its vocabulary could be read for the comparison. `kv_bytes` is the target's KV cache where its size was given; else
     vLLM takes the share `memory_share` of all memory for weights and KV, and must find it free. `ignored` are words of
     the command line that vLLM's engine does not know: the server's. `ranks`: of the target.
-    `gpu_memory` is all that the target's GPU has; None where the target computes on the CPU.
+    `gpu_memory` is all that the target's GPU has; None where the target computes on the CPU. `gpus`: all that
+    are visible.
     """
 
     config: SaguaroConfig
@@ -52,6 +53,7 @@ class DryRun:
     slow_type: str | None
     ignored: tuple[str, ...]
     gpu_memory: int | None = None
+    gpus: int = 0
     ranks: int = 1
 
 
@@ -151,6 +153,7 @@ def _what_is_known(whole: Any, ignored: tuple[str, ...]) -> DryRun:
         slow_type=slow_type(target.dtype),
         ignored=ignored,
         gpu_memory=gpu_memory,
+        gpus=0 if gpu_memory is None else current_platform.device_count(),
         ranks=whole.parallel_config.world_size,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -24,7 +24,7 @@ from vllm_saguaro.placement.process import ProcessChannel
 from vllm_saguaro.placement.ray_channel import RayChannel
 from vllm_saguaro.placement.restarting import RestartingChannel
 from vllm_saguaro.vllm_hooks.draft_options import draft_options, mailbox_shape
-from vllm_saguaro.vllm_hooks.ray_draft import MODULE, ray_draft
+from vllm_saguaro.vllm_hooks.ray_draft import MODULE, check_cluster, ray_draft
 
 if TYPE_CHECKING:
     from vllm_saguaro.counters import CounterPage
@@ -83,8 +83,10 @@ def _environment(config: SaguaroConfig, cpus: Sequence[int], device: torch.devic
     environment = cores.draft_environment(dict(os.environ), cpus or [0])
     # The draft has no runner; where Triton is missing vLLM would refuse.
     environment.pop("VLLM_USE_V2_MODEL_RUNNER", None)
-    if device.type == "cuda" and config.placement != "ray":  # Ray gives its actor a GPU itself
-        environment["CUDA_VISIBLE_DEVICES"] = own_gpu(os.environ, torch.cuda.device_count(), _targets(device))
+    # A Ray of our own would give its actor the target's: it knows of no target. That of a cluster runs already.
+    if device.type == "cuda" and (config.placement != "ray" or check_cluster(config) is None):
+        free = free_gpus(os.environ, torch.cuda.device_count(), _targets(device), config.placement)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(free) if config.placement == "ray" else free[0]
     return environment
 
 
@@ -96,19 +98,22 @@ def _targets(device: torch.device) -> Sequence[int]:
     return [current_platform.logical_device_id_to_visible_device_id(rank) for rank in range(ranks)]
 
 
-def own_gpu(environment: Mapping[str, str], count: int, targets: Sequence[int]) -> str:
-    """The draft's `CUDA_VISIBLE_DEVICES`: the first of `count` visible GPUs that is none of the `targets`.
+def free_gpus(
+    environment: Mapping[str, str], count: int, targets: Collection[int], placement: str = "process"
+) -> list[str]:
+    """Of `count` visible GPUs those that are none of the `targets`, as `CUDA_VISIBLE_DEVICES` names them.
 
-    Raises `SaguaroConfigError` where there is no other.
+    Raises `SaguaroConfigError` where there are none.
     """
     others = [index for index in range(count) if index not in targets]
     if not others:
         raise SaguaroConfigError(
-            f'placement "process" needs a GPU beside the target\'s {len(targets)}, and this process sees {count}: make '
-            'another one visible (CUDA_VISIBLE_DEVICES), or write "placement": "stream"'
+            f'placement "{placement}" needs a GPU beside the target\'s {len(targets)}, and this process sees {count}: '
+            'make another one visible (CUDA_VISIBLE_DEVICES), or write "placement": "stream"'
         )
     visible = environment.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[others[0]].strip() if visible else str(others[0])
+    names = visible.split(",") if visible else list(map(str, range(count)))
+    return [names[index].strip() for index in others]
 
 
 def _with_gpu(config: SaguaroConfig, device: torch.device) -> SaguaroConfig:

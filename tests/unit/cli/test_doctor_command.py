@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from vllm_saguaro import cores
 from vllm_saguaro.cli import doctor_command, installation
 from vllm_saguaro.cli.finding import Finding, Level, error, ok, warning
 from vllm_saguaro.cli.main import main
@@ -81,17 +82,20 @@ def test_the_committed_pair_will_run(monkeypatch: pytest.MonkeyPatch, capsys: py
     }
 
 
-@pytest.mark.parametrize(
-    ("host", "said"),
-    [
-        (doctor_command.Host(on_cpu=True, on_v2=False), "process, inline"),
-        (doctor_command.Host(on_cpu=True, on_v2=True), "stream, process"),
-        (doctor_command.Host(on_cpu=False, on_v2=True), "stream, process (on a second GPU)"),
-    ],
-)
-def test_the_placements_are_those_of_the_runner(host: doctor_command.Host, said: str) -> None:
-    (found,) = doctor_command.placements(host)
-    assert found.text.startswith((f"{said}, ray", f"{said}; not ray"))
+def test_the_placements_are_those_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = doctor_command.Host(on_cpu=True, on_v2=False)
+    monkeypatch.setattr(cores, "allowed_cpus", lambda: (0,))
+    assert "process (on the target's only core)" in doctor_command.placement(host).text
+    monkeypatch.setattr(cores, "one_cpu_a_core", lambda cpus: (0, 1))
+    assert doctor_command.placement(host).text.startswith(("process, inline, ray (Ray", "process, inline; not ray ("))
+
+
+def test_without_a_gpu_a_pair_for_cuda_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = doctor_command.Host(on_cpu=False, on_v2=True, gpus=0)
+    monkeypatch.setattr(doctor_command, "vllm_itself", lambda: ([], host))
+    monkeypatch.setattr(doctor_command, "pair", lambda *_: pytest.fail("it cannot start"))
+    found = {finding.subject: finding for finding in doctor_command.examine("t", None, [])}
+    assert found["placement"].level is Level.ERROR
 
 
 def test_that_no_gpu_has_run_it_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

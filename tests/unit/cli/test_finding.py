@@ -19,5 +19,12 @@ def test_the_advice_of_a_refusal_is_what_follows_its_last_colon() -> None:
         'placement "ray" needs Ray (not here)',
         "pip install it",
     )
+    found = refused("start", 'placement "ray" needs Ray: pip install it, or write "placement": "process"')
+    assert (found.text, found.advice) == (
+        'placement "ray" needs Ray',
+        'pip install it, or write "placement": "process"',
+    )
+    assert refused("start", 'this is "xpu": write another').advice == "write another"
+    assert refused("start", 'not "": write {"branches": 4, "adaptive": true}').text == 'not ""'
     assert refused("start", "they do not match; choose another").advice == "choose another"
     assert refused("start", "it is so").text == "it is so"

@@ -61,13 +61,20 @@ def test_planning_leaves_the_environment_as_it_is(monkeypatch: pytest.MonkeyPatc
 
 
 def test_gpus_are_counted_by_their_devices(tmp_path: Path) -> None:
-    assert installation.gpus(True, tmp_path) == []
+    assert installation.gpus(None, tmp_path) == installation.gpus(0, tmp_path) == []
     for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    (found,) = installation.gpus(True, tmp_path)
+    (found,) = installation.gpus(None, tmp_path)
     assert found.text.startswith("2 NVIDIA GPUs here, not used")
-    (found,) = installation.gpus(False, tmp_path)
+    (found,) = installation.gpus(2, tmp_path)
     assert found.text == "2 NVIDIA GPUs here"
+    (found,) = installation.gpus(1, tmp_path)
+    assert found.text == "2 NVIDIA GPUs here, 1 visible to this process"
+
+
+def test_gpus_without_devices_are_those_that_vllm_sees(tmp_path: Path) -> None:
+    (found,) = installation.gpus(1, tmp_path)
+    assert found.text == "1 NVIDIA GPU here"
 
 
 def test_memory_is_that_of_the_container_where_there_is_one(tmp_path: Path) -> None:

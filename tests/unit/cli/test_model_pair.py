@@ -146,3 +146,28 @@ def test_the_drafts_kv_is_what_its_placement_gives_it() -> None:
     assert kv(80 * GIB, placement="stream", draft_gpu_memory=1.5) == 3 * GIB // 2
     assert kv(80 * GIB, placement="stream") == 8 * GIB
     assert 0 < kv(80 * GIB, placement="stream", slots=1) < GIB
+
+
+ON_CUDA = {"gpu_memory": 80 * GIB, "plan": None}
+
+
+@pytest.mark.parametrize(
+    ("gpus", "ranks", "config", "level"),
+    [
+        (1, 1, SaguaroConfig(placement="stream"), None),
+        (1, 1, SaguaroConfig(), Level.ERROR),
+        (2, 1, SaguaroConfig(), None),
+        (2, 2, SaguaroConfig(), Level.ERROR),
+        (4, 2, SaguaroConfig(), None),
+        (4, 4, SaguaroConfig(placement="ray"), Level.ERROR),
+        (4, 4, SaguaroConfig(placement="ray", ray_options={"address": "auto"}), Level.WARNING),
+    ],
+)
+def test_a_draft_on_a_gpu_of_its_own_needs_one_that_the_target_leaves(
+    gpus: int, ranks: int, config: SaguaroConfig, level: Level | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weigh(monkeypatch, GIB)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    found = levels(**ON_CUDA, gpus=gpus, ranks=ranks, config=config)
+    assert found.get("gpus") is level
+    assert found["models"] is Level.OK

@@ -14,19 +14,20 @@ NOT_FOR_USERS = {
     "drafting": "contracts between functions",
     "kernels": "contracts between functions",
     "simulation": "of a command, which says what to write instead",
-    "tuning": "of a command, which says what to write instead",
-    "cli": "of a command, which says what to write instead",
     "benchmark": "of a command, which says what to write instead",
 }
-"""Rooms whose errors no engine shows."""
+"""Rooms whose errors are not on the page."""
 INTERNAL = ("WireError", "FrameError", "LayoutError", "TargetGone", "Stranger", "Ended", "IndexError")
 """Kinds of errors that are caught by us: what was wrong with bytes that crossed, how the other side ended."""
-CONTRACTS = ("placement/layout.py", "placement/sharded.py", "policy.py")
+CONTRACTS = ("placement/layout.py", "placement/sharded.py", "policy.py", "tuning/candidates.py")
 """Files whose ValueErrors are contracts between functions: the configuration has been checked before."""
 LEAST_LITERAL = 12
 """Characters of a message that do not depend on values; with fewer a pattern would fit almost anything."""
 
 _PERCENT = re.compile(r"%[-+.0-9]*[a-z]")
+_FIELD = re.compile(r"\{\w+\}")
+_FRAME = re.compile(r"(?:[a-z-]+: )*\0")
+"""A text that was made elsewhere, and is found there; the command, or its option, may stand before it."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Message:
 
 
 def messages_of(package: Path) -> Iterator[Message]:
-    """Of every raise, and of every warning and error in the log."""
+    """Of every raise, of every warning and error in the log, and of all that is printed as an error."""
     for path in sorted(package.rglob("*.py")):
         where = path.relative_to(package)
         if where.parts[0].removesuffix(".py") not in NOT_FOR_USERS:
@@ -72,10 +73,12 @@ def messages_in(source: str, where: str) -> Iterator[Message]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS:
             logs = ast.unparse(node.func.value).lower().endswith(("logger", "_log", "log"))
             texts = [_PERCENT.sub("\0", text) for text in _texts(node.args[0], {})] if logs else []
+        elif isinstance(node, ast.Call) and _prints_an_error(node):
+            texts = _texts(node.args[0], {})
         else:
             continue
         for text in texts:
-            if text != "\0":  # a text that was made elsewhere, and is found there
+            if not _FRAME.fullmatch(text):
                 yield _message(f"{where}:{node.lineno}", text)
 
 
@@ -85,9 +88,14 @@ def texts_of(package: Path) -> Iterator[Message]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant | ast.JoinedStr):
                 for text in _texts(node, {}):
-                    text = _PERCENT.sub("\0", text)
+                    text = _FIELD.sub("\0", _PERCENT.sub("\0", text))
                     if len(text.replace("\0", "")) >= 2 * LEAST_LITERAL:
                         yield _message(f"{path.name}:{node.lineno}", text)
+
+
+def _prints_an_error(call: ast.Call) -> bool:
+    to = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "file"]
+    return ast.unparse(call.func) == "print" and bool(call.args) and to == ["sys.stderr"]
 
 
 def _message(where: str, text: str) -> Message:

@@ -58,6 +58,9 @@ def f(a):
     logger.warning("%d drafts share %.1f cores.", 1, 2)
     self._log.error("an error of %s" " here", a)
     logger.info("all is well")
+    print(f"an error of {a} for people", file=sys.stderr)
+    print(f"vllm-saguaro: tune: {a}", file=sys.stderr)
+    print("the answer of the command")
     self.other.warning("not a log")
     raise
 """
@@ -68,6 +71,7 @@ def f(a):
         "take another, please",
         "{} drafts share {} cores.",
         "an error of {} here",
+        "an error of {} for people",
     }
     (cores,) = (message for message in found if "cores" in message.shown)
     assert cores.where == "placement/x.py:11"
@@ -82,3 +86,4 @@ def test_the_source_is_what_is_looked_at() -> None:
     files = {message.where.partition(":")[0] for message in MESSAGES}
     assert {"config.py", "cores.py", "vllm_hooks/engine_args.py", "vllm_hooks/compatibility.py"} <= files
     assert {"vllm_hooks/draft_choice.py", "vllm_hooks/worker.py", "placement/restarting.py"} <= files
+    assert {"cli/main.py", "cli/watch_command.py", "cli/tune_command.py", "tuning/settings.py"} <= files

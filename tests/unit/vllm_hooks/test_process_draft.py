@@ -17,7 +17,7 @@ from vllm_saguaro.config import SaguaroConfig, SaguaroConfigError
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.vllm_hooks import process_draft
-from vllm_saguaro.vllm_hooks.process_draft import own_gpu
+from vllm_saguaro.vllm_hooks.process_draft import free_gpus
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 CORE = min(os.sched_getaffinity(0))
@@ -33,25 +33,25 @@ def options(**changes: Any) -> dict[str, Any]:
     ("visible", "count", "targets", "expected"),
     [
         (None, 2, [0], "1"),
-        (None, 4, [1], "0"),
+        (None, 4, [1], "0 2 3"),
         ("", 2, [0], "1"),
         ("5,7", 2, [0], "7"),
         ("GPU-a, GPU-b", 2, [1], "GPU-a"),
-        (None, 8, [0, 1, 2, 3], "4"),
+        (None, 8, [0, 1, 2, 3], "4 5 6 7"),
         ("5,7,1", 3, [0, 1], "1"),
     ],
 )
-def test_the_draft_has_a_gpu_that_is_not_the_targets(
+def test_the_draft_may_have_the_gpus_that_are_not_the_targets(
     visible: str | None, count: int, targets: list[int], expected: str
 ) -> None:
     environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert own_gpu(environment, count, targets) == expected
+    assert free_gpus(environment, count, targets) == expected.split()
 
 
 @pytest.mark.parametrize(("count", "targets"), [(0, [0]), (1, [0]), (2, [0, 1])])
 def test_without_another_gpu_it_says_what_to_write(count: int, targets: list[int]) -> None:
     with pytest.raises(SaguaroConfigError, match='"placement": "stream"') as error:
-        own_gpu({}, count, targets)
+        free_gpus({}, count, targets)
     assert f"beside the target's {len(targets)}, and this process sees {count}" in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -86,6 +86,18 @@ def test_the_draft_has_its_own_gpu_and_chooses_no_runner(monkeypatch: pytest.Mon
     assert environment["CUDA_VISIBLE_DEVICES"] == "6"
     assert "VLLM_USE_V2_MODEL_RUNNER" not in environment
     assert process_draft._environment(config, [CORE], CPU)["CUDA_VISIBLE_DEVICES"] == "4,6"
+
+
+def test_a_ray_of_our_own_sees_the_gpus_that_the_target_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    own, shared = SaguaroConfig(placement="ray"), SaguaroConfig(placement="ray", ray_options={"address": "auto"})
+    assert process_draft._environment(own, [CORE], CUDA)["CUDA_VISIBLE_DEVICES"] == "5,6"
+    assert process_draft._environment(shared, [CORE], CUDA)["CUDA_VISIBLE_DEVICES"] == "4,5,6"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SaguaroConfigError, match='placement "ray" needs a GPU beside the target'):
+        process_draft._environment(own, [CORE], CUDA)
 
 
 @pytest.mark.parametrize(("device", "own"), [(CPU, "cpu"), (CUDA, "cuda:0")])

@@ -102,6 +102,7 @@ class MailboxDraft:
         self._newest = torch.zeros(1, dtype=torch.int64, device=device)
         self._weights = torch.from_numpy(weights(shape.slots * shape.row_words)).to(device)
         self._rows = torch.arange(shape.slots, device=device)
+        self._depths = torch.arange(shape.num_speculative_tokens, device=device)
         support = shape.support if with_q else 1
         self._q = LogitsWriter(shape.slots, shape.num_speculative_tokens, support, device)
         self.resident_bytes = 8 * (self._state.numel() + self._record.numel() + 2 * self._weights.numel())
@@ -284,8 +285,7 @@ class MailboxDraft:
             self._q.write_certain(draft_logits, *rows, drafts.tokens.clamp(0, draft_logits.shape[-1] - 1))
             return
         tokens, probabilities, there = given.reader.proposals(outcomes.slots, given.stamps, given.branch)
-        depth = self._rows[: given.tokens.shape[1]]
-        told = there.unsqueeze(1) & (depth < given.ready.unsqueeze(1))
+        told = there.unsqueeze(1) & (self._depths < given.ready.unsqueeze(1))
         self._q.write(draft_logits, *rows, given.tokens, outcomes.temperature, tokens, probabilities, told)
 
     def capture(self) -> None:

@@ -15,7 +15,7 @@ def speed_table(report: Json) -> str:
     """Tokens a second by pair, engine, batch and temperature, with what the drafts were worth; each row is one cell."""
     settings, found = report["settings"], speeds(report["sections"])
     head = ("pair", "T", "batch", "engine", "tokens/s", "vs plain", "vs draft_model")
-    rows = [(*head, "tokens/step", "accepted/round", "hits")]
+    rows: list[tuple[str, ...]] = [(*head, "tokens/step", "accepted/round", "hits")]
     for pair in (settings["pair"], *settings["also"]):
         for t in settings["temperatures"]:
             for batch in settings["batches"]:

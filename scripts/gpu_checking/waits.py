@@ -134,10 +134,10 @@ def all_noted(waits: Waits) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always")
-        warnings.showwarning = shown
-        for owner in (torch.cuda.Event, torch.cuda.Stream, torch.cuda):
-            original: Callable[..., Any] = owner.synchronize
-            stack.enter_context(mock.patch.object(owner, "synchronize", noting(original)))
+        stack.enter_context(mock.patch.object(warnings, "showwarning", shown))
+        owners: tuple[Any, ...] = (torch.cuda.Event, torch.cuda.Stream, torch.cuda)
+        for owner in owners:
+            stack.enter_context(mock.patch.object(owner, "synchronize", noting(owner.synchronize)))
         torch.cuda.set_sync_debug_mode("warn")
         stack.callback(torch.cuda.set_sync_debug_mode, "default")
         yield

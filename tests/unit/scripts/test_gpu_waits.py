@@ -21,6 +21,7 @@ from scripts.gpu_checking.waits import THROUGH, Waits, account, all_noted, watch
 OURS = Path(vllm_saguaro.__file__).resolve().parent
 VLLM = Path("/site-packages/vllm/v1/worker/gpu/model_runner.py")
 TORCH = Path(torch.__file__).parent / "_tensor.py"
+CUDA: Any = torch.cuda
 
 
 def calls_below(path: Path, name: str, then: Callable[[], Any]) -> Callable[[], Any]:
@@ -84,9 +85,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_each_way_to_wait_is_noted_and_waits_all_the_same(cuda: list[str]) -> None:
     found = Waits()
     with all_noted(found):
-        assert torch.cuda.Event().synchronize() == "done"
-        assert torch.cuda.Stream().synchronize() == "done"
-        assert torch.cuda.synchronize() == "done"  # type: ignore[func-returns-value]
+        assert CUDA.Event().synchronize() == "done"
+        assert CUDA.Stream().synchronize() == "done"
+        assert CUDA.synchronize() == "done"
         warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
         warnings.warn("something else", stacklevel=1)
     assert cuda == ["warn", "default"]
@@ -100,7 +101,7 @@ def test_within_propose_each_wait_counts_and_outside_those_of_ours(
     cuda: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    wait = torch.cuda.Event().synchronize
+    wait = CUDA.Event().synchronize
     calls_vllm = calls_below(VLLM, "other", lambda: torch.cuda.synchronize())
     calls_ours = calls_below(OURS / "drafting" / "readings.py", "read_on", lambda: torch.cuda.synchronize())
     speculator = types.SimpleNamespace(propose=lambda batch: calls_vllm())

@@ -1,14 +1,16 @@
 """Everything that a GPU has to show of Saguaro, in one run that takes less than nine minutes and fetches nothing.
 
-    python scripts/gpu_check.py                              the shapes of 8B and 1B, on one H100 or H200
-    python scripts/gpu_check.py --pair 32b/0.6b --batch 1 4
+    python scripts/gpu_check.py                              the shapes of 8B and 1B, then of 32B and 0.6B
+    python scripts/gpu_check.py --pair 32b/0.6b --also       those of 32B and 0.6B alone
     python scripts/gpu_check.py --cpu                        the check itself, small, under Triton's interpreter
 
-The models have the committed pair's function and the size that is named (`gpu_checking/widened.py`). Sections, each of
-which goes on when another fails: the Triton kernels are their twins, and how long each takes; plain vLLM, Saguaro on a
-stream, and vLLM's draft_model, each at every batch and temperature; greedy texts and samples are plain vLLM's; drafts
-are accepted, outcomes hit; `propose` never waits for the device; CUDA graphs are captured; the draft owns up to its
-memory; a profiler's trace shows how much of its work is hidden. The exit status is 1 if any of it failed.
+On one H100 or H200; with a second GPU, Saguaro with a draft process on that one, too. The models have the committed
+pair's function and the size that is named (`gpu_checking/widened.py`). Sections, each of which goes on when another
+fails: the Triton kernels are their twins, and how long each takes; plain vLLM, Saguaro on a stream, and vLLM's
+draft_model, each at every batch and temperature; greedy texts and samples are plain vLLM's; drafts are accepted,
+outcomes hit; the plugin never waits for the device; what a hit costs; CUDA graphs are captured; the draft owns up to
+its memory; a profiler's trace shows how much of its work is hidden; the goals of speed. The exit status is 1 if any of
+it failed.
 """
 
 from __future__ import annotations
@@ -21,12 +23,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from scripts.gpu_checking.session import Session
-from scripts.gpu_checking.settings import MODES, Settings, SettingsError, on_cpu
+from scripts.gpu_checking.settings import MODES, PROCESS, Settings, SettingsError, on_cpu
 from scripts.gpu_checking.shapes import PAIRS
-from scripts.gpu_checking.tables import failures, speed_table
+from scripts.gpu_checking.tables import failures, goal_table, speed_table
 from scripts.repository import ROOT
 from vllm_saguaro.benchmark.records import write_json
 
@@ -37,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     add = found.add_argument
     add("--cpu", action="store_true", help="small, on the CPU, what can run there")
     add("--pair", choices=PAIRS, help="shapes of target and draft (default: 8b/1b)")
-    add("--engines", nargs="+", choices=MODES, dest="modes", help="(default: all)")
+    add("--also", nargs="*", choices=PAIRS, help="pairs whose speed is measured after it, in the time that is left")
+    add("--engines", nargs="+", choices=MODES, dest="modes", help=f"(default: all; {PROCESS} with two GPUs)")
     add("--batch", nargs="+", type=int, dest="batches", metavar="B", help="(default: 1 4 16 64)")
     add("--temperature", nargs="+", type=float, dest="temperatures", metavar="T", help="(default: 0 1)")
     add("--k", type=int, help="num_speculative_tokens (default: 4)")
@@ -55,10 +60,16 @@ def parser() -> argparse.ArgumentParser:
 def settings_from(arguments: argparse.Namespace) -> Settings:
     """The settings that a command line means."""
     given = vars(arguments)
-    values: dict[str, Any] = on_cpu() if arguments.cpu else {}
-    for name in ("pair", "modes", "batches", "temperatures", "k", "tokens", "texts", "samples", "dtype", "budget"):
+    gpus = 0 if arguments.cpu else torch.cuda.device_count()
+    modes = MODES if gpus > 1 else tuple(mode for mode in MODES if mode != PROCESS)
+    values: dict[str, Any] = on_cpu() if arguments.cpu else {"gpus": gpus, "modes": modes}
+    names = ("pair", "also", "modes", "batches", "temperatures", "k", "tokens", "texts", "samples", "dtype", "budget")
+    for name in names:
         if given[name] is not None:
             values[name] = tuple(given[name]) if isinstance(given[name], list) else given[name]
+    if arguments.also is None:
+        also: tuple[str, ...] = values.get("also", Settings.also)
+        values["also"] = tuple(pair for pair in also if pair != values.get("pair", Settings.pair))
     values["engine"] = dict(map(pair_of, arguments.engine_option))
     values["speculation"] = dict(map(pair_of, arguments.option))
     return Settings(**values)
@@ -91,7 +102,7 @@ def main(words: list[str] | None = None) -> int:
     except SettingsError as error:
         raise SystemExit(f"gpu_check.py: {error}") from error
     write_json(folder / "report.json", report)
-    say("\n" + speed_table(report) + "\n")
+    say("\n" + speed_table(report) + "\n\n" + goal_table(report) + "\n")
     if not report["passed"]:
         say(failures(report) + "\n")
     shown = sum(not section["complaints"] for section in report["sections"])

@@ -27,7 +27,8 @@ class Child:
     """`python -m MODULE ARGUMENTS...` from the project's folder; a context manager that ends it and all below it."""
 
     def __init__(self, module: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        paths = [str(ROOT), environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH")]
+        path = os.pathsep.join(filter(None, paths))
         self._log = log
         with log.open("a", encoding="utf-8") as file:
             self._process = subprocess.Popen(

@@ -8,7 +8,6 @@ fails is answered with `error`, and the next one is taken.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
 import json
@@ -16,13 +15,13 @@ import os
 import sys
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from scripts.gpu_checking import hit_cost, waits
 from scripts.gpu_checking.timeline import overlap_of
 from scripts.gpu_checking.widened import register_loader
 from vllm_saguaro.benchmark import counters
@@ -64,7 +63,9 @@ class CheckedEngine:
     def draft(self) -> Any:
         """Saguaro's draft; raises RuntimeError where it has failed or there is none."""
         draft = getattr(self.speculator, "_draft", None)
-        if draft is None or not draft.alive:
+        # One on a stream says so itself, one in a process has a life or none
+        alive = getattr(draft, "alive", None) or getattr(draft, "_life", None)
+        if not alive:
             raise RuntimeError("the draft has failed: the engine's log says why")
         return draft
 
@@ -107,26 +108,22 @@ class CheckedEngine:
         return {"token_ids": texts}
 
     def no_sync(self, batch: int, tokens: int) -> Json:
-        """Serve with every wait of the host inside of `propose` noted; on a CPU, a read ends the engine."""
-        on_gpu = torch.cuda.is_available()
-        speculator, calls = self.speculator, 0
-        found: list[str] = []
-        propose = speculator.propose
-
-        def watched(*arguments: Any, **named: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            with _waits_noted(found) if on_gpu else _reads_refused((*arguments, *named.values())):
-                return propose(*arguments, **named)
-
-        speculator.propose = watched
-        try:
+        """Serve with every wait of the host for the device noted; on a CPU, a read of ours ends the engine."""
+        with waits.watched(self.worker) as found:
             self._together(self._prompts[:batch], tokens, temperature=0.0)
             self._together(self._prompts[:batch], tokens, temperature=1.0)
-        finally:
-            del speculator.propose
         assert self.draft
-        return {"calls": calls, "waits": sorted(set(found))}
+        return found.to_json()
+
+    def hit(self, batch: int, tokens: int) -> Json:
+        """What the target's stream waits for in a round, in microseconds; with q, so at a temperature."""
+        on_gpu = torch.cuda.is_available()
+        with hit_cost.timed(self.draft, hit_cost.CudaMark if on_gpu else hit_cost.HostMark) as rounds:
+            self._together(self._prompts[:batch], tokens, temperature=1.0)
+        if on_gpu:
+            torch.cuda.synchronize()
+        assert self.draft
+        return hit_cost.summary(rounds, batch)
 
     def graphs(self) -> Json:
         """How many CUDA graphs the draft has, and how many it should: a look-up and a round for each bucket."""
@@ -206,6 +203,7 @@ ORDERS: dict[str, Callable[..., Json]] = {
     "texts": CheckedEngine.texts,
     "samples": CheckedEngine.samples,
     "no_sync": CheckedEngine.no_sync,
+    "hit": CheckedEngine.hit,
     "graphs": CheckedEngine.graphs,
     "memory": CheckedEngine.memory,
     "timeline": CheckedEngine.timeline,
@@ -216,32 +214,6 @@ def _gap(candidates: dict[int, Any]) -> float:
     """Nats between the two likeliest tokens at a place."""
     best = sorted((found.logprob for found in candidates.values()), reverse=True)
     return float(best[0] - best[1]) if len(best) > 1 else float("inf")
-
-
-@contextlib.contextmanager
-def _waits_noted(found: list[str]) -> Iterator[None]:
-    """Where the host waits for the device, by file and line, added to `found`."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    found += [
-        f"{Path(each.filename).name}:{each.lineno}" for each in caught if "synchronizing CUDA" in str(each.message)
-    ]
-
-
-def _reads_refused(arguments: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
-    """As above, by the guard of the CPU tests: a read raises."""
-    batch = arguments[0]
-    on_host = batch.seq_lens_cpu_upper_bound
-    values = (*vars(batch).values(), *arguments[1:])
-    guard: contextlib.AbstractContextManager[Any] = importlib.import_module("tests.v2.sync_guard").no_sync(
-        [value for value in values if isinstance(value, torch.Tensor) and value is not on_host]
-    )
-    return guard
 
 
 def main() -> None:

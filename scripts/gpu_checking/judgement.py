@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from scripts.gpu_checking.texts import SURPRISE, differences, surprises
-from vllm_saguaro.benchmark.counters import ACCEPTED, DRAFTS, HITS, MISSES, count
+from vllm_saguaro.benchmark.counters import ACCEPTED, DRAFTS, HITS, count
 
 Json = dict[str, Any]
 
@@ -25,7 +25,7 @@ def started(answer: Json) -> list[str]:
 
 
 def speed(answer: Json, mode: str) -> list[str]:
-    """Drafts are there and some are accepted; how fast it was is nobody's fault."""
+    """Drafts are there and some are accepted; how fast it was is for `goals.py`."""
     if mode == "plain":
         return []
     wrong = []
@@ -33,16 +33,27 @@ def speed(answer: Json, mode: str) -> list[str]:
         wrong.append("there were no drafts")
     elif count(answer["counters"], ACCEPTED) == 0:
         wrong.append("no draft was accepted")
-    if mode == "saguaro" and count(answer["counters"], HITS) == 0:
+    if mode.startswith("saguaro") and count(answer["counters"], HITS) == 0:
         wrong.append("no outcome had been drafted for")
     return wrong
 
 
 def no_sync(answer: Json) -> list[str]:
-    """`propose` was called and never waited for the device."""
+    """`propose` was called and never waited for the device, nor did the plugin anywhere else while it served."""
     if not answer["calls"]:
         return ["propose was never called"]
-    return [f"propose waits for the device at {', '.join(answer['waits'])}"] if answer["waits"] else []
+    wrong = [f"propose waits for the device at {', '.join(answer['waits'])}"] if answer["waits"] else []
+    if answer["outside"]:
+        wrong.append(f"the plugin waits for the device outside of propose at {', '.join(answer['outside'])}")
+    return wrong
+
+
+def hit(answer: Json) -> list[str]:
+    """The cost of a round was measured; how much it was is for `goals.py`."""
+    if answer["rounds"]:
+        return []
+    late = f": of {answer['late']} the device had begun too early" if answer["late"] else ""
+    return [f"no round was timed{late}"]
 
 
 def graphs(answer: Json) -> list[str]:
@@ -71,6 +82,13 @@ def timeline(answer: Json) -> list[str]:
     return ["nothing of the draft's work was done while the target's was"] if answer["hidden"] <= 0 else []
 
 
+def goals(found: list[Json]) -> tuple[list[str], str]:
+    """(complaints, in short): goals of speed that were missed. What was not measured is no complaint."""
+    met = [each["met"] for each in found]
+    wrong = [f"{each['goal']}: {each['found']}, not {each['wanted']}" for each in found if each["met"] is False]
+    return wrong, f"{met.count(True)} met, {met.count(None)} not judged"
+
+
 def texts(plain: Json, other: Json, tie: float) -> tuple[list[str], str]:
     """(complaints, in short): greedy texts are plain vLLM's."""
     equal, wrong = differences(plain["token_ids"], plain["gaps"], other["token_ids"], tie)
@@ -87,23 +105,12 @@ def samples(plain: Json, other: Json) -> tuple[list[str], str]:
 
 ALONE: dict[str, Callable[[Json], list[str]]] = {
     "no_sync": no_sync,
+    "hit": hit,
     "graphs": graphs,
     "memory": memory,
     "timeline": timeline,
 }
 """Orders that are judged by their own answer."""
-
-
-def acceptance(answer: Json) -> float | None:
-    """Accepted drafts a round of a request."""
-    rounds = count(answer["counters"], DRAFTS)
-    return count(answer["counters"], ACCEPTED) / rounds if rounds else None
-
-
-def hit_rate(answer: Json) -> float | None:
-    """Hits among the rounds that were looked up."""
-    hits, misses = (count(answer["counters"], name) for name in (HITS, MISSES))
-    return hits / (hits + misses) if hits + misses else None
 
 
 def _mib(size: int) -> str:

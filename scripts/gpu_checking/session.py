@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from scripts.gpu_checking import judgement
+from scripts.gpu_checking.cells import rate
 from scripts.gpu_checking.child import Child, ChildError
+from scripts.gpu_checking.goals import goals
 from scripts.gpu_checking.settings import Settings
 from scripts.gpu_checking.shapes import PAIRS, default_source, write_folder
+from scripts.gpu_checking.widened import write_plugin
 from vllm_saguaro.benchmark import provenance
 from vllm_saguaro.benchmark.settings import allowed_cores
 
@@ -33,17 +36,23 @@ _ON_CPU = {"TRITON_INTERPRET": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 _LEAST = 5.0
 """Seconds that must be left for another order to be begun."""
+_BETWEEN = 5.0
+"""Seconds between two engines: one ends, the other begins."""
 
 
 @dataclass(slots=True)
 class Section:
-    """What came of one of the things to show. `answer` holds the numbers, as the engine gave them."""
+    """What came of one of the things to show. `answer` holds the numbers, as the engine gave them.
+
+    `of`: the order that it answers, with its pair and its engine (`mode`); empty where it is none of an engine.
+    """
 
     name: str
     complaints: list[str] = field(default_factory=list)
     brief: str = ""
     seconds: float = 0.0
     answer: Json = field(default_factory=dict)
+    of: Json = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -59,31 +68,27 @@ class Session:
         settings.check()
         self.settings, self.folder, self.sections = settings, folder, list[Section]()
         self._say, self._end = say, time.monotonic() + settings.budget
-        self._environment = _ENVIRONMENT | (_ON_CPU if settings.on_cpu else {})
+        self._plugins = folder / "plugins"
+        self._environment = _ENVIRONMENT | (_ON_CPU if settings.on_cpu else {}) | {"PYTHONPATH": str(self._plugins)}
         self._answers: dict[tuple[str, str], Json] = {}
 
     def run(self) -> Json:
         """Everything; the report, ready for JSON."""
         about = provenance.collect(allowed_cores()) | {"gpu": gpu_state(), "host": platform.machine()}
         self.folder.mkdir(parents=True, exist_ok=True)
+        write_plugin(self._plugins)
         self._kernels()
-        with self._section("models") as section:
-            pair = PAIRS[self.settings.pair]
-            target = write_folder(default_source("target"), pair.target, self.folder / "target")
-            draft = write_folder(default_source("draft"), pair.draft, self.folder / "draft")
-            section.brief = f"{self.settings.pair}: {pair.target.layers} and {pair.draft.layers} layers"
-        if section.passed:
-            for mode in self.settings.modes:
-                self._engine(mode, target, draft)
-            for mode in self.settings.modes:
-                if mode != "plain":
-                    self._compare(mode)
-        for name in ("target", "draft"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for pair in (self.settings.pair, *self.settings.also):
+            self._pair(pair)
+        shutil.rmtree(self._plugins, ignore_errors=True)
+        kept = goals([asdict(section) for section in self.sections], self.settings.to_json())
+        with self._section("goals") as section:
+            section.complaints, section.brief = judgement.goals(kept)
         return {
             "provenance": about,
             "settings": self.settings.to_json(),
             "passed": all(section.passed for section in self.sections),
+            "goals": kept,
             "sections": [asdict(section) for section in self.sections],
         }
 
@@ -122,34 +127,80 @@ class Session:
             times = section.answer["microseconds"].items()
             section.brief = f"{section.answer['cases']} cases equal" + "".join(f", {n} {t} us" for n, t in times)
 
-    def _engine(self, mode: str, target: Path, draft: Path) -> None:
+    # ---- one pair ----------------------------------------------------------------------------------------------------
+
+    def _pair(self, pair: str) -> None:
+        """Everything with the first pair; with another one its speeds, where they fit into what is left."""
+        settings, first = self.settings, pair == self.settings.pair
+        with self._section("models" if first else f"{pair}: models") as section:
+            if not first and (left := self._end - time.monotonic()) < (needed := self._needed(pair)):
+                raise ChildError(f"left out: it may need {needed:.0f} s, and {left:.0f} are left; give --pair {pair}")
+            shapes, folder = PAIRS[pair], self.folder / pair.replace("/", "-")
+            target = write_folder(default_source("target"), shapes.target, folder / "target")
+            draft = write_folder(default_source("draft"), shapes.draft, folder / "draft")
+            section.brief = f"{pair}: {shapes.target.layers} and {shapes.draft.layers} layers"
+        if not section.passed:
+            return
+        for mode in settings.modes if first else settings.modes_also:
+            self._engine(pair, mode, target, draft)
+        if first:
+            for mode in settings.modes:
+                if mode != "plain":
+                    self._compare(mode)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _needed(self, pair: str) -> float:
+        """Seconds that the engines of another pair may take, by what those of the first one did.
+
+        A pass takes as long as its weights take to read; of a start most is not the weights.
+        """
+        settings = self.settings
+        ratio = max(1.0, PAIRS[pair].target.parameters / PAIRS[settings.pair].target.parameters)
+        seconds = _BETWEEN * len(settings.modes_also)
+        for section in self.sections:
+            if section.of.get("mode") not in settings.modes_also:
+                continue
+            if section.of["order"] == "start":
+                seconds += 1.2 * section.seconds
+            elif section.of["order"] in ("speed", "hit") and section.of["batch"] in settings.few_batches:
+                seconds += ratio * section.seconds
+        return seconds
+
+    def _engine(self, pair: str, mode: str, target: Path, draft: Path) -> None:
         """All orders of one engine; one that dies is started anew once, for the orders after the one it died of."""
-        waiting = self.settings.orders(mode, self.folder)
-        load = self.settings.load_order(mode, target, draft)
+        first = pair == self.settings.pair
+        waiting = self.settings.orders(mode, self.folder) if first else self.settings.orders_also(mode)
+        load = self.settings.load_order(mode, target, draft, pair)
+        name = mode if first else f"{pair} {mode}"
+        log = self.folder / f"{name.replace('/', '-').replace(' ', '-')}.log"
         for _ in range(2):
-            with Child("scripts.gpu_checking.engine", [], self._environment, self.folder / f"{mode}.log") as child:
-                with self._section(f"{mode}: start") as section:
+            with Child("scripts.gpu_checking.engine", [], self._environment, log) as child:
+                with self._section(f"{name}: start") as section:
+                    section.of = {"pair": pair, "mode": mode, "order": "start"}
                     section.answer = _answer(child.ask(load, self._left))
                     section.complaints += judgement.started(section.answer)
                     section.brief = f"{section.answer['start_seconds']} s, {section.answer['kv_blocks']} blocks of KV"
                 while waiting and child.alive and section.passed:
-                    self._order(mode, waiting.pop(0), child)
+                    order = waiting.pop(0)
+                    self._order(_title(name, order), {"pair": pair, "mode": mode} | order, child)
             if not waiting or not section.passed:
                 break
         for order in waiting:
-            self.sections.append(Section(_title(mode, order), [f"left out: {mode} was not there"]))
+            self.sections.append(Section(_title(name, order), [f"left out: {name} was not there"]))
 
-    def _order(self, mode: str, order: Json, child: Child) -> None:
-        title, kind = _title(mode, order), order["order"]
-        warm_up = order.pop("title", None) == "warm-up"
+    def _order(self, title: str, of: Json, child: Child) -> None:
+        order = {name: value for name, value in of.items() if name not in ("pair", "mode", "warm_up")}
+        mode, kind = of["mode"], of["order"]
         with self._section(title) as section:
+            section.of = {name: value for name, value in of.items() if name != "trace"}  # of this machine alone
             answer = section.answer = _answer(child.ask(order, self._left))
-            self._answers[mode, kind] = answer
-            if warm_up:
+            if of["pair"] == self.settings.pair:
+                self._answers[mode, kind] = answer
+            if of.get("warm_up"):
                 return
             if kind == "speed":
                 section.complaints += judgement.speed(answer, mode)
-                section.brief = f"{answer['tokens'] / max(answer['seconds'], 1e-9):.0f} tokens/s"
+                section.brief = f"{rate(answer) or 0:.0f} tokens/s"
             elif kind in judgement.ALONE:
                 section.complaints += judgement.ALONE[kind](answer)
                 section.brief = ", ".join(f"{name} {value}" for name, value in answer.items())
@@ -157,13 +208,13 @@ class Session:
     def _compare(self, mode: str) -> None:
         """Greedy texts and samples against plain vLLM's."""
         with self._section(f"{mode}: greedy texts are plain's") as section:
-            plain, other = self._pair("texts", mode)
+            plain, other = self._both("texts", mode)
             section.complaints, section.brief = judgement.texts(plain, other, self.settings.tie)
         if any(order["order"] == "samples" for order in self.settings.orders(mode, self.folder)):
             with self._section(f"{mode}: samples are plain's") as section:
-                section.complaints, section.brief = judgement.samples(*self._pair("samples", mode))
+                section.complaints, section.brief = judgement.samples(*self._both("samples", mode))
 
-    def _pair(self, kind: str, mode: str) -> tuple[Json, Json]:
+    def _both(self, kind: str, mode: str) -> tuple[Json, Json]:
         for each in ("plain", mode):
             if (each, kind) not in self._answers:
                 raise ChildError(f"{each} gave no {kind}")
@@ -202,8 +253,9 @@ def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split()) if not isinstance(error, ChildError) else str(error)
 
 
-def _title(mode: str, order: Json) -> str:
-    if order["order"] != "speed":
-        return f"{mode}: {order['order']}"
-    warm = " (warm-up)" if order.get("title") == "warm-up" else ""
-    return f"{mode}: batch {order['batch']}, T = {order['temperature']:g}{warm}"
+def _title(name: str, order: Json) -> str:
+    """Of an order to the engine `name`."""
+    if order["order"] == "speed":
+        warm = " (warm-up)" if order.get("warm_up") else ""
+        return f"{name}: batch {order['batch']}, T = {order['temperature']:g}{warm}"
+    return f"{name}: hit at batch {order['batch']}" if order["order"] == "hit" else f"{name}: {order['order']}"

@@ -27,6 +27,12 @@ class Shape:
     head_dim: int
     vocabulary: int
 
+    @property
+    def parameters(self) -> int:
+        """Numbers in the weights, norms left out; input and output embeddings are one."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate) + self.vocabulary * self.hidden
+
     @classmethod
     def of(cls, config: dict[str, Any]) -> Shape:
         """The shape that a config.json describes."""
@@ -44,18 +50,26 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A target and its draft."""
+    """A target and its draft.
+
+    memory: share of the GPU's that vLLM may use (`gpu_memory_utilization`). draft_gpu_memory [GiB]: of KV for the draft
+    of `placement: stream`; None: as it chooses.
+    """
 
     target: Shape
     draft: Shape
+    memory: float = 0.85
+    draft_gpu_memory: float | None = None
 
 
 PAIRS = {
     "8b/1b": Pair(Shape(32, 4096, 14336, 32, 8, 128, 128256), Shape(16, 2048, 8192, 32, 8, 64, 128256)),
-    "32b/0.6b": Pair(Shape(64, 5120, 25600, 64, 8, 128, 151936), Shape(28, 1024, 3072, 16, 8, 128, 151936)),
+    # 60 GiB of weights on a GPU of 80: what is left must do for both KV caches, at 64 requests of 256 tokens
+    "32b/0.6b": Pair(Shape(64, 5120, 25600, 64, 8, 128, 151936), Shape(28, 1024, 3072, 16, 8, 128, 151936), 0.92, 3.0),
     "small": Pair(Shape(6, 384, 1024, 6, 6, 64, 4224), Shape(3, 192, 512, 4, 4, 64, 4224)),
+    "deeper": Pair(Shape(9, 384, 1024, 6, 6, 64, 4224), Shape(3, 192, 512, 4, 4, 64, 4224)),
 }
-"""By name, target first. "small" is for a CPU."""
+"""By name, target first. "small" and "deeper" are for a CPU."""
 
 
 def write_folder(source: Path, shape: Shape, folder: Path) -> Path:

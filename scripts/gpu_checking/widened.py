@@ -10,6 +10,7 @@ The function is the source's up to rounding, not to the last bit: engines that a
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -127,8 +128,22 @@ class _Maker:
         return tensor.normal_(0, _SPREAD, generator=self._generator)
 
 
+def write_plugin(folder: Path) -> Path:
+    """A folder that, on PYTHONPATH, makes vLLM call `register_loader` in each of its processes.
+
+    That of a draft is started by the plugin, not by us, and has to know the load format, too.
+    """
+    installed = folder / "gpu_checking-0.dist-info"
+    installed.mkdir(parents=True, exist_ok=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: gpu-checking\nVersion: 0\n", encoding="utf-8")
+    entry = f"[vllm.general_plugins]\n{LOAD_FORMAT} = {register_loader.__module__}:{register_loader.__name__}\n"
+    (installed / "entry_points.txt").write_text(entry, encoding="utf-8")
+    return folder
+
+
+@functools.cache
 def register_loader() -> None:
-    """Teach vLLM, in this process, the load format "widened": for folders of `shapes.write_folder`."""
+    """Teach vLLM, in this process and once, the load format "widened": for folders of `shapes.write_folder`."""
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
 from vllm_saguaro.messages import Admit, Release, Round, Sampling, Stamp, Step
 from vllm_saguaro.placement.channel import LendingChannel, Traced
-from vllm_saguaro.placement.device_q import write_certain, write_logits
+from vllm_saguaro.placement.device_q import LogitsWriter
 from vllm_saguaro.placement.device_tables import TableReader
 from vllm_saguaro.placement.layout import DEVICE_WORDS, RECORD_HEADER, MailboxShape
 from vllm_saguaro.placement.records import CHECKSUM, DRAFTS, NEWEST, NUMBER, ROWS, head_weight, weights
@@ -102,7 +102,11 @@ class MailboxDraft:
         self._newest = torch.zeros(1, dtype=torch.int64, device=device)
         self._weights = torch.from_numpy(weights(shape.slots * shape.row_words)).to(device)
         self._rows = torch.arange(shape.slots, device=device)
+        self._depths = torch.arange(shape.num_speculative_tokens, device=device)
+        support = shape.support if with_q else 1
+        self._q = LogitsWriter(shape.slots, shape.num_speculative_tokens, support, device)
         self.resident_bytes = 8 * (self._state.numel() + self._record.numel() + 2 * self._weights.numel())
+        self.resident_bytes += self._q.resident_bytes
         """Device memory held for good on the target's device; the draft's own is elsewhere."""
         self._generations = [0] * shape.slots
         self._requests: dict[int, _Request] = {}
@@ -276,14 +280,13 @@ class MailboxDraft:
         """
         if draft_logits is None:
             return
-        given = self._given
+        given, rows = self._given, (outcomes.slots, outcomes.slots_on_host)
         if given is None or given.outcomes is not outcomes or not self._with_q:
-            write_certain(draft_logits, outcomes.slots, drafts.tokens.clamp(0, draft_logits.shape[-1] - 1))
+            self._q.write_certain(draft_logits, *rows, drafts.tokens.clamp(0, draft_logits.shape[-1] - 1))
             return
         tokens, probabilities, there = given.reader.proposals(outcomes.slots, given.stamps, given.branch)
-        depth = self._rows[: given.tokens.shape[1]]
-        told = there.unsqueeze(1) & (depth < given.ready.unsqueeze(1))
-        write_logits(draft_logits, outcomes.slots, given.tokens, outcomes.temperature, tokens, probabilities, told)
+        told = there.unsqueeze(1) & (self._depths < given.ready.unsqueeze(1))
+        self._q.write(draft_logits, *rows, given.tokens, outcomes.temperature, tokens, probabilities, told)
 
     def capture(self) -> None:
         """Nothing is captured: a step is some small kernels and copies, whose addresses change with a restart."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 
@@ -330,6 +331,19 @@ def test_q_of_sampled_drafts_is_what_they_were_drawn_from(sides: Sides) -> None:
         torch.testing.assert_close(found, expected)
         assert torch.equal(logits[[0, 2, 3]], torch.full((3, 3, 40), 5.0)), "rows of others are theirs"
         sides.draft._state[1, 1] = 0  # as if this outcome had not been
+
+
+def test_there_may_be_fewer_slots_than_drafts() -> None:
+    sides = Sides(dataclasses.replace(SHAPE, slots=2))
+    sides.draft.admit(0, "r", PROMPT, SAMPLED)
+    sides.channel.work()
+    table = sides.channel.read(0)
+    assert table is not None
+    outcomes = outcomes_of([(0, table.accepted[0], table.bonus[0], 7)], 0.8)
+    logits = torch.zeros(2, 3, 40)
+    sides.draft.logits_into(outcomes, sides.draft.exchange(outcomes), logits)
+    assert (logits[0].isfinite().sum(-1) > 1).all(), "all three were drawn, and their q is there"
+    sides.draft.close()
 
 
 def test_certain_drafts_are_certain(sides: Sides) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -10,10 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_saguaro.messages import Proposals
-from vllm_saguaro.placement.device_q import is_sound, write_certain, write_logits
+from vllm_saguaro.placement.device_q import LogitsWriter, is_sound
 from vllm_saguaro.placement.distribution import is_distribution
 
 SLOTS, K, VOCAB, M = 5, 3, 50, 6
+CPU = torch.device("cpu")
 
 
 def drawn(seed: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,6 +33,10 @@ def drawn(seed: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.from_numpy(drafts), torch.from_numpy(tokens), torch.from_numpy(q)
 
 
+def writer() -> LogitsWriter:
+    return LogitsWriter(SLOTS, K, M, CPU)
+
+
 def logits_of(
     drafts: Tensor, tokens: Tensor, q: Tensor, temperature: list[float], told: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -36,7 +44,7 @@ def logits_of(
     logits = torch.full((SLOTS, K, VOCAB), 7.0)
     slots = torch.tensor([3, 1][: len(drafts)])
     every = torch.full(drafts.shape, told)
-    write_logits(logits, slots, drafts, torch.tensor(temperature), tokens, q, every)
+    writer().write(logits, slots, slots.numpy(), drafts, torch.tensor(temperature), tokens, q, every)
     others = torch.ones(SLOTS, dtype=torch.bool)
     others[slots] = False
     return logits[slots], logits[others]
@@ -110,8 +118,9 @@ def test_drafts_whose_q_is_not_there_are_certain() -> None:
 
 def test_each_draft_is_told_apart() -> None:
     drafts, tokens, q = drawn(1, 1)
-    logits = torch.zeros(SLOTS, K, VOCAB)
-    write_logits(logits, torch.tensor([4]), drafts, torch.tensor([0.7]), tokens, q, torch.tensor([[True, True, False]]))
+    logits, slots = torch.zeros(SLOTS, K, VOCAB), torch.tensor([4])
+    told = torch.tensor([[True, True, False]])
+    writer().write(logits, slots, slots.numpy(), drafts, torch.tensor([0.7]), tokens, q, told)
     assert [certain(logits[4, depth], drafts[0, depth]) for depth in range(K)] == [False, False, True]
 
 
@@ -125,10 +134,93 @@ def test_greedy_rows_are_certain() -> None:
 
 def test_certain_rows_are_written_where_they_belong() -> None:
     logits = torch.zeros(SLOTS, K, VOCAB)
-    drafts = torch.tensor([[1, 2, 3], [4, 4, 49]])
-    write_certain(logits, torch.tensor([2, 0]), drafts)
+    drafts, slots = torch.tensor([[1, 2, 3], [4, 4, 49]]), torch.tensor([2, 0])
+    writer().write_certain(logits, slots, slots.numpy(), drafts)
     assert certain(logits[[2, 0]], drafts)
     assert (logits[[1, 3, 4]] == 0).all()
+
+
+# ---- one round after the other ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Written:
+    """A round: which slots, from which random numbers, and what makes some of their drafts certain."""
+
+    slots: list[int]
+    seed: int
+    certain: bool
+    temperature: float
+    told: bool
+    spoilt: bool
+
+    def write(self, by: LogitsWriter, logits: Tensor) -> None:
+        slots, rows = torch.tensor(self.slots), len(self.slots)
+        drafts, tokens, q = drawn(self.seed, rows)
+        if self.certain:
+            by.write_certain(logits, slots, slots.numpy(), drafts)
+            return
+        if self.spoilt:
+            q[0, 1] *= 1.01
+        told = torch.full((rows, K), self.told)
+        told[-1, K - 1] = False
+        temperature = torch.full((rows,), self.temperature)
+        by.write(logits, slots, slots.numpy(), drafts, temperature, tokens, q, told)
+
+
+ROUNDS = st.builds(
+    Written,
+    slots=st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=SLOTS, unique=True),
+    seed=st.integers(0, 10**6),
+    certain=st.booleans(),
+    temperature=st.sampled_from([0.0, 0.7, 1.3]),
+    told=st.booleans(),
+    spoilt=st.booleans(),
+)
+
+
+def as_if_filled(rounds: Sequence[Written], logits: Tensor) -> Tensor:
+    """What the rounds leave where each fills the whole rows of its slots."""
+    expected = logits.clone()
+    for each in rounds:
+        filled = torch.zeros(SLOTS, K, VOCAB)
+        each.write(writer(), filled)  # one that has written nothing yet
+        expected[each.slots] = filled[each.slots]
+    return expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(ROUNDS, min_size=1, max_size=8), st.integers(0, 7))
+def test_what_was_written_is_taken_back_and_rows_are_as_if_filled(rounds: list[Written], moved: int) -> None:
+    """Whatever was written before; also where the rows are another tensor's from some round on."""
+    first, second = torch.full((SLOTS, K, VOCAB), 7.0), torch.full((SLOTS, K, VOCAB), 5.0)
+    one = writer()
+    for number, each in enumerate(rounds):
+        each.write(one, first if number < moved else second)
+    assert torch.equal(first, as_if_filled(rounds[:moved], torch.full_like(first, 7.0)))
+    assert torch.equal(second, as_if_filled(rounds[moved:], torch.full_like(second, 5.0)))
+
+
+def test_rows_are_filled_once() -> None:
+    """What else was written into a row stays there: nothing but its own is taken back."""
+    logits, one = torch.zeros(SLOTS, K, VOCAB), writer()
+    slots = torch.tensor([2])
+    one.write_certain(logits, slots, slots.numpy(), torch.tensor([[1, 2, 3]]))
+    logits[2, 0, 40] = 9.0
+    one.write_certain(logits, slots, slots.numpy(), torch.tensor([[4, 5, 6]]))
+    assert logits[2, 0].isfinite().nonzero().flatten().tolist() == [4, 40]
+
+
+def test_a_writer_that_takes_nothing_back_is_seen() -> None:
+    rounds = [Written([1, 3], seed, False, 0.7, True, False) for seed in (1, 2)]
+    logits, one = torch.zeros(SLOTS, K, VOCAB), writer()
+    for each in rounds:
+        one._written.zero_()
+        each.write(one, logits)
+    assert not torch.equal(logits, as_if_filled(rounds, torch.zeros(SLOTS, K, VOCAB)))
+
+
+# ---- exactness -------------------------------------------------------------------------------------------------------
 
 
 def exactly_the_target(rows: Tensor, temperature: float, drafts: Tensor, drawn_from: Tensor) -> bool:

@@ -39,13 +39,14 @@ def ragged() -> tuple[V2Run, V2Run, V2Run]:
     options = OPTIONS | v2_plans.RAGGED
     ours = [v2_plans.ragged(script, script=script) for script in ("depths", "mixed")]
     reading = v2_plans.greedy("reads", script="oracle", guarded=True, plant="reads on the host")
-    schedule = {"num_speculative_tokens_per_batch_size": [[1, 1, 4], [2, 2, 2], [3, 3, 0], [4, 6, 3]]}
+    by_rows = [[rows, rows, k] for rows, k in sorted(v2_plans.SCHEDULED.items())]
+    schedule = {"num_speculative_tokens_per_batch_size": by_rows}
     plain, async_run, last = run_v2(
         [
             {
                 "options": options,
                 "scripted": False,
-                "scenarios": [v2_plans.ragged("ragged"), v2_plans.greedy("greedy")],
+                "scenarios": [v2_plans.ragged("ragged"), v2_plans.leaving("leaving")],
             },
             {
                 "options": options | saguaro(max_model_len=v2_plans.LONGEST_DRAFT),
@@ -55,7 +56,7 @@ def ragged() -> tuple[V2Run, V2Run, V2Run]:
             {
                 "options": OPTIONS | saguaro(draft_sample_method="greedy", **schedule),
                 "async": True,
-                "scenarios": [v2_plans.greedy("scheduled K", script="oracle"), reading],
+                "scenarios": [v2_plans.leaving("scheduled K", script="oracle"), reading],
             },
         ]
     )

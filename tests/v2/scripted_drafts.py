@@ -1,7 +1,7 @@
 """A `DeviceDraft` that follows a script instead of a model: it knows the answers, or makes drafts up.
 
-All that happens in `exchange` and `logits_into` is tensor operations, as on a GPU; only what is recorded for the tests
-is read on the host, and only where `recording` is on.
+All that happens is tensor operations that wait for nothing, as on a GPU; only what is recorded for the tests is read on
+the host, and only where `recording` is on.
 
 Scripts (R slots, K drafts, M candidates of a made-up q):
 
@@ -65,7 +65,7 @@ class ScriptedDraft:
         self._texts[slot].zero_()
         for text in self.references:
             if text[: len(known)] == known:
-                self._texts[slot, : len(text)] = torch.from_numpy(np.array(text))
+                self._texts[slot, : len(text)].copy_(torch.from_numpy(np.array(text)), non_blocking=True)
                 return
 
     def release(self, slot: int, request_id: str) -> None:

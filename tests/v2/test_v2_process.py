@@ -56,9 +56,10 @@ def test_tables_arrive_and_their_drafts_are_accepted(runs: tuple[V2Run, V2Run]) 
         assert runs[1][name].accepted > 0
 
 
-def test_nothing_is_read_on_the_host(runs: tuple[V2Run, V2Run]) -> None:
+def test_nothing_waits_on_the_host(runs: tuple[V2Run, V2Run]) -> None:
     assert "synchronised" not in runs[1].answer
     assert runs[1]["guarded"].guard["propose"] > 5
+    assert runs[1]["guarded"].guard["steps"] > 10
 
 
 def test_the_trace_has_what_the_host_knows(runs: tuple[V2Run, V2Run], path: Path) -> None:

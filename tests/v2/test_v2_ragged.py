@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from tests.v2 import v2_plans
-from tests.v2.v2_runs import Scripted, V2Run
+from tests.v2.v2_runs import Round, Scripted, V2Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
@@ -73,11 +75,34 @@ def test_requests_that_the_draft_cannot_hold_are_counted_as_absent(ragged: Three
     assert ragged[1]["depths"].metrics["vllm:saguaro_misses{cause=absent}"] > 0
 
 
-def test_fewer_drafts_a_step_than_k_are_fine(ragged: Three) -> None:
+def steps(scenario: Scripted) -> list[list[Round]]:
+    """The rows of each exchange: of two that follow each other the first row's request is in both."""
+    found: list[list[Round]] = [[]]
+    for row in scenario.rounds:
+        if row.request_id in {each.request_id for each in found[-1]}:
+            found.append([])
+        found[-1].append(row)
+    return found
+
+
+def test_fewer_drafts_a_step_than_k_and_none_are_fine(ragged: Three) -> None:
     plain, _, last = ragged
-    assert last["scheduled K"].tokens == plain["greedy"].tokens
-    per_step = {row.accepted for row in last["scheduled K"].rounds}
-    assert 3 in per_step
-    # Four at once, so three drafts each, of the four that were drafted; none of a first token.
-    assert {row.verified for row in last["scheduled K"].rounds} == {0, 3}, "the draft is not told how many there were"
+    assert last["scheduled K"].tokens == plain["leaving"].tokens
     assert not last.answer["facts"]["draft_logits"], "drafts that are never drawn need no q"
+    found = steps(last["scheduled K"])
+    assert {row.verified for row in found[0]} == {0}, "a first token has no drafts"
+    seen = set()
+    for before, after in itertools.pairwise(found):
+        # How many a step hands over is decided by its own rows; they are verified in the next one.
+        wanted = v2_plans.SCHEDULED[len(before)]
+        assert {row.verified for row in after} == {wanted}, "the draft is not told how many there were"
+        assert all(row.accepted <= wanted for row in after)
+        seen.add((wanted, max(row.accepted for row in after)))
+    assert {wanted for wanted, _ in seen} == {3, 0, 2, 4}
+    assert {(3, 3), (0, 0), (2, 2), (4, 4)} <= seen, "what an oracle says is accepted, as far as it is asked"
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_what_others_have_computed_is_taken_over(ragged: Three, name: str) -> None:
+    """Prompts that begin as another one did begin behind that, and the draft reads them whole."""
+    assert ragged[1][name].metrics["vllm:prefix_cache_hits"] > 0

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from tests.e2e.exact import Contexts, rank_p
 from tests.e2e.harness import Scenario, run_engines
 from tests.v2 import v2_plans
 from tests.v2.v2_runs import OPTIONS, K, Scripted, V2Run, run_v2, saguaro
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
+Three = tuple[V2Run, V2Run, V2Run]
 STREAM = saguaro(placement="stream", branches=8)
-CHANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def runs() -> tuple[V2Run, V2Run, V2Run]:
+def runs() -> Three:
     """Plain vLLM; ours in step with the host; and ours a step behind it, where requests come and go."""
     ragged = OPTIONS | v2_plans.RAGGED
     plain, ours, late = run_v2(
@@ -30,6 +28,7 @@ def runs() -> tuple[V2Run, V2Run, V2Run]:
             {
                 "options": OPTIONS | STREAM,
                 "scripted": False,
+                "start_up": True,
                 "scenarios": [
                     v2_plans.greedy("greedy"),
                     v2_plans.greedy_among_sampled("among sampled"),
@@ -61,22 +60,43 @@ def hit_rate(found: Scripted | Scenario) -> float:
     return hits / (hits + found.metrics["vllm:saguaro_misses{cause=not_predicted}"])
 
 
-def test_greedy_texts_are_those_of_plain_vllm(runs: tuple[V2Run, V2Run, V2Run]) -> None:
+def test_greedy_texts_are_those_of_plain_vllm(runs: Three) -> None:
     plain, ours, late = runs
     assert ours["greedy"].tokens == plain["greedy"].tokens
     assert late["greedy"].tokens == plain["greedy"].tokens
     assert ours["among sampled"].tokens[::2] == plain["greedy"].tokens[::2]
 
 
-def test_nothing_is_read_on_the_host(runs: tuple[V2Run, V2Run, V2Run]) -> None:
+def test_greedy_texts_are_those_of_v1(runs: Three, on_v1: Scenario) -> None:
+    """Whose own tests say that they are plain vLLM's there."""
+    for found in runs:
+        assert found["greedy"].tokens == on_v1.tokens
+
+
+def test_vllms_calls_at_the_start_leave_nothing_behind(runs: Three) -> None:
+    found = runs[1].answer["start_up"]
+    assert found["ready untouched"]
+    assert found["touched by dummy runs"] == [], "dummy and profile runs are no steps"
+    admitted, rounds = found["warm-up"]
+    assert admitted > 0, "made-up requests are ordinary ones"
+    assert rounds > 0
+    assert found["left"] == []
+    assert found["blocks left"] == 0
+    assert found["captured in a trial"] == 0
+    assert found["captured"] == 1
+    assert found["alive"]
+
+
+def test_nothing_waits_on_the_host(runs: Three) -> None:
     _, ours, _ = runs
     assert "synchronised" not in ours.answer
     for name in ("guarded", "guarded, sampled"):
         assert ours[name].guard["propose"] > 10
+        assert ours[name].guard["steps"] > 20
     assert ours["guarded"].tokens == ours["greedy"].tokens
 
 
-def test_outcomes_are_hit_and_their_drafts_accepted_as_on_v1(runs: tuple[V2Run, V2Run, V2Run], on_v1: Scenario) -> None:
+def test_outcomes_are_hit_and_their_drafts_accepted_as_on_v1(runs: Three, on_v1: Scenario) -> None:
     _, ours, late = runs
     for found in (ours["greedy"], late["greedy"]):
         assert hit_rate(found) > 0.8 * hit_rate(on_v1) > 0.3
@@ -86,7 +106,7 @@ def test_outcomes_are_hit_and_their_drafts_accepted_as_on_v1(runs: tuple[V2Run, 
         assert 0 < each <= K
 
 
-def test_requests_that_come_and_go_keep_their_texts(runs: tuple[V2Run, V2Run, V2Run]) -> None:
+def test_requests_that_come_and_go_keep_their_texts(runs: Three) -> None:
     plain, _, late = runs
     expected = {result["key"]: result for result in plain["ragged"].results}
     for result in late["ragged"].results:
@@ -96,14 +116,3 @@ def test_requests_that_come_and_go_keep_their_texts(runs: tuple[V2Run, V2Run, V2
         else:
             assert ours == theirs, result["key"]
     assert late["ragged"].metrics["vllm:saguaro_hits"] > 0
-
-
-@pytest.mark.long  # `test_v2_samples.py` has the adapter's, in less time
-def test_samples_are_the_targets() -> None:
-    options = OPTIONS | {"max_num_seqs": 32} | saguaro(placement="stream", num_speculative_tokens=3, branches=8)
-    plan = {"options": options, "scripted": False, "async": True, "scenarios": [v2_plans.samples("samples", 128)]}
-    (run,) = run_v2([plan])
-    samples = run["samples"].tokens
-    assert run["samples"].accepted > 0  # few: the draft does not know of the small vocabulary
-    contexts = Contexts(v2_plans.SAMPLED_PROMPT, samples, v2_plans.SAMPLED)
-    assert rank_p(samples, contexts, range(1, len(samples[0])), np.random.default_rng(0)) > CHANCE

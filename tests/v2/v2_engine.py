@@ -1,8 +1,8 @@
 """Engines with Model Runner V2 in a process of their own: `python -m tests.v2.v2_engine`.
 
 Standard input, one JSON object: `engines`, each with `options` (for `LLM`), `async` and `scenarios`. A scenario is one
-of `tests.e2e.engine`, and may name a `script` (`scripted_drafts.py`), its `candidates`, a `plant` (PLANTS), and
-`guarded`: no reading on the host while it runs. The texts of all scenarios so far are what an oracle knows. Standard
+of `tests.e2e.engine`, and may name a `script` (`scripted_drafts.py`), its `candidates`, a `plant` (`v2_plants.py`), and
+`guarded`: no waiting on the host while it runs. The texts of all scenarios so far are what an oracle knows. Standard
 output, one JSON object when all are through. What vLLM writes goes to standard error.
 
 An engine of several ranks has its workers in processes of their own, which are asked from here (`v2_ranks.py`); from a
@@ -17,7 +17,7 @@ import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -25,6 +25,7 @@ from tests.e2e.engine import KINDS, Engine
 from tests.v2 import interpreted, start_up, v2_ranks
 from tests.v2.scripted_drafts import ScriptedDraft
 from tests.v2.sync_guard import Synchronised, no_sync
+from tests.v2.v2_plants import PLANTS
 
 Json = dict[str, Any]
 
@@ -45,7 +46,7 @@ class V2Engine(Engine):
         return self.worker.model_runner
 
     @property
-    def draft(self) -> ScriptedDraft | None:
+    def draft(self) -> Any:
         speculator = getattr(self.worker, "_speculator", None)
         return getattr(speculator, "_draft", None)
 
@@ -111,7 +112,7 @@ def run_engine(spec: Json, texts: list[list[int]]) -> Json:
     engine: Any = RankedV2Engine(llm) if divided else V2Engine(llm)
     answer: Json = {"scenarios": {}, "facts": engine.rank_facts() if divided else facts(engine)}
     if spec.get("start_up"):
-        answer["start_up"] = start_up.walk_through(engine, opened)
+        answer["start_up"] = start_up.walk_through(engine, opened) if opened else start_up.walk_through_stream(engine)
     for scenario in spec["scenarios"]:
         for draft in opened:
             draft.script = scenario.get("script", "none")
@@ -163,20 +164,32 @@ def facts(engine: V2Engine) -> Json:
 
 @contextlib.contextmanager
 def guarded(engine: V2Engine) -> Iterator[Json]:
-    """Whatever `propose` and the marking of filler read on the host ends the engine; how much went unread."""
-    seen = {"propose": 0, "sampler": 0, "operations": 0}
+    """What makes the host wait in a step's part of ours ends the engine: who goes, who comes, filler, drafts.
+
+    How much went through without.
+    """
+    seen = {"steps": 0, "propose": 0, "sampler": 0, "operations": 0}
     runner, speculator = engine.runner, engine.worker._speculator
     states, marked, propose = runner.req_states, runner.rejection_sampler, speculator.propose
     inner = marked._sampler
+    own = [states.all_token_ids.gpu, states.total_len.gpu, states.num_computed_tokens.gpu, states.prefill_len.gpu]
+    own += [states.last_sampled_tokens, states.draft_tokens, speculator.ready, *tensors_of(engine.draft)]
 
     def on_device(batch: Any, *others: Any) -> list[Any]:
         import torch
 
-        own = [states.all_token_ids.gpu, states.total_len.gpu, states.num_computed_tokens.gpu, states.prefill_len.gpu]
-        own += [states.last_sampled_tokens, states.draft_tokens, speculator.ready]
         host = batch.seq_lens_cpu_upper_bound
         tensors = [t for t in (*vars(batch).values(), *others) if isinstance(t, torch.Tensor) and t is not host]
         return own + tensors
+
+    def guarded_step(step: Callable[[Any], None]) -> Callable[[Any], None]:
+        def call(scheduler_output: Any) -> None:
+            with no_sync(own) as guard:
+                step(scheduler_output)
+            seen["steps"] += 1
+            seen["operations"] += guard.operations
+
+        return call
 
     def guarded_propose(batch: Any, *others: Any, **named: Any) -> Any:
         with no_sync(on_device(batch, *others, *named.values())) as guard:
@@ -200,49 +213,19 @@ def guarded(engine: V2Engine) -> Iterator[Json]:
             return output
 
     with (
+        mock.patch.object(speculator, "begin_step", guarded_step(speculator.begin_step)),
+        mock.patch.object(speculator, "follow_step", guarded_step(speculator.follow_step)),
         mock.patch.object(speculator, "propose", guarded_propose),
         mock.patch.object(runner, "rejection_sampler", Guarded(inner, marked._ready)),
     ):
         yield seen
 
 
-@contextlib.contextmanager
-def unmarked(engine: V2Engine) -> Iterator[None]:
-    """Filler is verified like any draft."""
-    with mock.patch.object(engine.runner, "rejection_sampler", engine.runner.rejection_sampler._sampler):
-        yield
-
-
-@contextlib.contextmanager
-def marked_one_late(engine: V2Engine) -> Iterator[None]:
-    """The mask is off by one row: the first filler of each request counts as real."""
-    marked = engine.runner.rejection_sampler
-
-    class Late(type(marked)):  # type: ignore[misc]
-        def __call__(self, logits: Any, batch: Any, *others: Any) -> Any:
-            self._ready = marked._ready + 1
-            return super().__call__(logits, batch, *others)
-
-    with mock.patch.object(engine.runner, "rejection_sampler", Late(marked._sampler, marked._ready)):
-        yield
-
-
-@contextlib.contextmanager
-def reads_on_the_host(engine: V2Engine) -> Iterator[None]:
-    """A draft that looks at an outcome: what the guard is there for."""
-    draft = engine.draft
-    assert draft is not None
-    exchange = draft.exchange
-
-    def reading(outcomes: Any) -> Any:
-        outcomes.accepted.tolist()
-        return exchange(outcomes)
-
-    with mock.patch.object(draft, "exchange", reading):
-        yield
-
-
-PLANTS = {"unmarked": unmarked, "marked one late": marked_one_late, "reads on the host": reads_on_the_host}
+def tensors_of(draft: Any) -> list[Any]:
+    """What a real draft keeps on the device of each request."""
+    if (engine := getattr(draft, "engine", None)) is not None:
+        return [getattr(held, name) for held in (engine.state, engine.round.step) for name in held.__slots__]
+    return [state] if (state := getattr(draft, "_state", None)) is not None else []
 
 
 if __name__ == "__main__":

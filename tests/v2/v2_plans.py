@@ -15,11 +15,23 @@ ALLOWED = [302, 304, 305, 306, 308, 309, 310, 311]
 CANDIDATES = [302, 304, 305, 308, 309, 310, 311, 5]
 """Of a made-up q: one token is missing, and one is never allowed."""
 SAMPLED: Json = {"temperature": 1.2, "max_tokens": 8, "ignore_eos": True, "allowed_token_ids": ALLOWED}
+DRAWN: Json = {"temperature": 0.9, "max_tokens": 8, "ignore_eos": True}
+"""Of requests over the whole vocabulary, which a real draft knows: it knows nothing of tokens that are not allowed."""
+LEAVING = (40, 30, 20, 8)
+"""Tokens of requests that end one after the other."""
+SCHEDULED = {1: 4, 2: 2, 3: 0, 4: 3}
+"""Drafts by the rows of a step."""
 
 
 def greedy(name: str, **more: Any) -> Json:
     """Four requests at once."""
     return plans.batches(name, GREEDY, {"max_tokens": TOKENS, "ignore_eos": True}, 4, **more)
+
+
+def leaving(name: str, **more: Any) -> Json:
+    """Four requests at once, then three, two and one."""
+    params: list[Json] = [{"max_tokens": most, "ignore_eos": True} for most in LEAVING]
+    return plans.batches(name, GREEDY, params, 4, **more)
 
 
 def processed(name: str, **more: Any) -> Json:
@@ -81,3 +93,8 @@ def ragged(name: str, **more: Any) -> Json:
 def samples(name: str, count: int, **more: Any) -> Json:
     """One prompt many times, over a small vocabulary."""
     return plans.batches(name, [SAMPLED_PROMPT] * count, SAMPLED, 32, **more)
+
+
+def drawn(name: str, count: int, **more: Any) -> Json:
+    """One prompt many times, for a real draft."""
+    return plans.batches(name, [SAMPLED_PROMPT] * count, DRAWN, 32, **more)

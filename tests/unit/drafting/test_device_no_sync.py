@@ -1,4 +1,4 @@
-"""Nothing in a step is read on the host: what would wait for a GPU raises here."""
+"""Nothing in a step is read on the host, or copied from it with a wait: what would wait for a GPU raises here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.drafting.device_driver import World
 from tests.unit.drafting.fake_device_model import FakeDeviceModel
+from tests.v2.sync_guard import SyncGuard, Synchronised, no_sync
+from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
 from vllm_saguaro.drafting.device_engine import DeviceEngine
 from vllm_saguaro.drafting.device_model import DecodeRows, Piece
 from vllm_saguaro.messages import Sampling
@@ -32,7 +35,14 @@ class NoWaiting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.paused = False
+        self.copies: SyncGuard | None = None
+        """Guards nothing against reads, and everything against copies from the host."""
         self.operators = 0
+
+    def pause(self, paused: bool) -> None:
+        self.paused = paused
+        if self.copies is not None:
+            self.copies.paused = paused
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operators += 1
@@ -63,11 +73,11 @@ class OnDevice(FakeDeviceModel):
         if self.guard is None:
             yield
             return
-        self.guard.paused = True
+        self.guard.pause(True)
         try:
             yield
         finally:
-            self.guard.paused = False
+            self.guard.pause(False)
 
 
 @contextlib.contextmanager
@@ -85,7 +95,7 @@ def no_waiting(model: OnDevice) -> Iterator[NoWaiting]:
             patch.setattr(Tensor, name, refused)
         model.guard = guard
         try:
-            with guard:
+            with guard, no_sync([]) as guard.copies:
                 yield guard
         finally:
             model.guard = None
@@ -99,17 +109,22 @@ def driven(model: OnDevice) -> World:
     return world
 
 
+def whole_step(world: World, outcomes: DeviceOutcomes) -> DeviceDrafts:
+    """All that a step may ask of a draft."""
+    drafts = world.draft.exchange(outcomes)
+    world.draft.logits_into(outcomes, drafts, torch.zeros(3, 3, 40))
+    world.draft.admit(2, "late", PROMPT, Sampling(temperature=1.0))
+    world.draft.release(1, world.requests[1].name)
+    return drafts
+
+
 def test_admitting_and_exchanging_wait_for_nothing() -> None:
     model = OnDevice(max_tokens=16)
     world = driven(model)
     hit = world.table(0)[0][0]
     outcomes = world.outcomes({0: hit, 1: (0, 3)})
-    logits = torch.zeros(3, 3, 40)
     with no_waiting(model) as guard:
-        drafts = world.draft.exchange(outcomes)
-        world.draft.logits_into(outcomes, drafts, logits)
-        world.draft.admit(2, "late", PROMPT, Sampling(temperature=1.0))
-        world.draft.release(1, world.requests[1].name)
+        drafts = whole_step(world, outcomes)
     assert world.draft.alive
     assert guard.operators > 100
     assert drafts.ready.tolist() == [3, 0]
@@ -129,6 +144,37 @@ def test_a_read_on_the_host_would_be_noticed(monkeypatch: pytest.MonkeyPatch) ->
     with no_waiting(model):
         world.draft.exchange(outcomes)
     assert not world.draft.alive
+
+
+def number_at_places(engine: DeviceEngine) -> None:
+    engine.state.depth[torch.arange(2)] = 0
+
+
+def values_for_the_device(engine: DeviceEngine) -> None:
+    torch.tensor([1, 2], device=engine.model.device)
+
+
+def array_sent(engine: DeviceEngine) -> None:
+    torch.from_numpy(np.arange(3)).to(engine.model.device)
+
+
+@pytest.mark.parametrize("wait", [number_at_places, values_for_the_device, array_sent])
+@pytest.mark.parametrize(
+    "step", ["admit", "release", "take_in", "look_up", "make_room", "work", "read_on", "logits_into"]
+)
+def test_a_copy_from_the_host_would_be_noticed(step: str, wait: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = OnDevice()
+    world = driven(model)
+    outcomes = world.outcomes({0: (0, 3)})
+    method = getattr(DeviceEngine, step)
+
+    def copying(self: DeviceEngine, *told: Any) -> Any:
+        wait(self)
+        return method(self, *told)
+
+    monkeypatch.setattr(DeviceEngine, step, copying)
+    with pytest.raises(Synchronised), no_waiting(model):
+        whole_step(world, outcomes)
 
 
 def test_shapes_of_a_round_do_not_depend_on_what_is_found() -> None:

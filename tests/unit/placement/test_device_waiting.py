@@ -1,4 +1,4 @@
-"""`MailboxDraft` only enqueues: it reads nothing of the device, and enqueues the same whatever was found."""
+"""`MailboxDraft` only enqueues: it waits for nothing of the device, and enqueues the same whatever was found."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.unit.placement.device_sides import CPU, SAMPLED, SHAPE, HostChannel, lookup, outcomes_of
+from tests.v2.sync_guard import Synchronised, no_sync
 from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
 from vllm_saguaro.placement.device_mailbox import MailboxDraft
 from vllm_saguaro.placement.registered_memory import RegisteredMemory
@@ -52,7 +53,7 @@ def _no_way_around(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def exchanged(draft: MailboxDraft, outcomes: DeviceOutcomes) -> tuple[Enqueued, DeviceDrafts]:
-    with Enqueued() as enqueued:
+    with Enqueued() as enqueued, no_sync([]):  # against copies from the host; reads are the other one's
         drafts = draft.exchange(outcomes)
         draft.logits_into(outcomes, drafts, torch.zeros(SHAPE.slots, SHAPE.num_speculative_tokens, 40))
     return enqueued, drafts
@@ -62,7 +63,7 @@ def test_the_same_is_enqueued_whatever_is_found_and_nothing_is_read() -> None:
     channel = HostChannel()
     draft = MailboxDraft(channel, SHAPE, CPU, lookup, logging.getLogger("test"))
     draft.wait_until_ready()
-    with Enqueued():
+    with Enqueued(), no_sync([]):
         draft.admit(0, "a", PROMPT, SAMPLED)
         draft.admit(1, "b", PROMPT[1:], SAMPLED)
     nothing, drafts = exchanged(draft, outcomes_of([(0, 0, 5, 7), (1, -1, 5, 7)], 0.8))
@@ -74,7 +75,7 @@ def test_the_same_is_enqueued_whatever_is_found_and_nothing_is_read() -> None:
     assert drafts.ready.tolist()[0] == 3
     assert hit.operations == nothing.operations
     assert len(hit.operations) > 50
-    with Enqueued():
+    with Enqueued(), no_sync([]):
         draft.release(0, "a")
     draft.close()
 
@@ -84,6 +85,28 @@ def test_a_look_at_an_outcome_is_seen() -> None:
     for look in (lambda t: int(t[0]), lambda t: t[t > 0], lambda t: t.tolist(), torch.nonzero):
         with pytest.raises(AssertionError, match="waits for the device"), Enqueued():
             look(outcomes.bonus)
+
+
+def whole_step(draft: MailboxDraft) -> None:
+    """All that a step may ask of a draft."""
+    draft.admit(0, "a", PROMPT, SAMPLED)
+    exchanged(draft, outcomes_of([(0, 0, 5, 7)], 0.8))
+    draft.release(0, "a")
+
+
+@pytest.mark.parametrize("step", ["admit", "release", "exchange", "logits_into"])
+def test_a_copy_from_the_host_is_seen(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = getattr(MailboxDraft, step)
+
+    def copying(self: MailboxDraft, *told: Any) -> Any:
+        self._state[torch.arange(1), 1] = 0
+        return method(self, *told)
+
+    monkeypatch.setattr(MailboxDraft, step, copying)
+    draft = MailboxDraft(HostChannel(), SHAPE, CPU, lookup, logging.getLogger("test"))
+    draft.wait_until_ready()
+    with pytest.raises(Synchronised), no_sync([]):
+        whole_step(draft)
 
 
 # ---- the memory -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,12 +32,25 @@ class FakeWorker:
         self.device = torch.device("cpu")
 
     def init_device(self) -> None:
+        self.model_runner: Any = self._make_model_runner()
+
+    def _make_model_runner(self) -> Any:
         states = SimpleNamespace(max_num_reqs=2, vocab_size=8, device=self.device, req_id_to_index={})
-        self.model_runner = SimpleNamespace(req_states=states, device=self.device, max_num_reqs=2, speculator="vLLM's")
         self.happened.append("runner")
+        return SimpleNamespace(req_states=states, device=self.device, max_num_reqs=2, speculator="vLLM's")
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         self.happened.append("target")
+
+    def determine_available_memory(self) -> int:
+        self.happened.append("measured")
+        self._speculator.capture()  # type: ignore[attr-defined]  # a trial: how much graphs take
+        return 1 << 30
+
+    def compile_or_warm_up_model(self) -> str:
+        self.happened.append("target's graphs")
+        self._speculator.capture()  # type: ignore[attr-defined]
+        return "times"
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         self.happened.append("cache")
@@ -64,8 +80,8 @@ class FakeDraft:
         self.happened.append("draft ends")
 
 
-def config(use_v2: bool = True, trace: str | None = None) -> Any:
-    ours = SaguaroConfig(placement="stream", draft_max_length=16, trace=trace)
+def config(use_v2: bool = True, trace: str | None = None, placement: str = "stream") -> Any:
+    ours = SaguaroConfig(placement=placement, draft_max_length=16, trace=trace)
     options = ours.to_dict() | {"draft": {}, "target_vocab_size": 8}
     speculative = SimpleNamespace(**{OPTIONS_ATTRIBUTE: options})
     return SimpleNamespace(use_v2_model_runner=use_v2, speculative_config=speculative)
@@ -112,6 +128,47 @@ def test_from_the_start_to_the_end(happened: Happened) -> None:
         *("runner", "speculator", "target", "sampler", "draft", "cache", "capture"),
         *("who leaves", "forward", "who came"),
         *("draft ends", "worker ends", "worker ends"),
+    ]
+
+
+@pytest.mark.parametrize("placement", ["stream", "process"])
+def test_on_a_gpu_the_target_goes_first_where_the_draft_shares_it(
+    placement: str, happened: Happened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker of CUDA over vLLM's own class, whose methods are replaced one by one."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from vllm_saguaro.vllm_hooks import gpu_worker
+
+    @contextlib.contextmanager
+    def first() -> Iterator[None]:
+        happened.append("(")
+        yield
+        happened.append(")")
+
+    monkeypatch.setattr(gpu_worker, "captured_first", first)
+    monkeypatch.setattr(gpu_worker, "set_target_stream", lambda device: happened.append("stream that goes first"))
+    monkeypatch.setattr(device_worker.compatibility, "check_seams", lambda seams: happened.append("seams"))
+    for name, method in vars(FakeWorker).items():
+        if inspect.isfunction(method):
+            assert hasattr(Worker, name), "vLLM's worker has no such method"
+            monkeypatch.setattr(Worker, name, method)
+    worker: Any = gpu_worker.SaguaroGPUWorker(config(placement=placement), happened)
+    worker.init_device()
+    worker.load_model()
+    assert worker.determine_available_memory() == 1 << 30
+    worker.initialize_from_config(None)
+    assert worker.compile_or_warm_up_model() == "times"
+    worker._speculator.begin_step = lambda output: happened.append("who leaves")
+    worker._speculator.follow_step = lambda output: happened.append("who came")
+    assert worker.execute_model(None) == "output"
+    worker.shutdown()
+    stream, begin, end = (["stream that goes first"], ["("], [")"]) if placement == "stream" else ([], [], [])
+    assert happened == [
+        *("seams", *stream, "runner", "speculator", "target", "sampler", "draft"),
+        *(*begin, "measured", *end, "cache"),
+        *(*begin, "target's graphs", "capture", *end),
+        *("who leaves", "forward", "who came", "draft ends", "worker ends"),
     ]
 
 

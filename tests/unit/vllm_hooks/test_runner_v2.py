@@ -121,8 +121,12 @@ class Runner:
         dummy: bool = False,
         left: int = 0,
         rejected: Sequence[int] = (),
+        taken: int = K,
     ) -> Tensor:
-        """Rows in these slots, of whose prompts `left` tokens are not read after this step."""
+        """Rows in these slots, of whose prompts `left` tokens are not read after this step.
+
+        `taken`: drafts that the runner hands over, the first ones; it writes over the others.
+        """
         rows = len(slots)
         batch: Any = SimpleNamespace(
             num_reqs=rows,
@@ -135,7 +139,7 @@ class Runner:
             prefill_len_np=np.full(rows, 6 + left),
         )
         self.states.total_len.gpu[torch.tensor(slots)] += torch.tensor(sampled, dtype=torch.int32)
-        return self.speculator.propose(
+        drafts = self.speculator.propose(
             batch,
             None,
             None,
@@ -148,7 +152,11 @@ class Runner:
             self.temperature,
             torch.empty(0),
             dummy_run=dummy,
-        ).clone()
+            num_speculative_tokens=taken,
+        )
+        given = drafts.clone()
+        drafts[:, taken:] = -1
+        return given
 
     @property
     def ready(self) -> list[int]:
@@ -235,6 +243,21 @@ def test_the_draft_hears_the_outcomes_by_row() -> None:
     assert outcomes.temperature.tolist() == [0.0, pytest.approx(0.7)]
     assert runner.ready == [2, 0, 2, 0]
     assert runner.page.value(counters.HITS) == 2
+
+
+def test_a_step_that_hands_over_no_drafts_is_one_for_the_draft() -> None:
+    """As vLLM schedules none for some batch sizes: in the next pass there is none, and the outcome says so."""
+    draft = NotedDraft()
+    runner = Runner(draft)
+    runner.step({"a": (1, [5]), "b": (2, [6], SAMPLED)})
+    for _ in range(2):
+        assert runner.propose([1, 2], [1, 1], taken=0).tolist() == [[11, 12, 13]] * 2
+        assert runner.ready == [0, K, K, 0]
+    assert runner.propose([1, 2], [1, 1]).tolist() == [[11, 12, 13]] * 2, "what the runner writes over comes anew"
+    assert [o.verified.tolist() for o in draft.outcomes] == [[0, 0]] * 3
+    assert [o.accepted.tolist() for o in draft.outcomes] == [[0, 0]] * 3
+    assert [o.lengths.tolist() for o in draft.outcomes] == [[2, 2], [3, 3], [4, 4]]
+    assert len(draft.named("logits_into")) == 3
 
 
 def test_a_row_without_a_token_has_no_drafts() -> None:

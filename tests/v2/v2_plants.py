@@ -1,0 +1,137 @@
+"""Errors that are planted into an engine with runner V2: each must turn something red.
+
+Of the drafts of a script, of a real draft on a stream (`stream: ..`), and of a real draft process (`process: ..`). A q
+that is told *sharper* than the tokens were drawn from, as if at a third of the temperature, is what a T in the wrong
+place would give. *Stale* are the tokens of the table before, beside the q of this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+if TYPE_CHECKING:
+    from tests.v2.v2_engine import V2Engine
+
+SHARPER = 3
+"""The power of q that is told."""
+
+
+@contextlib.contextmanager
+def unmarked(engine: V2Engine) -> Iterator[None]:
+    """Filler is verified like any draft."""
+    with mock.patch.object(engine.runner, "rejection_sampler", engine.runner.rejection_sampler._sampler):
+        yield
+
+
+@contextlib.contextmanager
+def marked_one_late(engine: V2Engine) -> Iterator[None]:
+    """The mask is off by one row: the first filler of each request counts as real."""
+    marked = engine.runner.rejection_sampler
+
+    class Late(type(marked)):  # type: ignore[misc]
+        def __call__(self, logits: Any, batch: Any, *others: Any) -> Any:
+            self._ready = marked._ready + 1
+            return super().__call__(logits, batch, *others)
+
+    with mock.patch.object(engine.runner, "rejection_sampler", Late(marked._sampler, marked._ready)):
+        yield
+
+
+@contextlib.contextmanager
+def reads_on_the_host(engine: V2Engine) -> Iterator[None]:
+    """A draft that looks at an outcome: what the guard is there for."""
+    draft = engine.draft
+    assert draft is not None
+    exchange = draft.exchange
+
+    def reading(outcomes: Any) -> Any:
+        outcomes.accepted.tolist()
+        return exchange(outcomes)
+
+    with mock.patch.object(draft, "exchange", reading):
+        yield
+
+
+@contextlib.contextmanager
+def stream_told_sharper(engine: V2Engine) -> Iterator[None]:
+    """A wrong q of a draft on a stream."""
+    device_round = engine.draft.engine.round
+    look_up = device_round.look_up
+
+    def lying(bucket: Any) -> None:
+        look_up(bucket)
+        device_round.step.log_q[: bucket.batch] *= SHARPER  # the verifier makes it sum to 1
+
+    with mock.patch.object(device_round, "look_up", lying):
+        yield
+
+
+@contextlib.contextmanager
+def stream_stale(engine: V2Engine) -> Iterator[None]:
+    """The drafts of the last hit in the slot, in the place of those of this one, on a stream."""
+    import torch
+
+    device_round, k = engine.draft.engine.round, engine.draft.engine.num_speculative_tokens
+    look_up, former = device_round.look_up, torch.full((device_round.state.nobody + 1, k), -1)
+
+    def keeping(bucket: Any) -> None:
+        look_up(bucket)
+        step = device_round.step
+        slots, now = step.slots[: bucket.batch], step.tokens[: bucket.batch].clone()
+        hit = (step.branch[: bucket.batch] >= 0).unsqueeze(1)
+        step.tokens[: bucket.batch] = torch.where(hit & (former[slots] >= 0), former[slots], now)
+        step.speculation[: bucket.batch] = step.tokens[: bucket.batch]
+        former[slots] = torch.where(hit, now, former[slots])
+
+    with mock.patch.object(device_round, "look_up", keeping):
+        yield
+
+
+@contextlib.contextmanager
+def process_told_sharper(engine: V2Engine) -> Iterator[None]:
+    """A wrong q of a draft process: still a distribution, and one that could have given the draft."""
+    from vllm_saguaro.placement.device_tables import TableReader
+
+    proposals = TableReader.proposals
+
+    def lying(self: TableReader, slots: Any, stamps: Any, branch: Any) -> Any:
+        tokens, probabilities, there = proposals(self, slots, stamps, branch)
+        power = probabilities**SHARPER
+        return tokens, power / power.sum(-1, keepdim=True).clamp_min(1e-30), there
+
+    with mock.patch.object(TableReader, "proposals", lying):
+        yield
+
+
+@contextlib.contextmanager
+def process_stale(engine: V2Engine) -> Iterator[None]:
+    """The drafts of each branch of the last table in the slot, in the place of those of this one, of a process."""
+    from vllm_saguaro.placement.device_tables import DeviceTables, TableReader
+
+    tables, former = TableReader.tables, dict[int, Any]()
+
+    def keeping(self: TableReader, slots: Any, generation: Any, round_: Any) -> DeviceTables:
+        found = tables(self, slots, generation, round_)
+        for row, slot in enumerate(slots.tolist()):
+            if found.awaited[row]:
+                now = found.drafts[row].clone()
+                found.drafts[row] = former.get(slot, now)
+                former[slot] = now
+        return found
+
+    with mock.patch.object(TableReader, "tables", keeping):
+        yield
+
+
+PLANTS = {
+    "unmarked": unmarked,
+    "marked one late": marked_one_late,
+    "reads on the host": reads_on_the_host,
+    "stream: told sharper": stream_told_sharper,
+    "stream: stale": stream_stale,
+    "process: told sharper": process_told_sharper,
+    "process: stale": process_stale,
+}

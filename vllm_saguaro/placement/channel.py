@@ -94,12 +94,34 @@ class Traced(Protocol):
         ...
 
 
+@runtime_checkable
+class Placed(Protocol):
+    """Whose draft side has to find room first, among others."""
+
+    def wait_for_room(self, seconds: float) -> None:
+        """`wait_until_ready` shall wait no longer than so for room, counted from when there was found to be none.
+
+        It raises `NoRoom` then, goes on asking for room all the same, and may be called again. For any thread, also
+        while another one is in it. Loading takes as long as ever.
+        """
+        ...
+
+
 class LendingChannel(Channel, Lender, Protocol):
     """A draft side whose mailbox may be lent."""
 
 
 class DraftFailed(RuntimeError):
     """The draft side did not come up."""
+
+
+class NoRoom(DraftFailed):
+    """There is no room for the draft side so far. It is still asked for."""
+
+    def __init__(self, message: str, lacking: str) -> None:
+        """`lacking`: what would have to be free on one node."""
+        super().__init__(message)
+        self.lacking = lacking
 
 
 class NotAdmitted(DraftFailed):

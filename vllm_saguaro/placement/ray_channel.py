@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
 from vllm_saguaro.messages import Proposals, Round, Stamp, Step, Table
-from vllm_saguaro.placement.channel import DraftFailed, NotAdmitted
+from vllm_saguaro.placement.channel import DraftFailed, NoRoom, NotAdmitted
 from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.network import NetworkChannel
 from vllm_saguaro.placement.passed_memory import PassedMemoryChannel
@@ -68,6 +68,8 @@ class RayDraft:
     """Requests that we may have in the pool."""
     linger: float = 30.0
     """Seconds after which a pool that we start ends without engines."""
+    tells_that_it_waits: bool = True
+    """Whether the log says so when there is no room for long. Of several drafts one is enough."""
 
 
 def cluster_address(asked: str | None) -> str | None:
@@ -91,6 +93,9 @@ class RayChannel:
         self._over = self._closed = False
         self._trouble = "the process that speaks to Ray ended"
         self._refusal: NotAdmitted | None = None
+        self._lacking: tuple[str, float] | None = None
+        """What no node has free, and since when we know; None: there is room, or we do not know yet."""
+        self._room_seconds = START_TIMEOUT_SECONDS
         self._closing = threading.Lock()
         self.shards: Sequence[range] = (range(shape.slots),)
         # A Ray of our own keeps its logs and sockets here; the path of a socket must be short.
@@ -159,10 +164,15 @@ class RayChannel:
         """The mailbox, for a device, where the actor is on this node; None where it is not, or is still to come."""
         return self._link.lend() if isinstance(self._link, PassedMemoryChannel) else None
 
+    def wait_for_room(self, seconds: float) -> None:
+        """How long `wait_until_ready` waits for a node that has room; the rest takes as long as ever."""
+        self._room_seconds = seconds
+
     def wait_until_ready(self) -> None:
         """Wait for Ray to place the actor, and for that to load its model.
 
-        Raises `DraftFailed` when it does not, `NotAdmitted` where a pool does not take us.
+        Raises `DraftFailed` when it does not, `NotAdmitted` where a pool does not take us, and `NoRoom` when no node
+        has had room for `wait_for_room`: then it may be called again.
         """
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while self._link is None:
@@ -170,7 +180,14 @@ class RayChannel:
                 raise DraftFailed("the draft side was closed while it started")
             if self._over:
                 raise DraftFailed(f"Ray could not start the draft: {self._trouble}")
-            if time.monotonic() > deadline:
+            now, lacking = time.monotonic(), self._lacking
+            if lacking is not None:
+                what, since = lacking
+                if now - since > self._room_seconds:
+                    message = f"Ray had not placed the draft after {now - since:.0f} s: no node has {what} free"
+                    raise NoRoom(message, what)
+                deadline = now + START_TIMEOUT_SECONDS  # once there is room the actor still takes its time
+            elif now > deadline:
                 raise DraftFailed(f"Ray had not placed the draft after {START_TIMEOUT_SECONDS:.0f} s")
             time.sleep(0.02)
         try:
@@ -214,6 +231,9 @@ class RayChannel:
             self._refusal = NotAdmitted(str(said["reason"]), bool(said["disagrees"]))
         if said["event"] in ("ended", "refused"):
             self._end(str(said["reason"]))
+            return
+        if said["event"] in ("waits", "room"):
+            self._lacking = (str(said["lacking"]), time.monotonic()) if said["event"] == "waits" else None
             return
         self._pid = int(said["pid"])
         with self._closing:

@@ -1,8 +1,9 @@
 """The process that speaks to Ray: `python -m vllm_saguaro.placement.ray_placer`, started by `ray_channel`.
 
 Standard input: one line of JSON with what is wanted (`RayDraft`), and one with the invitation for the actor. Standard
-output: one line when the actor is there, and one when it has ended. When standard input ends, or the parent does, the
-actor is killed and its placement group removed; so is a Ray that was started here.
+output: one line when no node has room for the actor yet, one when there is room, one when the actor is there, and one
+when it has ended. When standard input ends, or the parent does, the actor is killed and its placement group removed; so
+is a Ray that was started here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def main() -> None:
             with _cluster(wanted, start["folder"]):
                 draft_in_pool(wanted, parent, say)
             return
-        with _cluster(wanted, start["folder"]), _actor(wanted, parent) as actor:
+        with _cluster(wanted, start["folder"]), _actor(wanted, parent, say) as actor:
             node, pid = result(actor.whereabouts.remote(), parent)
             beside = node == ray.get_runtime_context().get_node_id()
             where = "this node, over shared memory" if beside else f"another node ({node}), over the network"
@@ -114,7 +115,7 @@ def _cluster(wanted: Mapping[str, Any], folder: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _actor(wanted: Mapping[str, Any], parent: Parent) -> Iterator[Any]:
+def _actor(wanted: Mapping[str, Any], parent: Parent, say: Callable[..., None]) -> Iterator[Any]:
     """The actor, in a placement group of its own: on this node where there is room, on another one otherwise."""
     bundle = {"CPU": float(wanted["num_cpus"]), **wanted["resources"]}
     if wanted["num_gpus"]:
@@ -126,7 +127,7 @@ def _actor(wanted: Mapping[str, Any], parent: Parent) -> Iterator[Any]:
     near: dict[str, Any] = {wish: here} if wish in inspect.signature(placement_group).parameters else {}
     group = placement_group([bundle], strategy="STRICT_PACK", **near)
     try:
-        _wait_for_room(group, bundle, parent)
+        _wait_for_room(group, bundle, parent, say, _PATIENCE_SECONDS if wanted["tells_that_it_waits"] else None)
         options: dict[str, Any] = {
             "num_cpus": wanted["num_cpus"],
             "num_gpus": wanted["num_gpus"],
@@ -175,13 +176,30 @@ def _check_room(bundle: Mapping[str, float]) -> None:
             raise ValueError(f"ray_options asks for {amount:g} {name}, this machine has {there.get(name, 0.0):g}")
 
 
-def _wait_for_room(group: PlacementGroup, bundle: Mapping[str, float], parent: Parent) -> None:
+def _wait_for_room(
+    group: PlacementGroup,
+    bundle: Mapping[str, float],
+    parent: Parent,
+    say: Callable[..., None],
+    patience: float | None,
+) -> None:
+    """`patience`: after so long the log says what is waited for; None: never."""
     waited = 0.0
     while not group.wait(LOOK_SECONDS):
         parent.check()
+        if not waited:
+            say(event="waits", lacking=_lacking(bundle))
         waited += LOOK_SECONDS
-        if waited == _PATIENCE_SECONDS:
-            logger.warning("Saguaro's draft waits for a node of the Ray cluster that has %s free.", dict(bundle))
+        if waited == patience:
+            logger.warning("Saguaro's draft waits for a node of the Ray cluster that has %s free.", _lacking(bundle))
+    say(event="room")
+
+
+def _lacking(bundle: Mapping[str, float]) -> str:
+    """What of it the whole cluster has not; all of it where that is there, but on no single node."""
+    free = ray.available_resources()
+    lacking = {name: amount for name, amount in bundle.items() if free.get(name, 0.0) < amount} or bundle
+    return ", ".join(f"{amount:g} {name}" for name, amount in lacking.items())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Proposals, Round, Stamp, Step, Table
-from vllm_saguaro.placement.channel import Channel, Lender, NotAdmitted, Traced
+from vllm_saguaro.placement.channel import Channel, Lender, NoRoom, NotAdmitted, Placed, Traced
 
 _LONGEST_GAP = 1.0
 """Seconds between two looks that count as watched. A longer gap means that this process itself stood still, or the
@@ -88,6 +88,8 @@ class RestartingChannel:
         self._last_read: dict[int, Table] = {}
         """By slot, until the present life has been of use."""
         self._left_off = False
+        self._first_waits = False
+        """Whether there is no room yet for the first life, whose start is no restart."""
         self._refused_for = ""
         self._said_up = False
         self._hung_for = 0.0
@@ -154,9 +156,10 @@ class RestartingChannel:
         """Wait for the first life, and look after it from then on.
 
         Raises `DraftFailed` when it does not come up: what never worked is not tried again, it is a wrong setting.
-        Where a pool has no room that is none: it is asked again.
+        Where a pool has no room that is none: it is asked again. `NoRoom` is raised, too, but that life is looked
+        after: it begins when there is room, unless this channel is closed.
         """
-        present = self._present
+        present, no_room = self._present, None
         assert present is not None
         try:
             present.wait_until_ready()
@@ -171,6 +174,12 @@ class RestartingChannel:
                 self._present = None
             self._close(present)
             self._ask_again(refusal)
+        except NoRoom as lack:
+            no_room = lack
+            self._look_for_room(present)
+            with self._lock:
+                if self._present is present:  # else `close` has it
+                    self._starting, self._present, self._first_waits = present, None, True
         # It knows this object weakly: one that is dropped without `close` goes, and its draft side with it.
         self._thread = threading.Thread(
             target=_look_after,
@@ -179,6 +188,14 @@ class RestartingChannel:
             daemon=True,
         )
         self._thread.start()
+        if no_room is not None:
+            raise no_room
+
+    def wait_for_room(self, seconds: float) -> None:
+        """How long `wait_until_ready` waits for room."""
+        with self._lock:
+            if isinstance(self._present, Placed):
+                self._present.wait_for_room(seconds)
 
     def close(self) -> None:
         """End everything, also in the middle of a restart."""
@@ -288,27 +305,38 @@ class RestartingChannel:
                 self._care.longest_back_off,
             )
 
+    @staticmethod
+    def _look_for_room(channel: Channel) -> None:
+        """The thread does not wait for room, it looks again and again."""
+        if isinstance(channel, Placed):
+            channel.wait_for_room(0.0)
+
     def _start_again(self) -> None:
-        channel = None
+        """Begin the next life; or the one that was asked for before, as soon as there is room for it."""
+        channel = self._starting
         try:
-            channel = self._start()
-            with self._lock:
-                self._starting = channel
+            if channel is None:
+                channel = self._start()
+                self._look_for_room(channel)
+                with self._lock:
+                    self._starting = channel
             if not self._closing.is_set():  # else `close` may have looked before there was anything to close
                 channel.wait_until_ready()
+        except NoRoom:
+            return
         except NotAdmitted as refusal:
             if channel is not None:
                 self._take_back(channel)
             self._ask_again(refusal)
             return
         except Exception as error:  # whatever it is, it must not end the thread that would try again
-            self._page.count_in(counters.DRAFT_RESTARTS, 1)
+            self._count_restart()
             if channel is not None:
                 self._take_back(channel)
             if not self._closing.is_set():
                 self._plan(f"did not come up ({error})")
             return
-        self._page.count_in(counters.DRAFT_RESTARTS, 1)
+        self._count_restart()
         if self._closing.is_set():
             self._take_back(channel)
             return
@@ -324,6 +352,11 @@ class RestartingChannel:
         self._hung_for, self._began_at, self._looked_at = 0.0, self._clock(), self._clock()
         self._hits_before = self._hits()
         self._say(up=True)
+
+    def _count_restart(self) -> None:
+        if not self._first_waits:
+            self._page.count_in(counters.DRAFT_RESTARTS, 1)
+        self._first_waits = False
 
     def _take_back(self, starting: Channel) -> None:
         """Close a life that has not begun, unless `close` does."""

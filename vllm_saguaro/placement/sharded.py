@@ -8,10 +8,16 @@ never touched.
 from __future__ import annotations
 
 import logging
+import queue
+import threading
 from collections.abc import Sequence
 
 from vllm_saguaro.messages import Proposals, Stamp, Step, Table
-from vllm_saguaro.placement.channel import Channel, DraftFailed
+from vllm_saguaro.placement.channel import Channel, DraftFailed, NoRoom, Placed
+
+_ROOM_SECONDS = 10.0
+"""The engine waits no longer than so for room for another draft once it has one: a cluster needs a moment to find room
+that is there, and minutes or hours to get more."""
 
 
 class ShardedChannel:
@@ -75,19 +81,50 @@ class ShardedChannel:
         return self._of_slot[stamp.slot].proposals(stamp, version, branch, depth)
 
     def wait_until_ready(self) -> None:
-        """Wait for all drafts. Goes on with those that came up; raises `DraftFailed` when none did."""
-        failures: list[DraftFailed] = []
-        for number, channel in enumerate(self._channels, start=1):
-            try:
-                channel.wait_until_ready()
-            except DraftFailed as failure:
-                failures.append(failure)
-                self._log.warning("Draft %d of %d did not come up: %s.", number, len(self._channels), failure)
-        up = len(self._channels) - len(failures)
-        if not up:
+        """Wait for all drafts at once, and go on with those that came up; raises `DraftFailed` when none did.
+
+        A draft that has failed is ended. One for which there is no room may come later, so it is left asking; it is not
+        waited for once another one is up. One that loads is.
+        """
+        total = len(self._channels)
+        ended: queue.SimpleQueue[tuple[int, BaseException | None]] = queue.SimpleQueue()
+        for at in range(total):
+            threading.Thread(target=self._wait_for, args=(at, ended), name="saguaro-draft-wait", daemon=True).start()
+        failures: dict[int, DraftFailed] = {}
+        for _ in range(total):
+            at, failure = ended.get()
+            if failure is None:
+                for channel in self._channels:
+                    if isinstance(channel, Placed):
+                        channel.wait_for_room(_ROOM_SECONDS)
+            elif not isinstance(failure, DraftFailed):
+                raise failure
+            else:
+                failures[at] = failure
+                if not isinstance(failure, NoRoom):
+                    self._log.warning("Draft %d of %d did not come up: %s.", at + 1, total, failure)
+                    self._channels[at].close()
+        if len(failures) == total:
             raise failures[0]
-        if failures:
-            self._log.warning("Going on with %d of %d drafts.", up, len(self._channels))
+        lacking = [failure.lacking for failure in failures.values() if isinstance(failure, NoRoom)]
+        if lacking:
+            self._log.warning(
+                "Going on with %d of %d drafts: no node of the Ray cluster has %s free. More come as soon as there is "
+                "room.",
+                total - len(failures),
+                total,
+                lacking[0],
+            )
+        elif failures:
+            self._log.warning("Going on with %d of %d drafts.", total - len(failures), total)
+
+    def _wait_for(self, at: int, ended: queue.SimpleQueue[tuple[int, BaseException | None]]) -> None:
+        try:
+            self._channels[at].wait_until_ready()
+        except BaseException as failure:  # the thread that waits for all of them raises it
+            ended.put((at, failure))
+        else:
+            ended.put((at, None))
 
     def close(self) -> None:
         """End every draft."""

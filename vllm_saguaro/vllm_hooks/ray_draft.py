@@ -33,10 +33,11 @@ def ray_draft(
     environment: Mapping[str, str],
     slots: int = 0,
     again: bool = False,
+    number: int = 0,
 ) -> RayDraft:
     """`options`: those of `load_engine`. `plan`: the cores, as `CorePlan.to_dict` has them. `environment`: of this
     process. `slots`: requests that the draft may have. `again`: it is not the first life, so that the target decodes
-    meanwhile. Raises `SaguaroConfigError` for a pool without a cluster.
+    meanwhile. `number`: of several drafts this one. Raises `SaguaroConfigError` for a pool without a cluster.
     """
     asked = dict(config.ray_options or {})
     address = check_cluster(config)
@@ -62,4 +63,5 @@ def ray_draft(
         pool=config.draft_pool,
         engines=config.draft_pool_engines,
         slots=slots,
+        tells_that_it_waits=again or number == 0,
     )

@@ -186,7 +186,7 @@ class SaguaroWorker(CPUWorker):
             with cores.born_on(cpus):
                 if config.placement == "ray":
                     own = {**plan, "draft": list(cpus)}
-                    draft = ray_draft(config, options, own, os.environ, shape.slots, again)
+                    draft = ray_draft(config, options, own, os.environ, shape.slots, again, number)
                     return RayChannel(draft, shape, environment)
                 return ProcessChannel(MODULE, options, shape, environment)
 

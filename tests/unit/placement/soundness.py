@@ -31,6 +31,30 @@ def assert_sound_table(table: Table, slot: int, shape: MailboxShape) -> None:
         assert len(table.speculation(branch)) == len(table.drafts)
 
 
+def assert_sound_depth(table: Table, shape: MailboxShape) -> None:
+    """One depth of a table, as it comes over the network: what the mailbox may rely on."""
+    count, vocabulary = len(table.bonus), shape.vocab_size
+    assert 0 <= table.stamp.slot < shape.slots
+    assert 0 <= table.stamp.generation < INT32
+    assert -1 <= table.stamp.round < 2**63
+    assert 0 <= table.seconds < 1e6
+    assert count == len(table.accepted) <= shape.branches
+    assert len(table.drafts) <= shape.num_speculative_tokens
+    if table.drafts:
+        assert len(table.drafts[-1]) == count
+        assert all(0 <= token < vocabulary for token in table.drafts[-1])
+    else:
+        assert all(0 <= token < vocabulary for token in table.bonus)
+        assert all(0 <= k <= shape.num_speculative_tokens for k in table.accepted)
+    if table.newest is not None:
+        assert table.drafts, "only drafts have a q"
+        assert table.newest.tokens.shape == table.newest.probabilities.shape
+        assert table.newest.tokens.shape[0] == count
+        assert table.newest.tokens.shape[1] <= shape.support
+        assert ((table.newest.tokens >= 0) & (table.newest.tokens < vocabulary)).all()
+        assert ((table.newest.probabilities >= 0) & (table.newest.probabilities <= 1.001)).all()
+
+
 def assert_sound_q(q: Proposals, depth: int, shape: MailboxShape) -> None:
     """Distributions over tokens of the target."""
     assert q.tokens.shape == q.probabilities.shape == (depth, shape.support)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.placement.soundness import assert_sound_depth
 from vllm_saguaro.messages import Proposals, Round, Stamp, Table, Work
 from vllm_saguaro.placement import frames
 from vllm_saguaro.placement.frames import (
@@ -89,13 +90,13 @@ def test_a_spoilt_stream_gives_frames_within_bounds_or_an_error(
         for kind, payload in reader.feed(bytes(stream)):
             assert len(payload) <= BOUNDS[kind]
             if kind is Kind.TABLE:
-                check(decoder.decode(payload))
+                assert_sound_depth(decoder.decode(payload), SHAPE)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_table_within_bounds_or_an_error(payload: bytes) -> None:
     with contextlib.suppress(FrameError):
-        check(TableFrames(SHAPE).decode(payload))
+        assert_sound_depth(TableFrames(SHAPE).decode(payload), SHAPE)
 
 
 @given(st.binary(max_size=300))
@@ -103,26 +104,6 @@ def test_any_bytes_are_frames_or_an_error(data: bytes) -> None:
     with contextlib.suppress(FrameError):
         for kind, payload in FrameReader(BOUNDS).feed(data):
             assert len(payload) <= BOUNDS[kind]
-
-
-def check(table: Table) -> None:
-    """What the mailbox and the target may rely on."""
-    count = len(table.bonus)
-    assert 0 <= table.stamp.slot < SHAPE.slots
-    assert count == len(table.accepted) <= SHAPE.branches
-    assert len(table.drafts) <= SHAPE.num_speculative_tokens
-    if table.drafts:
-        assert len(table.drafts[-1]) == count
-        assert all(0 <= token < VOCABULARY for token in table.drafts[-1])
-    else:
-        assert all(0 <= token < VOCABULARY for token in table.bonus)
-        assert all(0 <= k <= SHAPE.num_speculative_tokens for k in table.accepted)
-    if table.newest is not None:
-        assert table.newest.tokens.shape == table.newest.probabilities.shape
-        assert table.newest.tokens.shape[0] == count
-        assert table.newest.tokens.shape[1] <= SHAPE.support
-        assert ((table.newest.tokens >= 0) & (table.newest.tokens < VOCABULARY)).all()
-        assert ((table.newest.probabilities >= 0) & (table.newest.probabilities <= 1.001)).all()
 
 
 # ---- what a healthy draft side never sends --------------------------------------------------------------------------

@@ -1,7 +1,9 @@
-"""The decoder and the readers of a mailbox under a coverage-guided fuzzer, and errors planted for it to find."""
+"""The decoder, the readers of a mailbox and what comes over the network under a coverage-guided fuzzer, and errors
+planted for it to find."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +14,35 @@ import pytest
 
 from tests.unit.placement.coverage_fuzzer import CoverageFuzzer, Found
 from tests.unit.placement.planted import planted
-from tests.unit.placement.soundness import assert_canonical, assert_sound_q, assert_sound_step, assert_sound_table
-from vllm_saguaro.messages import Admit, Noise, Outcome, Proposals, Release, Sampling, Stamp, Step, Table, Want
-from vllm_saguaro.placement import distribution, mailbox, wire
+from tests.unit.placement.soundness import (
+    assert_canonical,
+    assert_sound_depth,
+    assert_sound_q,
+    assert_sound_step,
+    assert_sound_table,
+)
+from vllm_saguaro.messages import (
+    Admit,
+    Noise,
+    Outcome,
+    Proposals,
+    Release,
+    Round,
+    Sampling,
+    Stamp,
+    Step,
+    Table,
+    Want,
+    Work,
+)
+from vllm_saguaro.placement import distribution, frames, mailbox, rounds, wire
 from vllm_saguaro.placement.layout import CONTROL_WORDS, MailboxShape
 from vllm_saguaro.placement.wire import Limits, encode
 
 LIMITS = Limits(slots=8, num_speculative_tokens=4, frame_bytes=1024)
 SHAPE = MailboxShape(slots=1, branches=3, num_speculative_tokens=2, ring_bytes=8, support=4, vocab_size=100)
+FAR_INPUTS = 20_000
+FAR = dataclasses.replace(SHAPE, slots=2, rounds=4)
 INPUTS = 40_000
 """A few seconds. Each planted error is found in less than half of them, with other numbers of chance too."""
 
@@ -66,23 +89,81 @@ def reader(module: ModuleType) -> Callable[[bytes], None]:
     return read
 
 
+def receiver(module: ModuleType) -> Callable[[bytes], None]:
+    """The target side's taking of a stream that comes over the network, into a mailbox of its own and out of it."""
+    bounds = module.bounds_of_tables(FAR)
+
+    def receive(data: bytes) -> None:
+        tables, grown = module.TableFrames(FAR), dict[int, Table]()
+        box: mailbox.Mailbox | None = None  # most bytes are no frame, and need none
+        for kind, payload in module.FrameReader(bounds).feed(data):
+            assert len(payload) <= bounds[kind]
+            if kind is module.Kind.TABLE:
+                table = tables.decode(payload)
+                assert_sound_depth(table, FAR)
+                if table.drafts:
+                    before = grown[table.stamp.slot]
+                    assert (table.stamp, len(table.bonus)) == (before.stamp, len(before.bonus))
+                    assert len(table.drafts) == len(before.drafts) + 1
+                grown[table.stamp.slot] = table
+                box = box or mailbox.Mailbox(memoryview(bytearray(FAR.total_bytes)), FAR)
+                box.publish(table)
+                read_back(box, table)
+            elif kind is module.Kind.ROUND:
+                one = module.decode_round(payload, FAR, now=10**15)
+                assert one.began <= one.glued <= one.forked <= one.ended == 10**15
+                assert 0 <= one.branches <= FAR.branches
+
+    return receive
+
+
+def read_back(box: mailbox.Mailbox, table: Table) -> None:
+    """What the speculator finds of a depth that has come; nothing, where it says that it took hours."""
+    found = box.read(table.stamp.slot)
+    if found is None:
+        assert table.seconds > 3600
+        return
+    assert_sound_table(found, table.stamp.slot, FAR)
+    assert (found.stamp, len(found.drafts)) == (table.stamp, len(table.drafts))
+    for branch in range(len(found.bonus)):
+        q = box.proposals(found.stamp, found.version, branch, len(found.drafts))
+        if q is not None:
+            assert_sound_q(q, len(found.drafts), FAR)
+
+
+Q = Proposals(np.array([[5, 6, 7, 8]] * 3, np.int32), np.array([[0.5, 0.25, 0.25, 0.0]] * 3, np.float32))
+
+
+def streams() -> list[bytes]:
+    """What a healthy draft side sends: tables with and without q, each depth by depth, and a round."""
+    keys, rows = Table(Stamp(1, 5, 6), [0, 1, 2], [90, 91, 92], [], 0.5), [[10, 11, 12], [20, 21, 22]]
+    grown = [dataclasses.replace(keys, drafts=rows[:depth]) for depth in (1, 2)]
+    sampled = [dataclasses.replace(table, newest=Q) for table in grown]
+    round_ = frames.encode_round(Round(Work.ROUND, 1_000, 1_200, 1_300, 1_900, 3, FAR.branches))
+    return [b"".join(map(frames.encode_table, [keys, *depths])) for depths in (grown, sampled)] + [round_]
+
+
 def cells() -> list[bytes]:
     """Cells as they are with tables of several depths and with q."""
-    q = Proposals(np.array([[5, 6, 7, 8]] * 3, np.int32), np.array([[0.5, 0.25, 0.25, 0.0]] * 3, np.float32))
     found = []
     for depth in range(SHAPE.num_speculative_tokens + 1):
         box = mailbox.Mailbox(memoryview(bytearray(SHAPE.total_bytes)), SHAPE)
         for d in range(depth + 1):
             rows = [[10, 11, 12], [20, 21, 22]][:d]
-            box.publish(Table(Stamp(0, 5, 6), [0, 1, 2], [90, 91, 92], rows, newest=q if d else None))
+            box.publish(Table(Stamp(0, 5, 6), [0, 1, 2], [90, 91, 92], rows, newest=Q if d else None))
         found.append(bytes(box._buffer[8 * CONTROL_WORDS : SHAPE.total_bytes - SHAPE.ring_bytes]))
     return found
 
 
-def random_bytes(target: Callable[[bytes], None], refusals: tuple[type[Exception], ...], least: int) -> Found | None:
+RECEIVING = [file_of(frames), file_of(rounds)]
+
+
+def random_bytes(
+    target: Callable[[bytes], None], refusals: tuple[type[Exception], ...], least: int, inputs: int = INPUTS
+) -> Found | None:
     """The same number of inputs, of random bytes alone, at least so many in each."""
     chance = random.Random(0)
-    for number in range(INPUTS):
+    for number in range(inputs):
         data = chance.randbytes(chance.randint(least, 600))
         try:
             target(data)
@@ -105,6 +186,13 @@ def test_no_bytes_get_past_the_reader_of_a_cell() -> None:
     found = fuzzer.run(INPUTS)
     assert found is None, f"{found}"
     assert len(fuzzer.corpus) > 2 * len(cells()), "it was not guided by anything"
+
+
+def test_no_bytes_get_past_what_takes_them_from_the_network() -> None:
+    fuzzer = CoverageFuzzer(receiver(frames), RECEIVING, streams(), (frames.FrameError,))
+    found = fuzzer.run(FAR_INPUTS)
+    assert found is None, f"{found}"
+    assert len(fuzzer.corpus) > 2 * len(streams()), "it was not guided by anything"
 
 
 DECODER_ERRORS = {
@@ -163,6 +251,33 @@ def test_an_error_in_the_reader_is_found_that_random_bytes_do_not_find(
     target = reader(variant)
     assert random_bytes(target, (), 8 * SHAPE.cell_words) is None
     found = CoverageFuzzer(target, [path], cells()).run(INPUTS)
+    assert found is not None
+    with pytest.raises(type(found.error)):
+        target(found.data)
+
+
+RECEIVER_ERRORS = {
+    "slot": ("if not (0 <= slot < shape.slots and", "if not (slot < shape.slots and"),
+    "generation": ("generation >= 0 and", ""),
+    "round": ("and round_ >= GONE", ""),
+    "time": ("if not 0 <= seconds < 1e6:", "if seconds < 0:"),
+    "size": ("if len(payload) != _TABLE.size + rest or (width and not depth):", "if width and not depth:"),
+    "stamp": ("(table.stamp, table.count, table.depth + 1) != (stamp, ", "(table.count, table.depth + 1) != ("),
+    "not begun": ("table is None or ", "table is not None and "),
+    "q": ("if not ((q >= 0) & (q <= 1.001)).all():", "if (q < 0).any():"),
+    "tokens": ("values.min() >= 0 and ", ""),
+    "a round": ("if one is None:", "if False:"),
+}
+
+
+@pytest.mark.parametrize("name", RECEIVER_ERRORS)
+def test_an_error_in_what_takes_frames_is_found_that_random_bytes_do_not_find(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant, path = planted(frames, RECEIVER_ERRORS[name], tmp_path, monkeypatch)
+    target, refusals = receiver(variant), (variant.FrameError,)
+    assert random_bytes(target, refusals, 0, FAR_INPUTS) is None
+    found = CoverageFuzzer(target, [path, *RECEIVING[1:]], streams(), refusals).run(FAR_INPUTS)
     assert found is not None
     with pytest.raises(type(found.error)):
         target(found.data)

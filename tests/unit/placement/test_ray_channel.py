@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +22,15 @@ from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE
 from tests.unit.placement.ray_cluster import ROOT, another_target, environment, free_cpus, groups_left, two_nodes
 from tests.unit.placement.test_far_draft import admit, table_of
 from tests.unit.placement.watching import gone, until
+from vllm_saguaro.counters import DRAFT_RESTARTS, DRAFT_UP, CounterPage
 from vllm_saguaro.messages import Stamp
-from vllm_saguaro.placement.channel import Channel, DraftFailed
+from vllm_saguaro.placement import ray_channel, sharded
+from vllm_saguaro.placement.channel import Channel, DraftFailed, NoRoom
 from vllm_saguaro.placement.network import NetworkChannel
 from vllm_saguaro.placement.passed_memory import PassedMemoryChannel
 from vllm_saguaro.placement.ray_channel import RayChannel, RayDraft, cluster_address
+from vllm_saguaro.placement.restarting import RestartingChannel
+from vllm_saguaro.placement.sharded import ShardedChannel
 
 MODULE = "tests.unit.placement.far_draft"
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
@@ -193,6 +199,39 @@ def test_what_only_another_node_has_brings_the_draft_there(cluster: Any, tmp_pat
 
 @needs_ray
 @pytest.mark.slow
+def test_a_cluster_with_room_for_one_of_three_drafts_has_one_and_another_comes_when_it_has_gone(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start() -> RayChannel:
+        cpus = sorted(os.sched_getaffinity(0))[-1:]
+        draft = RayDraft(MODULE, {}, cpus, 1, resources={"far": 1}, address=cluster.address)
+        return RayChannel(draft, SHAPE, environment())
+
+    monkeypatch.setattr(sharded, "_ROOM_SECONDS", 1.0)
+    log, page = logging.getLogger("saguaro-test"), CounterPage()
+    drafts = [RestartingChannel(start, 5, page, log) for _ in range(3)]
+    with contextlib.closing(ShardedChannel(drafts, SHAPE.slots, log)) as channel:
+        channel.wait_until_ready()
+        assert channel.max_length == MAX_LENGTH
+        (said,) = caplog.messages
+        assert said.startswith("Going on with 1 of 3 drafts: no node of the Ray cluster has 1 ")
+        (up,) = [draft for draft in drafts if draft.alive]
+        assert up.post(admit())
+        table_of(up, Stamp(1, 1, 0))
+        assert sorted(groups_left(cluster)) == ["CREATED", "PENDING", "PENDING"]
+        up.close()
+        others = [draft for draft in drafts if draft is not up]
+        assert until(lambda: any(draft.alive for draft in others), 240)
+        (next_one,) = [draft for draft in others if draft.alive]
+        assert next_one.post(admit())
+        table_of(next_one, Stamp(1, 1, 0))
+        assert (page.value(DRAFT_UP), page.value(DRAFT_RESTARTS)) == (1, 0)
+    assert groups_left(cluster) == [], "nor is anything asked for any more"
+    assert until(lambda: free_cpus(cluster) == 2.0)
+
+
+@needs_ray
+@pytest.mark.slow
 def test_nothing_is_left_in_a_cluster_by_a_target_that_is_killed(cluster: Any) -> None:
     with another_target("test_ray_channel", f"opened(address={cluster.address!r})") as (target, pid, _):
         target.kill()
@@ -209,6 +248,51 @@ def test_a_cluster_that_is_not_there_is_a_failed_draft() -> None:
 
 
 # ---- without Ray ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent(tmp_path: Path) -> Iterator[RayChannel]:
+    """Whose placer says nothing: it waits for its end in what it takes for Ray."""
+    (tmp_path / "ray.py").write_text("import sys\nsys.stdin.buffer.read()\nraise ImportError")
+    hidden = {**environment(), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with contextlib.closing(
+        RayChannel(RayDraft(MODULE, {}, [0], 1, address="10.0.0.1:6379"), SHAPE, hidden)
+    ) as channel:
+        yield channel
+
+
+def test_room_is_waited_for_as_long_as_it_may_take_and_the_rest_longer(silent: RayChannel) -> None:
+    silent.wait_for_room(0.0)
+    silent._hear({"event": "waits", "lacking": "1 CPU, 2 far"})
+    for _ in range(2):  # it may be asked again
+        with pytest.raises(NoRoom, match="no node has 1 CPU, 2 far free") as found:
+            silent.wait_until_ready()
+        assert found.value.lacking == "1 CPU, 2 far"
+    assert silent.alive
+    silent._hear({"event": "room"})
+    failures: list[str] = []
+
+    def wait() -> None:
+        try:
+            silent.wait_until_ready()
+        except DraftFailed as failure:
+            failures.append(str(failure))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive(), "there is room, so it starts; that takes as long as it takes"
+    silent.close()
+    waiting.join(10)
+    assert failures == ["the draft side was closed while it started"]
+
+
+def test_a_draft_that_has_not_been_placed_in_time_has_failed(
+    silent: RayChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_channel, "START_TIMEOUT_SECONDS", 0.05)
+    with pytest.raises(DraftFailed, match=r"had not placed the draft after 0 s$"):
+        silent.wait_until_ready()
 
 
 def test_without_ray_the_draft_has_failed_and_nothing_else(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Outcome, Proposals, Release, Round, Stamp, Step, Table, Work
 from vllm_saguaro.placement import restarting
-from vllm_saguaro.placement.channel import Channel, DraftFailed, NotAdmitted
+from vllm_saguaro.placement.channel import Channel, DraftFailed, NoRoom, NotAdmitted
 from vllm_saguaro.placement.restarting import Care, RestartingChannel
 
 STEP = Step(releases=[Release(Stamp(0, 1, 0))])
@@ -391,6 +391,92 @@ def test_one_that_waits_for_a_place_can_be_closed(watched: Watched) -> None:
     ward.channel.close()
     assert ward.newest.closed == 1
     assert ward.up() == (0, 0, 0)
+
+
+# ---- a cluster without room ----------------------------------------------------------------------------------------
+
+
+class Asking(Life):
+    """The start of a life that has to find room first."""
+
+    def __init__(self, error: str = "") -> None:
+        super().__init__(error=error)
+        self.room, self.seconds = False, -1.0
+
+    def wait_for_room(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def wait_until_ready(self) -> None:
+        if not self.room and not self.closed:
+            raise NoRoom("no node has 1 CPU free", "1 CPU")
+        super().wait_until_ready()
+
+
+def asking(*lives: Life) -> Ward:
+    """Whose first life finds no room."""
+    ward = Ward(*lives)
+    ward.channel.wait_for_room(3.0)
+    first = lives[0]
+    assert isinstance(first, Asking)
+    assert first.seconds == 3.0
+    with pytest.raises(NoRoom):
+        ward.channel.wait_until_ready()
+    assert first.seconds == 0.0, "the thread that looks after it does not stand and wait"
+    return ward
+
+
+def test_a_first_life_without_room_begins_when_there_is_some(caplog: pytest.LogCaptureFixture) -> None:
+    first = Asking()
+    ward = asking(first, Life())
+    ward.run(1000)
+    assert (ward.channel.alive, ward.channel.epoch(0), ward.channel.post(STEP)) == (False, 0, False)
+    assert (len(ward.started), first.closed) == (1, 0), "it is the same one that asks all the time"
+    first.room = True
+    ward.run(0.1)
+    assert ward.channel.alive
+    assert ward.channel.max_length == 40
+    assert ward.up() == (1, 0, 0), "it is the first life"
+    assert caplog.messages == []
+    first.alive = False
+    ward.run(5)
+    assert ward.up() == (1, 1, 0)
+    ward.channel.close()
+
+
+def test_a_next_life_without_room_is_no_failure(watched: Watched) -> None:
+    lives = [Asking() for _ in range(7)]
+    ward = watched(Life(), *lives)
+    for number, life in enumerate(lives, start=1):
+        ward.newest.alive = False
+        ward.run(20)
+        assert len(ward.started) == 1 + number
+        assert not ward.channel.alive
+        life.room = True
+        ward.run(0.1)
+        assert ward.up() == (1, number, 0)
+        serve(ward, hit=True)
+
+
+def test_a_first_life_that_finds_room_and_does_not_load_is_followed(caplog: pytest.LogCaptureFixture) -> None:
+    first = Asking(error="no such model")
+    ward = asking(first, Life())
+    first.room = True
+    ward.run(0.1)
+    assert "The draft side did not come up (no such model)" in caplog.text
+    ward.run(2)
+    assert ward.up() == (1, 1, 0)
+    assert first.closed == 1
+    ward.channel.close()
+
+
+def test_one_that_waits_for_room_can_be_closed() -> None:
+    first = Asking()
+    ward = asking(first)
+    ward.run(1)
+    ward.channel.close()
+    assert first.closed == 1
+    assert ward.up() == (0, 0, 0)
+    assert not threads()
 
 
 # ---- hangs ----------------------------------------------------------------------------------------------------------

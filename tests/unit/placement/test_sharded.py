@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from vllm_saguaro.messages import Admit, Outcome, Proposals, Release, Sampling, Stamp, Step, Table, Want
-from vllm_saguaro.placement.channel import DraftFailed
+from vllm_saguaro.placement import sharded
+from vllm_saguaro.placement.channel import DraftFailed, NoRoom
 from vllm_saguaro.placement.sharded import ShardedChannel
 
 SLOTS = 6
@@ -48,6 +50,27 @@ class OneDraft:
 
     def close(self) -> None:
         self.closed = True
+
+
+class Asking(OneDraft):
+    """Has to ask for room, and does `then` once it is told how long it may."""
+
+    def __init__(self, number: int, then: Callable[[], None]) -> None:
+        super().__init__(number, max_length=0)
+        self._then, self._told, self.seconds = then, threading.Event(), -1.0
+
+    def wait_for_room(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._told.set()
+
+    def wait_until_ready(self) -> None:
+        assert self._told.wait(60), "nobody told it that another one is up"
+        self._then()
+        self.max_length = 20
+
+
+def finds_no_room() -> None:
+    raise NoRoom("Ray had not placed the draft after 12 s: no node has 1 CPU free", "1 CPU")
 
 
 def sharing(*drafts: OneDraft, slots: int = SLOTS) -> ShardedChannel:
@@ -137,6 +160,49 @@ def test_it_goes_on_with_the_drafts_that_came_up(caplog: pytest.LogCaptureFixtur
     channel.wait_until_ready()
     assert channel.max_length == 30
     assert caplog.messages == ["Draft 2 of 3 did not come up: no room.", "Going on with 2 of 3 drafts."]
+
+
+def test_a_draft_that_failed_is_ended() -> None:
+    drafts = OneDraft(0), OneDraft(1, failure="it has no memory")
+    sharing(*drafts).wait_until_ready()
+    assert [draft.closed for draft in drafts] == [False, True]
+
+
+def test_drafts_without_room_are_waited_for_at_once_and_left_asking(caplog: pytest.LogCaptureFixture) -> None:
+    """Each of them waits until another one is up: one after the other they would wait for ever."""
+    waiting = Asking(0, finds_no_room), Asking(2, finds_no_room)
+    channel = sharing(waiting[0], OneDraft(1), waiting[1])
+    channel.wait_until_ready()
+    assert channel.max_length == 40
+    assert [draft.seconds for draft in waiting] == [sharded._ROOM_SECONDS] * 2
+    assert not any(draft.closed for draft in waiting), "they come when there is room"
+    assert caplog.messages == [
+        "Going on with 1 of 3 drafts: no node of the Ray cluster has 1 CPU free. More come as soon as there is room."
+    ]
+
+
+def test_a_draft_that_loads_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    slow = Asking(1, lambda: None)
+    channel = sharing(OneDraft(0), slow)
+    channel.wait_until_ready()
+    assert channel.max_length == 20, "it is up"
+    assert caplog.messages == []
+
+
+def test_without_room_for_any_it_does_not_start() -> None:
+    drafts = [Asking(number, finds_no_room) for number in range(2)]
+    for draft in drafts:
+        draft.wait_for_room(1.0)
+    with pytest.raises(NoRoom, match="no node has 1 CPU free"):
+        sharing(*drafts).wait_until_ready()
+
+
+def test_any_other_error_of_one_is_that_of_all() -> None:
+    def breaks() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sharing(OneDraft(0), Asking(1, breaks)).wait_until_ready()
 
 
 def test_without_any_draft_it_does_not_start() -> None:

@@ -31,6 +31,12 @@ def test_without_a_pool_none_is_asked_for() -> None:
     assert ray_draft(SaguaroConfig(placement="ray"), {}, PLAN, {}).pool is None
 
 
+@pytest.mark.parametrize(("number", "again", "expected"), [(0, False, True), (1, False, False), (1, True, True)])
+def test_of_several_drafts_that_wait_for_room_at_the_start_one_tells(number: int, again: bool, expected: bool) -> None:
+    draft = ray_draft(SaguaroConfig(placement="ray"), {}, PLAN, {}, again=again, number=number)
+    assert draft.tells_that_it_waits is expected
+
+
 def test_a_pool_without_a_cluster_is_refused_in_one_line() -> None:
     with pytest.raises(SaguaroConfigError, match='draft_pool "drafts" is for the engines of one Ray cluster') as found:
         check_cluster(pooled())

@@ -15,8 +15,10 @@ ALLOWED = [302, 304, 305, 306, 308, 309, 310, 311]
 CANDIDATES = [302, 304, 305, 308, 309, 310, 311, 5]
 """Of a made-up q: one token is missing, and one is never allowed."""
 SAMPLED: Json = {"temperature": 1.2, "max_tokens": 8, "ignore_eos": True, "allowed_token_ids": ALLOWED}
-DRAWN: Json = {"temperature": 0.9, "max_tokens": 8, "ignore_eos": True}
-"""Of requests over the whole vocabulary, which a real draft knows: it knows nothing of tokens that are not allowed."""
+DRAWN: Json = {"temperature": 1.5, "top_k": 6, "max_tokens": 8, "ignore_eos": True}
+"""Few tokens, nearly alike, and a real draft knows of it: so few outcomes that most are predicted, and most tokens were
+drafted. (It knows nothing of tokens that are not allowed.)
+"""
 LEAVING = (40, 30, 20, 8)
 """Tokens of requests that end one after the other."""
 SCHEDULED = {1: 4, 2: 2, 3: 0, 4: 3}
@@ -97,4 +99,4 @@ def samples(name: str, count: int, **more: Any) -> Json:
 
 def drawn(name: str, count: int, **more: Any) -> Json:
     """One prompt many times, for a real draft."""
-    return plans.batches(name, [SAMPLED_PROMPT] * count, DRAWN, 32, **more)
+    return plans.batches(name, [SAMPLED_PROMPT] * count, DRAWN, 16, **more)

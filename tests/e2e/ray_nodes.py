@@ -16,13 +16,16 @@ def ray_environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def ray_nodes(head: Json, *others: Json) -> Iterator[Any]:
-    """A cluster of a head and other nodes, each with what it has to give away. They start with `ray_environment`."""
+def ray_nodes(head: Json, *others: Json, path: str = str(ROOT)) -> Iterator[Any]:
+    """A cluster of a head and other nodes, each with what it has to give away.
+
+    They start with `ray_environment`, and Python looks in `path` there.
+    """
     from ray.cluster_utils import Cluster
 
     before = dict(os.environ)
     os.environ.clear()
-    os.environ.update({**ray_environment(), "PYTHONPATH": str(ROOT)})
+    os.environ.update({**ray_environment(), "PYTHONPATH": path})
     store = {"object_store_memory": 80 << 20}
     made = Cluster(initialize_head=True, head_node_args={"include_dashboard": False, **head, **store})
     for node in others:

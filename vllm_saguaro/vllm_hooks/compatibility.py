@@ -228,6 +228,7 @@ def check_combination(
                 f'method "saguaro" serves a target on one machine, divided by tensor parallelism alone, {name} is '
                 f"{size}: write {name} 1, or another method"
             )
+    _check_executor(parallel)
     if placement == "inline" and (size := parallel.tensor_parallel_size) > 1:
         raise SaguaroConfigError(
             f'placement "inline" drafts inside the one rank of a target, tensor_parallel_size is {size}: '
@@ -243,6 +244,21 @@ def check_combination(
     elif getattr(engine_args, "async_scheduling", None):
         raise SaguaroConfigError(
             'method "saguaro" reads each outcome on the host and cannot go with async_scheduling: leave it out'
+        )
+
+
+def _check_executor(parallel: Any) -> None:
+    """Refuse vLLM's Ray executor where vLLM itself would, but before a Ray is started and with one line.
+
+    It asks Ray for a resource of the platform's, and vLLM names one for GPUs alone (0.32: `v1/executor/ray_utils.py`,
+    `initialize_ray_cluster`, and `platforms/interface.py`, `ray_device_key`).
+    """
+    from vllm.platforms import current_platform
+
+    if parallel.distributed_executor_backend == "ray" and not current_platform.ray_device_key:
+        raise SaguaroConfigError(
+            f'vLLM cannot put workers of "{current_platform.device_type}" into Ray, and distributed_executor_backend '
+            'is "ray": write "mp", or leave it out. The draft alone can be in Ray: "placement": "ray"'
         )
 
 

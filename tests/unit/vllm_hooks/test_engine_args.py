@@ -317,6 +317,10 @@ def test_a_wrong_word_gets_one_line(pair: Path, options: dict[str, Any], expecte
         ({"pipeline_parallel_size": 2}, "by tensor parallelism alone, pipeline_parallel_size is 2: write pipeline_"),
         ({"data_parallel_size": 2}, "by tensor parallelism alone, data_parallel_size is 2: write data_parallel_size 1"),
         ({"tensor_parallel_size": 2, "nnodes": 2}, "serves a target on one machine"),
+        (
+            {"distributed_executor_backend": "ray"},
+            'put workers of "cpu" into Ray, and distributed_executor_backend is "ray": write "mp", or leave it out',
+        ),
         ({"async_scheduling": True}, "cannot go with async_scheduling: leave it out"),
         ({"spec_method": "ngram"}, '--spec-method and "method" in the speculative config say the same'),
         ({"spec_tokens": 3}, '--spec-tokens and "num_speculative_tokens" in the speculative config say the same'),

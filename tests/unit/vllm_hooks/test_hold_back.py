@@ -136,7 +136,12 @@ def test_it_is_let_go_before_the_first_request() -> None:
     world.draft = StreamDraft(world.engine, InlineStream(), let_go)
     assert held() is not None
     admit, there = world.engine.admit, []
-    with mock.patch.object(world.engine, "admit", lambda *told: (there.append(held() is not None), admit(*told))):
+
+    def looks_first(*told: Any) -> None:
+        there.append(held() is not None)
+        admit(*told)
+
+    with mock.patch.object(world.engine, "admit", looks_first):
         world.admit(0, PROMPT)
         world.admit(1, PROMPT)
     assert there == [False, False]

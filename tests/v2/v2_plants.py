@@ -56,20 +56,6 @@ def reads_on_the_host(engine: V2Engine) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stream_told_sharper(engine: V2Engine) -> Iterator[None]:
-    """A wrong q of a draft on a stream."""
-    device_round = engine.draft.engine.round
-    look_up = device_round.look_up
-
-    def lying(bucket: Any) -> None:
-        look_up(bucket)
-        device_round.step.log_q[: bucket.batch] *= SHARPER  # the verifier makes it sum to 1
-
-    with mock.patch.object(device_round, "look_up", lying):
-        yield
-
-
-@contextlib.contextmanager
 def stream_stale(engine: V2Engine) -> Iterator[None]:
     """The drafts of the last hit in the slot, in the place of those of this one, on a stream."""
     import torch
@@ -110,7 +96,6 @@ PLANTS = {
     "unmarked": unmarked,
     "marked one late": marked_one_late,
     "reads on the host": reads_on_the_host,
-    "stream: told sharper": stream_told_sharper,
     "stream: stale": stream_stale,
     "process: told sharper": process_told_sharper,
 }

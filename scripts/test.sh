@@ -27,7 +27,8 @@ else
   (run python -m pytest tests/e2e "${rays[@]}" 2>&1 | sed -u "s/^/engines: /") &
   engines=$!
   others=0
-  (run env OMP_NUM_THREADS=1 nice -n 5 python -m pytest "${rays[@]/#/--ignore=}" --ignore=tests/e2e 2>&1) || others=$?
+  (run env OMP_NUM_THREADS=1 nice -n 5 python -m pytest "${rays[@]/#/--ignore=}" --ignore=tests/e2e 2>&1 |
+    sed -u "s/^/others:  /") || others=$?
   wait "$engines"
   exit "$others"
 fi

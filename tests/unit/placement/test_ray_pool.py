@@ -208,7 +208,7 @@ ray.kill(actor)
 
 def test_where_a_pool_is_is_told_however_many_wait_for_it_to_load(cluster: Any, tmp_path: Path) -> None:
     """More than its actor takes at once, and it does not finish loading before it is asked."""
-    draft = wanted(cluster, "crowded", engines=1, options={"loads_until": str(tmp_path / "never")})
+    draft = wanted(cluster.address, "crowded", engines=1, options={"loads_until": str(tmp_path / "never")})
     command = [sys.executable, "-c", CROWD, json.dumps(dataclasses.asdict(draft))]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=300)
     assert run.returncode == 0, run.stderr

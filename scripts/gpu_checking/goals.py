@@ -27,10 +27,12 @@ def goals(sections: list[Json], settings: Json) -> list[Json]:
     found: list[Json] = []
 
     def add(goal: str, sign: str, wanted: float, value: float | None) -> None:
-        met = value >= wanted if sign == ">=" and value is not None else value is not None and value < wanted
-        known = judged and value is not None
-        rounded = None if value is None else round(value, 3)
-        found.append({"goal": goal, "wanted": f"{sign} {wanted:g}", "found": rounded, "met": met if known else None})
+        rounded, met = None, None
+        if value is not None:
+            rounded = round(value, 3)
+            if judged:
+                met = value >= wanted if sign == ">=" else value < wanted
+        found.append({"goal": goal, "wanted": f"{sign} {wanted:g}", "found": rounded, "met": met})
 
     for pair in (settings["pair"], *settings["also"]):
         for batch, least in ((1, FASTER), (LARGE_BATCH, dict.fromkeys(FASTER, 1.0))):

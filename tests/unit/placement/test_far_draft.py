@@ -22,7 +22,7 @@ import pytest
 from tests.unit.drafting.checks import make_engine
 from tests.unit.drafting.simulated_target import SimulatedTarget
 from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE, VOCABULARY, draft, drafting, model
-from tests.unit.placement.watching import becomes_idle, until
+from tests.unit.placement.watching import becomes_idle, until, waits_apart
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Admit, Noise, Outcome, Sampling, Stamp, Step, Table
 from vllm_saguaro.placement import meeting, shared_memory
@@ -254,16 +254,7 @@ def test_a_channel_that_nobody_comes_to_is_closed_in_a_moment(channel: Far) -> N
 
 
 def test_waiting_ends_when_another_thread_closes(channel: Far) -> None:
-    failures: list[str] = []
-
-    def wait() -> None:
-        try:
-            channel.wait_until_ready()
-        except DraftFailed as error:
-            failures.append(str(error))
-
-    waiting = threading.Thread(target=wait)
-    waiting.start()
+    waiting, failures = waits_apart(channel)
     time.sleep(0.05)
     channel.close()
     waiting.join(5)

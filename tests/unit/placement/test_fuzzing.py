@@ -174,25 +174,41 @@ def random_bytes(
     return None
 
 
+def assert_nothing_is_found(fuzzer: CoverageFuzzer, seeds: list[bytes], inputs: int = INPUTS) -> None:
+    found = fuzzer.run(inputs)
+    assert found is None, f"{found}"
+    assert len(fuzzer.corpus) > 2 * len(seeds), "it was not guided by anything"
+
+
+def assert_guidance_alone_finds_it(
+    target: Callable[[bytes], None],
+    paths: list[Path],
+    seeds: list[bytes],
+    refusals: tuple[type[Exception], ...] = (),
+    least: int = 0,
+    inputs: int = INPUTS,
+) -> None:
+    """A planted error: random bytes, at least so many in each, do not find it, and what is found fails again."""
+    assert random_bytes(target, refusals, least, inputs) is None
+    found = CoverageFuzzer(target, paths, seeds, refusals).run(inputs)
+    assert found is not None
+    with pytest.raises(type(found.error)):
+        target(found.data)
+
+
 def test_no_bytes_get_past_the_decoder() -> None:
     fuzzer = CoverageFuzzer(decoder(wire), [file_of(wire)], FRAMES, (wire.WireError,))
-    found = fuzzer.run(INPUTS)
-    assert found is None, f"{found}"
-    assert len(fuzzer.corpus) > 2 * len(FRAMES), "it was not guided by anything"
+    assert_nothing_is_found(fuzzer, FRAMES)
 
 
 def test_no_bytes_get_past_the_reader_of_a_cell() -> None:
     fuzzer = CoverageFuzzer(reader(mailbox), [file_of(mailbox), file_of(distribution)], cells())
-    found = fuzzer.run(INPUTS)
-    assert found is None, f"{found}"
-    assert len(fuzzer.corpus) > 2 * len(cells()), "it was not guided by anything"
+    assert_nothing_is_found(fuzzer, cells())
 
 
 def test_no_bytes_get_past_what_takes_them_from_the_network() -> None:
     fuzzer = CoverageFuzzer(receiver(frames), RECEIVING, streams(), (frames.FrameError,))
-    found = fuzzer.run(FAR_INPUTS)
-    assert found is None, f"{found}"
-    assert len(fuzzer.corpus) > 2 * len(streams()), "it was not guided by anything"
+    assert_nothing_is_found(fuzzer, streams(), FAR_INPUTS)
 
 
 DECODER_ERRORS = {
@@ -214,12 +230,7 @@ def test_an_error_in_the_decoder_is_found_that_random_bytes_do_not_find(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variant, path = planted(wire, DECODER_ERRORS[name], tmp_path, monkeypatch)
-    target, refusals = decoder(variant), (variant.WireError,)
-    assert random_bytes(target, refusals, 0) is None
-    found = CoverageFuzzer(target, [path], FRAMES, refusals).run(INPUTS)
-    assert found is not None
-    with pytest.raises(type(found.error)):
-        target(found.data)
+    assert_guidance_alone_finds_it(decoder(variant), [path], FRAMES, (variant.WireError,))
 
 
 def test_it_is_the_guidance_that_finds_the_way_from_a_step_that_says_nothing(
@@ -248,12 +259,7 @@ def test_an_error_in_the_reader_is_found_that_random_bytes_do_not_find(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variant, path = planted(mailbox, READER_ERRORS[name], tmp_path, monkeypatch)
-    target = reader(variant)
-    assert random_bytes(target, (), 8 * SHAPE.cell_words) is None
-    found = CoverageFuzzer(target, [path], cells()).run(INPUTS)
-    assert found is not None
-    with pytest.raises(type(found.error)):
-        target(found.data)
+    assert_guidance_alone_finds_it(reader(variant), [path], cells(), least=8 * SHAPE.cell_words)
 
 
 RECEIVER_ERRORS = {
@@ -275,9 +281,5 @@ def test_an_error_in_what_takes_frames_is_found_that_random_bytes_do_not_find(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variant, path = planted(frames, RECEIVER_ERRORS[name], tmp_path, monkeypatch)
-    target, refusals = receiver(variant), (variant.FrameError,)
-    assert random_bytes(target, refusals, 0, FAR_INPUTS) is None
-    found = CoverageFuzzer(target, [path, *RECEIVING[1:]], streams(), refusals).run(FAR_INPUTS)
-    assert found is not None
-    with pytest.raises(type(found.error)):
-        target(found.data)
+    target, paths = receiver(variant), [path, *RECEIVING[1:]]
+    assert_guidance_alone_finds_it(target, paths, streams(), (variant.FrameError,), inputs=FAR_INPUTS)

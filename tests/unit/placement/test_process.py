@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 
@@ -18,7 +17,7 @@ import pytest
 from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.placement.echo_child import DRAFTS, MAX_LENGTH
 from tests.unit.placement.parent import ROOT, SHAPE, open_channel
-from tests.unit.placement.watching import becomes_idle, gone, until
+from tests.unit.placement.watching import becomes_idle, gone, until, waits_apart
 from vllm_saguaro.messages import Admit, Outcome, Release, Round, Sampling, Stamp, Step, Table, Work
 from vllm_saguaro.placement import mailbox_channel
 from vllm_saguaro.placement import process as process_module
@@ -252,15 +251,7 @@ def test_a_stopped_child_lets_its_oldest_step_wait(channel: ProcessChannel) -> N
 
 def test_one_that_is_closed_while_it_starts_tells_who_waits_for_it() -> None:
     opened = open_channel("sleeps")
-    said: list[str] = []
-
-    def wait() -> None:
-        with pytest.raises(DraftFailed) as failed:
-            opened.wait_until_ready()
-        said.append(str(failed.value))
-
-    waiting = threading.Thread(target=wait)
-    waiting.start()
+    waiting, said = waits_apart(opened)
     time.sleep(0.05)
     opened.close()
     waiting.join(5)

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import pytest
 from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE
 from tests.unit.placement.ray_cluster import ROOT, another_target, environment, free_cpus, groups_left, two_nodes
 from tests.unit.placement.test_far_draft import admit, table_of
-from tests.unit.placement.watching import gone, until
+from tests.unit.placement.watching import gone, until, waits_apart
 from vllm_saguaro.counters import DRAFT_RESTARTS, DRAFT_UP, CounterPage
 from vllm_saguaro.messages import Stamp
 from vllm_saguaro.placement import ray_channel, sharded
@@ -270,16 +269,7 @@ def test_room_is_waited_for_as_long_as_it_may_take_and_the_rest_longer(silent: R
         assert found.value.lacking == "1 CPU, 2 far"
     assert silent.alive
     silent._hear({"event": "room"})
-    failures: list[str] = []
-
-    def wait() -> None:
-        try:
-            silent.wait_until_ready()
-        except DraftFailed as failure:
-            failures.append(str(failure))
-
-    waiting = threading.Thread(target=wait)
-    waiting.start()
+    waiting, failures = waits_apart(silent)
     waiting.join(0.3)
     assert waiting.is_alive(), "there is room, so it starts; that takes as long as it takes"
     silent.close()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from vllm_saguaro.placement.channel import Channel, DraftFailed
 
 
 def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
@@ -16,6 +19,21 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
             return True
         time.sleep(0.002)
     return condition()
+
+
+def waits_apart(channel: Channel) -> tuple[threading.Thread, list[str]]:
+    """A thread that waits until the channel is ready; and, once that has ended, what it failed with."""
+    failures: list[str] = []
+
+    def wait() -> None:
+        try:
+            channel.wait_until_ready()
+        except DraftFailed as failure:
+            failures.append(str(failure))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    return waiting, failures
 
 
 def gone(pid: int) -> bool:

@@ -20,14 +20,14 @@ if [ "${1:-}" = --fast ]; then
 elif [ $# -gt 0 ]; then
   run python -m pytest "$@"
 else
-  # Engines that load and drafts that come back leave cores idle. The other lane takes those, and no more: with two
+  # Engines that load and drafts that come back leave cores idle. The other lane takes those: with two
   # threads each, engines and tests would wait for each other in turns of the scheduler. What starts a Ray is in one
   # lane, since those tests look at what a Ray leaves.
   rays=(tests/unit/placement/test_ray_channel.py tests/unit/placement/test_ray_pool.py)
   (run python -m pytest tests/e2e "${rays[@]}" 2>&1 | sed -u "s/^/engines: /") &
   engines=$!
   others=0
-  (run env OMP_NUM_THREADS=1 nice -n 5 python -m pytest "${rays[@]/#/--ignore=}" --ignore=tests/e2e 2>&1 |
+  (run env OMP_NUM_THREADS=1 python -m pytest "${rays[@]/#/--ignore=}" --ignore=tests/e2e 2>&1 |
     sed -u "s/^/others:  /") || others=$?
   wait "$engines"
   exit "$others"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv if it is missing, installs what is needed, then runs every check: style, format, types, all tests but
 # those marked long.
-#   scripts/test.sh            everything, in two lanes beside each other: one starts engines and waits much
+#   scripts/test.sh            everything, in three lanes beside each other: one starts engines and waits much
 #   scripts/test.sh --fast     without the tests marked slow
 #   scripts/test.sh -k cache   what follows goes to pytest
 set -euo pipefail
@@ -20,15 +20,22 @@ if [ "${1:-}" = --fast ]; then
 elif [ $# -gt 0 ]; then
   run python -m pytest "$@"
 else
-  # Engines that load and drafts that come back leave cores idle. The other lane takes those: with two
-  # threads each, engines and tests would wait for each other in turns of the scheduler. What starts a Ray is in one
-  # lane, since those tests look at what a Ray leaves.
+  # Engines that load and drafts that come back leave cores idle. The other lanes take what is idle and no more: they
+  # have one thread a process, and the lowest priority, so that what a draft has ready in time is what it has on a
+  # machine of its own. What starts a Ray is in one lane, since those tests look at what a Ray leaves.
   rays=(tests/unit/placement/test_ray_channel.py tests/unit/placement/test_ray_pool.py)
-  (run python -m pytest tests/e2e "${rays[@]}" 2>&1 | sed -u "s/^/engines: /") &
-  engines=$!
-  others=0
-  (run env OMP_NUM_THREADS=1 python -m pytest "${rays[@]/#/--ignore=}" --ignore=tests/e2e 2>&1 |
-    sed -u "s/^/others:  /") || others=$?
-  wait "$engines"
-  exit "$others"
+  lane() {
+    local name="$1"
+    shift
+    run "$@" 2>&1 | sed -u "s/^/$name: /"
+  }
+  lane engines python -m pytest tests/e2e "${rays[@]}" &
+  lanes=$!
+  lane "units  " nice -n 19 env OMP_NUM_THREADS=1 python -m pytest tests/unit "${rays[@]/#/--ignore=}" &
+  lanes="$lanes $!"
+  lane "others " nice -n 19 env OMP_NUM_THREADS=1 python -m pytest --ignore=tests/e2e --ignore=tests/unit &
+  lanes="$lanes $!"
+  failed=0
+  for each in $lanes; do wait "$each" || failed=1; done
+  exit "$failed"
 fi

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import pytest
 
 from tests.e2e import plans
-from tests.e2e.harness import BASE, DRAFT, EngineRun, Json, engines, is_gone_within, run_engines, saguaro, shared_memory
+from tests.e2e.harness import BASE, DRAFT, EngineRun, Json, engines, is_gone_within, run_engines, saguaro
+from tests.e2e.shared_names import names_in_shared_memory
 
 K = 4
 
@@ -56,8 +57,7 @@ class Inline:
 
 
 FAN_OUTS: dict[str, Json] = {
-    "geometric": {"fan_out": "geometric"},
-    "uniform": {"fan_out": "uniform"},
+    "uniform, K=2, N=6": {"fan_out": "uniform", "num_speculative_tokens": 2, "branches": 6},
     "ranked, K=6, N=48": {"num_speculative_tokens": 6, "branches": 48},
     "geometric, K=1, N=1": {"fan_out": "geometric", "num_speculative_tokens": 1, "branches": 1},
 }
@@ -75,14 +75,17 @@ def inline_engines() -> list[Json]:
         *(plans.samples(variant) for variant in plans.VARIANTS if "top_k" not in variant),
         plans.seeded("seeds"),
         plans.seeded("the same seeds"),
-        *(plans.greedy(8, name=how, sabotage=how) for how in ("no_copy", "wrong_branch")),
+        *(plans.greedy(8, name=how, count=8, sabotage=how) for how in ("no_copy", "wrong_branch")),
     ]
-    fan_outs = [
+    ragged = {"options": options | plans.RAGGED, "scenarios": [plans.ragged_arrivals()]}
+    return [{"options": options, "scenarios": default}, ragged]
+
+
+def fan_out_engines() -> list[Json]:
+    return [
         {"options": BASE | saguaro(**INLINE | keys), "scenarios": [plans.greedy(8, count=8)]}
         for keys in FAN_OUTS.values()
     ]
-    ragged = {"options": options | plans.RAGGED, "scenarios": [plans.ragged_arrivals()]}
-    return [{"options": options, "scenarios": default}, ragged, *fan_outs]
 
 
 def top_k_engine() -> Json:
@@ -99,7 +102,7 @@ def side_by_side() -> dict[str, Future[list[EngineRun]]]:
         return {
             "inline": one.submit(run_engines, inline_engines(), cpus=[last]),
             "plain": other.submit(run_engines, plain_engines(), cpus=[first]),
-            "top_k": other.submit(run_engines, [top_k_engine()], cpus=[first]),
+            "top_k": other.submit(run_engines, [top_k_engine(), *fan_out_engines()], cpus=[first]),
         }
 
 
@@ -110,8 +113,9 @@ def plain(side_by_side: dict[str, Future[list[EngineRun]]]) -> Plain:
 
 @pytest.fixture(scope="session")
 def inline(side_by_side: dict[str, Future[list[EngineRun]]]) -> Inline:
-    default, ragged, *others = side_by_side["inline"].result()
-    return Inline(default, ragged, dict(zip(FAN_OUTS, others, strict=True)))
+    default, ragged = side_by_side["inline"].result()
+    _, *fan_outs = side_by_side["top_k"].result()
+    return Inline(default, ragged, dict(zip(FAN_OUTS, fan_outs, strict=True)))
 
 
 @pytest.fixture(scope="session")
@@ -126,8 +130,7 @@ class Process:
     default: EngineRun
     draftless: EngineRun
     ragged: EngineRun
-    memory_before: set[str]
-    memory_after: set[str]
+    memory_left: set[str]
     draft_gone_after_shutdown: bool
     draft_gone_after_kill: bool
 
@@ -142,18 +145,20 @@ def process() -> Process:
         plans.with_events("draft back", (0, "continue_draft")),
     ]
     killed = [plans.with_events("draft killed", (8, "kill_draft")), plans.with_events("without a draft")]
-    before = shared_memory()
-    with engines(
-        [
-            {"options": options, "scenarios": scenarios, "care": {"hang": 600.0}},
-            {"options": BASE | saguaro(placement="process", draft_restarts=0, adaptive=False), "scenarios": killed},
-            {"options": options | plans.RAGGED, "scenarios": [plans.ragged_arrivals()], "end": "wait"},
-        ]
-    ) as group:
+    with (
+        names_in_shared_memory() as names,
+        engines(
+            [
+                {"options": options, "scenarios": scenarios, "care": {"hang": 600.0}},
+                {"options": BASE | saguaro(placement="process", draft_restarts=0, adaptive=False), "scenarios": killed},
+                {"options": options | plans.RAGGED, "scenarios": [plans.ragged_arrivals()], "end": "wait"},
+            ]
+        ) as group,
+    ):
         default = group.read_engine()
         after_shutdown = is_gone_within(default.answer["draft_pid"], 3)
         draftless = group.read_engine()
         ragged = group.read_engine()
         group.process.kill()
         after_kill = is_gone_within(ragged.answer["draft_pid"], 3)
-    return Process(default, draftless, ragged, before, shared_memory(), after_shutdown, after_kill)
+    return Process(default, draftless, ragged, names.left(), after_shutdown, after_kill)

@@ -15,8 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from scripts.soaking import processes
-
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "assets" / "pair" / "target"
 DRAFT = TARGET / "draft"
@@ -262,8 +260,3 @@ def is_gone_within(pid: int, seconds: float) -> bool:
             return False
         time.sleep(0.02)
     return True
-
-
-def shared_memory() -> set[str]:
-    """What is left in shared memory by processes that are no more: other tests may run beside these."""
-    return processes.without_owner(processes.shared_memory())

@@ -13,8 +13,8 @@ from tests.e2e.harness import (
     engines,
     is_gone_within,
     saguaro,
-    shared_memory,
 )
+from tests.e2e.shared_names import names_in_shared_memory
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -68,16 +68,16 @@ def test_killing_the_engine_ends_the_draft(process: Process) -> None:
     assert process.draft_gone_after_kill
 
 
+@pytest.mark.long
 def test_an_exception_in_the_engines_process_ends_the_draft() -> None:
-    before = shared_memory()
     spec = {"options": BASE | saguaro(), "scenarios": [plans.several_outputs()], "end": "raise"}
-    with engines([spec]) as group:
+    with names_in_shared_memory() as names, engines([spec]) as group:
         pid = group.read_engine().answer["draft_pid"]
         assert group.process.wait(60) == 1
         assert is_gone_within(pid, 3)
         assert "the engine's process ends with this" in group.whole_log()
-    assert shared_memory() <= before
+    assert names.left() == set()
 
 
 def test_nothing_stays_in_shared_memory(process: Process) -> None:
-    assert process.memory_after <= process.memory_before
+    assert process.memory_left == set()

@@ -16,8 +16,8 @@ from tests.e2e.harness import (
     engines,
     is_gone_within,
     saguaro,
-    shared_memory,
 )
+from tests.e2e.shared_names import names_in_shared_memory
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -31,8 +31,7 @@ class Restarts:
     """One engine, one fault after the other. The draft is gone from the first step on, and back at the twelfth."""
 
     run: EngineRun
-    memory_before: set[str]
-    memory_after: set[str]
+    memory_left: set[str]
     all_gone: bool
 
     def __getitem__(self, name: str) -> Scenario:
@@ -47,12 +46,12 @@ def restarts() -> Restarts:
         plans.with_events("left off", (0, "break_draft"), (0, "kill_draft"), (12, "await_left_off")),
         plans.with_events("without"),
     ]
-    before = shared_memory()
-    with engines([{"options": BASE | saguaro(draft_restarts=3), "scenarios": scenarios, "care": CARE}]) as group:
+    spec = {"options": BASE | saguaro(draft_restarts=3), "scenarios": scenarios, "care": CARE}
+    with names_in_shared_memory() as names, engines([spec]) as group:
         run = group.read_engine()
         assert group.process.wait(60) == 0
         gone = all(is_gone_within(pid, 3) for pid in run.answer["draft_pids"])
-    return Restarts(run, before, shared_memory(), gone)
+    return Restarts(run, names.left(), gone)
 
 
 @pytest.mark.parametrize("name", [*FAULTS, "afterwards", "left off", "without"])
@@ -69,8 +68,9 @@ def test_hits_come_back_for_the_requests_that_run(restarts: Restarts, fault: str
 
 
 def test_another_engine_run_is_as_good_as_ever(restarts: Restarts) -> None:
+    """Of the outcomes whose table was there. How many tables are in time depends on what else the machine does."""
     after = restarts["afterwards"]
-    assert after.hit_rate() > 0.5
+    assert after.hits > 0.5 * after.metrics["vllm:saguaro_misses{cause=not_predicted}"]
     assert after.metrics["vllm:saguaro_draft_restarts"] == 0
 
 
@@ -95,5 +95,5 @@ def test_each_end_and_each_return_is_told_once(restarts: Restarts) -> None:
 def test_nothing_is_left_of_any_of_them(restarts: Restarts) -> None:
     assert len(set(restarts.run.answer["draft_pids"])) == 4  # three faults, and the one that was killed at last
     assert restarts.all_gone
-    assert restarts.memory_after <= restarts.memory_before
+    assert restarts.memory_left == set()
     assert restarts.run.answer["left"] == {"requests": 0, "slots_taken": 0}

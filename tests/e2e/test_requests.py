@@ -14,7 +14,6 @@ from tests.e2e.harness import (
     BASE,
     EngineRun,
     Json,
-    Scenario,
     assert_same_texts,
     compare,
     prompts,
@@ -141,7 +140,8 @@ def runs() -> dict[str, EngineRun]:
     first, *_, last = [*sorted(os.sched_getaffinity(0))] * 2
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         plain = one.submit(run_engines, engines_with({}), [first])
-        inline = other.submit(run_engines, engines_with(saguaro(placement="inline", max_model_len=DRAFT_LIMIT)), [last])
+        twin = saguaro(placement="inline", branches=6, max_model_len=DRAFT_LIMIT)  # it drafts on the target's time
+        inline = other.submit(run_engines, engines_with(twin), [last])
         found = dict(zip(("plain", "plain, processed"), plain.result(), strict=True))
         found |= dict(zip(("inline", "inline, processed"), inline.result(), strict=True))
     (found["process"],) = run_engines(engines_with(saguaro(max_model_len=DRAFT_LIMIT, adaptive=False), ({},)))
@@ -158,12 +158,18 @@ def plain(runs: dict[str, EngineRun]) -> EngineRun:
     return runs["plain"]
 
 
-def assert_drafts_were_verified(scenario: Scenario) -> None:
-    """Otherwise the comparison would say nothing of what is done at the drafts' positions."""
-    assert scenario.metrics["vllm:spec_decode_num_accepted_tokens"] > 0
-    assert (
-        scenario.metrics["vllm:spec_decode_num_accepted_tokens"] < scenario.metrics["vllm:spec_decode_num_draft_tokens"]
+def assert_drafts_were_verified(run: EngineRun, name: str) -> None:
+    """Otherwise the comparison would say nothing of what is done at the drafts' positions.
+
+    In each scenario by the twin; by a draft in a process in all together, since on a busy machine each of the few
+    tables of one may be late.
+    """
+    in_a_process = run.answer["draft_pid"] is not None
+    scenarios = run.scenarios.values() if in_a_process else [run[name]]
+    accepted, drafted = (
+        sum(one.metrics[f"vllm:spec_decode_num_{what}_tokens"] for one in scenarios) for what in ("accepted", "draft")
     )
+    assert 0 < accepted < drafted
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------
@@ -172,7 +178,7 @@ def assert_drafts_were_verified(scenario: Scenario) -> None:
 @pytest.mark.parametrize("name", [*GREEDY, *ALL_BUT_ONE])
 def test_the_text_is_plain(ours: EngineRun, plain: EngineRun, name: str) -> None:
     assert_same_texts(ours[name], plain[name])
-    assert_drafts_were_verified(ours[name])
+    assert_drafts_were_verified(ours, name)
 
 
 @pytest.mark.parametrize("name", GREEDY)
@@ -206,13 +212,12 @@ def test_no_bad_word_comes_out(ours: EngineRun) -> None:
 @pytest.mark.parametrize("name", ["seeds", "seeds alone", "n=3"])
 def test_a_seed_gives_the_plain_text(ours: EngineRun, plain: EngineRun, name: str) -> None:
     assert_same_texts(ours[name], plain[name])
-    assert_drafts_were_verified(ours[name])
+    assert_drafts_were_verified(ours, name)
 
 
 def test_a_seed_gives_the_plain_text_whatever_the_batch_mates(ours: EngineRun, plain: EngineRun) -> None:
-    found = ours["seeds among others"]
-    assert found.tokens[: len(SEEDS)] == plain["seeds alone"].tokens
-    assert_drafts_were_verified(found)
+    assert ours["seeds among others"].tokens[: len(SEEDS)] == plain["seeds alone"].tokens
+    assert_drafts_were_verified(ours, "seeds among others")
 
 
 def test_a_seed_samples(plain: EngineRun) -> None:
@@ -246,7 +251,7 @@ def test_log_probabilities_are_plain(runs: dict[str, EngineRun], placement: str,
     found = runs[placement][name]
     expected = runs["plain, processed" if "processed" in placement else "plain"][name]
     assert_same_texts(found, expected)
-    assert_drafts_were_verified(found)
+    assert_drafts_were_verified(runs[placement], name)
     for row, (a, b) in enumerate(zip(found.results, expected.results, strict=True)):
         assert_same_scores(f"row {row}", a["outputs"][0]["logprobs"], b["outputs"][0]["logprobs"])
         assert_same_scores(f"row {row}, prompt", a["prompt_logprobs"], b["prompt_logprobs"])

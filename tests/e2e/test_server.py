@@ -19,7 +19,8 @@ import pytest
 from scripts.soaking.server import free_port
 from tests.e2e import plans
 from tests.e2e.conftest import Plain
-from tests.e2e.harness import OF_SERVERS, TARGET, environment_at_start, is_gone_within, prompts, shared_memory
+from tests.e2e.harness import OF_SERVERS, TARGET, environment_at_start, is_gone_within, prompts
+from tests.e2e.shared_names import names_in_shared_memory
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -38,7 +39,7 @@ class Served:
     seconds_to_end: float
     processes: list[int]
     left_running: list[int]
-    new_shared_memory: set[str]
+    memory_left: set[str]
     log: str
 
 
@@ -90,7 +91,7 @@ def without_vllms_own_end(log: str) -> str:
 
 def serve(how: signal.Signals, folder: Path) -> Served:
     url = f"http://127.0.0.1:{(port := free_port())}"
-    before, log = shared_memory(), folder / "log.txt"
+    log = folder / "log.txt"
     with log.open("w") as file:
         server = subprocess.Popen(
             [
@@ -104,24 +105,24 @@ def serve(how: signal.Signals, folder: Path) -> Served:
             env={**environment_at_start(), **OF_SERVERS},
         )
     processes = [server.pid]
-    try:
-        wait_until_up(url, server, log)
-        processes = descendants(server.pid)
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            streams = list(pool.map(lambda prompt: stream(url, prompt), prompts()[: 3 * CLIENTS]))
-        metrics = httpx.get(f"{url}/metrics").text
-        started = time.monotonic()
-        server.send_signal(how)
-        status = server.wait(30)
-        took = time.monotonic() - started
-        left = [pid for pid in processes if not is_gone_within(pid, 3)]
-    finally:
-        for pid in processes:
-            if not is_gone_within(pid, 0):
-                os.kill(pid, signal.SIGKILL)
+    with names_in_shared_memory() as names:
+        try:
+            wait_until_up(url, server, log)
+            processes = descendants(server.pid)
+            with ThreadPoolExecutor(CLIENTS) as pool:
+                streams = list(pool.map(lambda prompt: stream(url, prompt), prompts()[: 3 * CLIENTS]))
+            metrics = httpx.get(f"{url}/metrics").text
+            started = time.monotonic()
+            server.send_signal(how)
+            status = server.wait(30)
+            took = time.monotonic() - started
+            left = [pid for pid in processes if not is_gone_within(pid, 3)]
+        finally:
+            for pid in processes:
+                if not is_gone_within(pid, 0):
+                    os.kill(pid, signal.SIGKILL)
     texts, pieces = zip(*streams, strict=True)
-    new = shared_memory() - before
-    return Served(list(texts), list(pieces), metrics, status, took, processes, left, new, log.read_text())
+    return Served(list(texts), list(pieces), metrics, status, took, processes, left, names.left(), log.read_text())
 
 
 ENDS = [pytest.param(signal.SIGINT, id="SIGINT"), pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.long)]
@@ -171,6 +172,6 @@ def test_a_signal_ends_the_server_and_all_it_started(served: Served) -> None:
     assert served.status == 0
     assert len(served.processes) >= 3  # the server, the engine and the draft
     assert served.left_running == []
-    assert served.new_shared_memory == set()
+    assert served.memory_left == set()
     assert served.seconds_to_end < 20
     assert "Traceback" not in without_vllms_own_end(served.log)

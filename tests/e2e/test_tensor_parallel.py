@@ -21,13 +21,13 @@ from tests.e2e.harness import (
     prompts,
     run_engines,
     saguaro,
-    shared_memory,
 )
+from tests.e2e.shared_names import names_in_shared_memory
 from tests.e2e.widened import widen
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-TOKENS = {"max_tokens": 48, "ignore_eos": True}
+TOKENS = {"max_tokens": 32, "ignore_eos": True}
 
 
 def greedy() -> Json:
@@ -76,20 +76,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     )
     probabilistic = saguaro(**ours, draft_sample_method="probabilistic")
     apart = [sampled("before"), sampled("sampled apart", sample_apart=True)]
-    before = shared_memory()
-    with engines(
-        [
-            {"options": two | saguaro(**ours), "scenarios": [greedy(), seeded(), sampled()]},
-            {"options": two | probabilistic, "scenarios": [greedy(), *apart]},
-        ]
-    ) as group:
+    with (
+        names_in_shared_memory() as names,
+        engines(
+            [
+                {"options": two | saguaro(**ours), "scenarios": [greedy(), seeded()]},
+                {"options": two | probabilistic, "scenarios": [greedy(), *apart]},
+            ]
+        ) as group,
+    ):
         found, gone = [], []
         for _ in range(2):
             found.append(group.read_engine())
             answer = found[-1].answer
             gone += [is_gone_within(pid, 3) for pid in (answer["draft_pid"], *answer["rank_pids"])]
         assert group.process.wait(60) == 0, group.whole_log()[-6000:]
-    return Engines(plain[0], inline[0], found[0], found[1], gone, shared_memory() - before)
+    return Engines(plain[0], inline[0], found[0], found[1], gone, names.left())
 
 
 def at_odds(scenario: Scenario) -> list[str]:

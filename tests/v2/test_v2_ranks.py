@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import pytest
 
@@ -15,50 +14,57 @@ from tests.v2.v2_runs import OPTIONS, K, Scripted, V2Run, run_v2, saguaro
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
 
-@dataclass(frozen=True)
-class Runs:
-    """Plain vLLM of two ranks, and drafts beside it by placement."""
-
-    plain: V2Run
-    stream: V2Run
-    process: V2Run
+GREEDY, SAMPLED = v2_plans.greedy("greedy"), v2_plans.greedy_among_sampled("among sampled")
+PLACEMENTS = ["stream", pytest.param("process", marks=pytest.mark.long)]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    two = OPTIONS | {"model": str(widen(tmp_path_factory.mktemp("pair") / "target")), "tensor_parallel_size": 2}
-    ours: Json = {"model": str(DRAFT), "branches": 8}
-    greedy, sampled = v2_plans.greedy("greedy"), v2_plans.greedy_among_sampled("among sampled")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Json:
+    """The options of a target of two ranks."""
+    return OPTIONS | {"model": str(widen(tmp_path_factory.mktemp("pair") / "target")), "tensor_parallel_size": 2}
+
+
+def run(*specs: Json) -> list[V2Run]:
     first, *_, last = [*sorted(os.sched_getaffinity(0))] * 2
-    plain, stream, process = run_v2(
-        [
-            {"options": two, "scripted": False, "scenarios": [greedy]},
-            {
-                "options": two | saguaro(**ours, placement="stream"),
-                "scripted": False,
-                "async": True,
-                "scenarios": [
-                    greedy,
-                    sampled,
-                    v2_plans.processed("processed"),
-                    v2_plans.greedy_among_sampled("apart", apart=True),
-                ],
-            },
-            {
-                "options": two | saguaro(**ours, placement="process"),
-                "scripted": False,
-                "async": True,
-                "scenarios": [greedy, sampled],
-            },
-        ],
+    return run_v2(
+        specs,
         VLLM_CPU_OMP_THREADS_BIND=f"{first}|{last}",
         TORCHDYNAMO_DISABLE="1",  # vLLM compiles a piece of the divided embedding always, for which no Triton is there
     )
-    return Runs(plain, stream, process)
 
 
-def scenarios(runs: Runs) -> list[Scripted]:
-    return [run[name] for run in (runs.stream, runs.process) for name in ("greedy", "among sampled")]
+def beside(two: Json, placement: str, scenarios: list[Json]) -> Json:
+    """An engine with drafts."""
+    options = two | saguaro(model=str(DRAFT), branches=8, placement=placement)
+    return {"options": options, "scripted": False, "async": True, "scenarios": scenarios}
+
+
+@pytest.fixture(scope="module")
+def plain_and_stream(two: Json) -> tuple[V2Run, V2Run]:
+    apart = v2_plans.greedy_among_sampled("apart", apart=True)
+    scenarios = [GREEDY, SAMPLED, v2_plans.processed("processed"), apart]
+    plain, stream = run({"options": two, "scripted": False, "scenarios": [GREEDY]}, beside(two, "stream", scenarios))
+    return plain, stream
+
+
+@pytest.fixture(scope="module")
+def plain(plain_and_stream: tuple[V2Run, V2Run]) -> V2Run:
+    return plain_and_stream[0]
+
+
+@pytest.fixture(scope="module")
+def stream(plain_and_stream: tuple[V2Run, V2Run]) -> V2Run:
+    return plain_and_stream[1]
+
+
+@pytest.fixture(scope="module")
+def process(two: Json) -> V2Run:
+    return run(beside(two, "process", [GREEDY, SAMPLED]))[0]
+
+
+@pytest.fixture(params=PLACEMENTS)
+def ours(request: pytest.FixtureRequest) -> V2Run:
+    return request.getfixturevalue(request.param)
 
 
 def hit_rate(found: Scripted) -> float:
@@ -66,21 +72,20 @@ def hit_rate(found: Scripted) -> float:
     return hits / (hits + found.metrics["vllm:saguaro_misses{cause=not_predicted}"])
 
 
-def test_greedy_texts_are_those_of_plain_ranks(runs: Runs) -> None:
-    for run in (runs.stream, runs.process):
-        assert run["greedy"].tokens == runs.plain["greedy"].tokens
-        assert run["among sampled"].tokens[::2] == runs.plain["greedy"].tokens[::2]
+def test_greedy_texts_are_those_of_plain_ranks(ours: V2Run, plain: V2Run) -> None:
+    assert ours["greedy"].tokens == plain["greedy"].tokens
+    assert ours["among sampled"].tokens[::2] == plain["greedy"].tokens[::2]
 
 
-def test_all_ranks_have_the_same_texts_and_drafts_after_each_step(runs: Runs) -> None:
-    for scenario in (*scenarios(runs), runs.stream["processed"]):
-        one, other = scenario.ranks
+def test_all_ranks_have_the_same_texts_and_drafts_after_each_step(ours: V2Run) -> None:
+    for name in {"greedy", "among sampled", "processed"} & ours.scenarios.keys():
+        one, other = ours[name].ranks
         assert len(one) > 20
         assert one == other
 
 
-def test_all_ranks_have_the_text_that_is_returned(runs: Runs) -> None:
-    for scenario in scenarios(runs):
+def test_all_ranks_have_the_text_that_is_returned(ours: V2Run) -> None:
+    for scenario in (ours["greedy"], ours["among sampled"]):
         for rank in scenario.ranks:
             texts = {request_id: text for request_id, text, _ in rank}
             for result in scenario.results:
@@ -88,34 +93,35 @@ def test_all_ranks_have_the_text_that_is_returned(runs: Runs) -> None:
                 assert texts[result["request_id"]][result["prompt_length"] :][: len(tokens)] == tokens
 
 
-def test_ranks_that_go_apart_are_found_at_odds(runs: Runs) -> None:
+def test_ranks_that_go_apart_are_found_at_odds(stream: V2Run) -> None:
     """The comparison above can fail: this is what it sees where one rank alone has the drafts."""
-    one, other = runs.stream["apart"].ranks
+    one, other = stream["apart"].ranks
     assert one != other
 
 
-def test_outcomes_are_hit_and_their_drafts_accepted(runs: Runs) -> None:
+def test_outcomes_are_hit_and_their_drafts_accepted(stream: V2Run) -> None:
     """A draft that were cut up, or had KV of another rank's, would agree with nothing."""
-    found = runs.stream["greedy"]
+    found = stream["greedy"]
     assert hit_rate(found) > 0.5
     assert 1 < found.accepted / found.metrics["vllm:saguaro_hits"] <= K
-    for other in (runs.stream["among sampled"], runs.process["greedy"], runs.process["among sampled"]):
-        assert other.metrics["vllm:saguaro_hits"] > 0  # how many is chance: of the draws, or of what comes in time
-        assert other.accepted > 0
 
 
-def test_one_rank_has_a_draft_and_all_have_as_many_blocks(runs: Runs) -> None:
-    for run in (runs.stream, runs.process):
-        first, second = run.answer["facts"]["ranks"]
-        assert first["has a draft"]
-        assert first["has q"]
-        assert not second["has a draft"]
-        assert not second["has q"]
-        assert first["blocks"] == second["blocks"]
-        assert first["async"]
-        assert {first["worker"], second["worker"]} == {"SaguaroV2CPUWorker"}
+def test_drafts_are_accepted(ours: V2Run) -> None:
+    for name in ("greedy", "among sampled"):  # how many is chance: of the draws, or of what comes in time
+        assert ours[name].metrics["vllm:saguaro_hits"] > 0
+        assert ours[name].accepted > 0
 
 
-def test_nothing_is_left(runs: Runs) -> None:
-    pids = [rank["pid"] for run in (runs.stream, runs.process) for rank in run.answer["facts"]["ranks"]]
-    assert all(is_gone_within(pid, 3) for pid in pids)
+def test_one_rank_has_a_draft_and_all_have_as_many_blocks(ours: V2Run) -> None:
+    first, second = ours.answer["facts"]["ranks"]
+    assert first["has a draft"]
+    assert first["has q"]
+    assert not second["has a draft"]
+    assert not second["has q"]
+    assert first["blocks"] == second["blocks"]
+    assert first["async"]
+    assert {first["worker"], second["worker"]} == {"SaguaroV2CPUWorker"}
+
+
+def test_nothing_is_left(ours: V2Run) -> None:
+    assert all(is_gone_within(rank["pid"], 3) for rank in ours.answer["facts"]["ranks"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -59,21 +60,26 @@ def test_beyond_its_bound_nothing_of_a_call_is_written(tmp_path: Path) -> None:
     file.close()
 
 
-@pytest.fixture
-def small_files() -> Iterator[int]:
-    """This process may write no file of more than so many bytes, as on a disk that is full."""
-    most, former = 4096, resource.getrlimit(resource.RLIMIT_FSIZE)
+@contextlib.contextmanager
+def small_files(most: int) -> Iterator[None]:
+    """This process may write no file of more than so many bytes, as on a disk that is full.
+
+    No longer than what is tried: the tests' own output may go to a file.
+    """
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (most, former[1]))
-    yield most
-    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
 
 
-def test_where_the_disk_is_full_half_an_event_is_taken_back(tmp_path: Path, small_files: int) -> None:
-    path = tmp_path / "trace.json"
+def test_where_the_disk_is_full_half_an_event_is_taken_back(tmp_path: Path) -> None:
+    path, most = tmp_path / "trace.json", 4096
     file = TraceFile(str(path))
     file.append(['{"a":1}'])
-    with pytest.raises(OSError) as caught:  # noqa: PT011 - which one it is follows
-        file.append([json.dumps({"long": "x" * small_files})])
+    with pytest.raises(OSError) as caught, small_files(most):  # noqa: PT011 - which one it is follows
+        file.append([json.dumps({"long": "x" * most})])
     assert caught.value.errno == errno.EFBIG
     assert events(path) == [{"a": 1}]
     file.close()

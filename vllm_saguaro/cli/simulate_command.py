@@ -28,7 +28,9 @@ EXAMPLES = """examples:
 
 AR: plain decoding; SD: ordinary speculation; SSD: the engine of the paper; ours: saguaro.
 K: drafts a round; N: predicted outcomes that get drafts.
-What the numbers are fed with, and how far they can be trusted: docs/simulate.md."""
+What the numbers are fed with, and how far they can be trusted: docs/simulate.md.
+
+exit codes: 0 it was simulated; 2 the question was wrong"""
 
 
 def add_to(commands: Any) -> None:

@@ -51,7 +51,12 @@ def add_to(commands: Any) -> None:
     load = command.add_argument_group("the load")
     load.add_argument("--batch", nargs="+", type=int, help="requests at once (default: 1 4 16; see --max-num-seqs)")
     load.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0], help="(default: 0 1)")
-    load.add_argument("--prompts", type=Path, metavar="JSONL", help='lines of {"prompt": "..."} (default: the pair\'s)')
+    load.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="JSONL",
+        help='lines of {"prompt": "..."} (default: prompts.jsonl beside the target\'s folder, else eight built in)',
+    )
     load.add_argument("--tokens", type=int, help="new tokens of each prompt (default: 64, quick: 48)")
     search = command.add_argument_group("the search")
     search.add_argument("--k", nargs="+", type=int, help="drafts a round to consider (default: 1 2 3 4 6 8)")

@@ -24,6 +24,7 @@ def test_help_has_examples_for_every_command(capsys: pytest.CaptureFixture[str])
         own = capsys.readouterr().out
         assert "examples:" in own
         assert "--json" in own
+        assert "exit codes: 0 " in own
 
 
 @pytest.mark.parametrize("words", [[], ["no-such-command"], ["doctor", "--no-such-option"]])

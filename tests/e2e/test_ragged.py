@@ -37,12 +37,13 @@ def test_what_came_before_an_abort_is_the_beginning_of_the_plain_text(run: Engin
         assert a[:common] == b[:common], key
 
 
-def test_it_was_ragged_indeed(run: EngineRun, plain: Plain) -> None:
+def test_it_was_ragged_indeed(run: EngineRun, inline: Inline, plain: Plain) -> None:
     for one in (run, plain.ragged):
-        metrics = one["ragged"].metrics
-        assert metrics["vllm:num_preemptions"] > 0
-        assert metrics["vllm:prefix_cache_hits"] > 0
+        assert one["ragged"].metrics["vllm:prefix_cache_hits"] > 0
     assert run["ragged"].misses > 0
+    # With a draft in a process how many run at once depends on how many drafts are in time: they may all find room.
+    for one in (inline.ragged, plain.ragged):
+        assert one["ragged"].metrics["vllm:num_preemptions"] > 0
 
 
 def test_hits_happen_among_ragged_requests(inline: Inline) -> None:

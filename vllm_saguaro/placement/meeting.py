@@ -115,7 +115,10 @@ class Listener:
             while not self._stopped:
                 try:
                     connection, _ = self._socket.accept()
-                except OSError:  # nobody yet, or a visitor that was gone before we looked
+                except TimeoutError:  # nobody yet
+                    continue
+                except OSError:  # a visitor that was gone before we looked; or no descriptor is left for one that waits
+                    time.sleep(_LOOK_SECONDS)
                     continue
                 try:
                     self._greet(connection)

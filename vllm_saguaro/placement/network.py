@@ -91,10 +91,16 @@ class NetworkChannel(MailboxChannel):
             return 0.0
 
     def post(self, step: Step) -> bool:
-        """Hand the step to the sender thread; False when the draft side is too far behind."""
+        """Hand the step to the sender thread; False when the draft side is too far behind.
+
+        The same for numbers that no frame can hold.
+        """
         if not self.alive or self._connection is None:
             return False
-        data = encode(step)
+        try:
+            data = encode(step)
+        except (struct.error, OverflowError):
+            return False
         if self._posted_bytes - self._taken_bytes + len(data) > self._shape.ring_bytes:
             return False
         self._untaken.append((len(data), time.monotonic()))

@@ -27,8 +27,12 @@ class PassedMemoryChannel(SharedMemoryChannel):
 
     def __init__(self, shape: MailboxShape) -> None:
         """Raises `OSError` where the system has no memory or no descriptor left."""
-        self._listener = Listener(shape)
         super().__init__(shape)
+        try:
+            self._listener = Listener(shape)
+        except BaseException:
+            self._let_go()
+            raise
         self._connection: socket.socket | None = None
         self._pid = 0
         self._trouble = "the draft side never connected"

@@ -35,15 +35,20 @@ class ProcessChannel(SharedMemoryChannel):
         """`python -m module` is the draft side; it gets `options` and `shape` as one line of JSON on its standard
         input.
 
-        `environment` is the child's whole environment.
+        `environment` is the child's whole environment. Raises `OSError` where the system has no memory, no descriptor
+        or no process left.
         """
         super().__init__(shape)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module],  # -P: not what lies in the working directory
-            stdin=subprocess.PIPE,
-            pass_fds=(self._memory_fd, self._bell_fd),
-            env=dict(environment),
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module],  # -P: not what lies in the working directory
+                stdin=subprocess.PIPE,
+                pass_fds=(self._memory_fd, self._bell_fd),
+                env=dict(environment),
+            )
+        except BaseException:  # one that cannot be started is tried again: each time would leave two descriptors
+            self._let_go()
+            raise
         start = {
             "memory_fd": self._memory_fd,
             "bell_fd": self._bell_fd,

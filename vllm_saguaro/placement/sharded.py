@@ -127,6 +127,26 @@ class ShardedChannel:
             ended.put((at, None))
 
     def close(self) -> None:
-        """End every draft."""
-        for channel in self._channels:
-            channel.close()
+        """End all drafts at once: one may take seconds, and the engine has few. What one raises is raised at last."""
+        failures: list[BaseException] = []
+
+        def end(channel: Channel) -> None:
+            try:
+                channel.close()
+            except BaseException as failure:
+                failures.append(failure)
+
+        ending = []
+        for channel in self._channels[1:]:
+            thread = threading.Thread(target=end, args=(channel,), name="saguaro-draft-close")
+            try:
+                thread.start()
+            except RuntimeError:  # the interpreter is ending, and starts none any more
+                end(channel)
+            else:
+                ending.append(thread)
+        end(self._channels[0])
+        for thread in ending:
+            thread.join()
+        if failures:
+            raise failures[0]

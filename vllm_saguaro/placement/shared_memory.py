@@ -26,10 +26,14 @@ class SharedMemoryChannel(MailboxChannel):
 
     def __init__(self, shape: MailboxShape) -> None:
         """Raises `OSError` where the system has no memory or no descriptor left."""
-        self._memory_fd = sealed_memfd("saguaro-mailbox", shape.total_bytes)
-        self._memory = mmap.mmap(self._memory_fd, shape.total_bytes)
-        super().__init__(Mailbox(memoryview(self._memory), shape))
-        self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        with contextlib.ExitStack() as undo:
+            self._memory_fd = sealed_memfd("saguaro-mailbox", shape.total_bytes)
+            undo.callback(os.close, self._memory_fd)
+            self._bell_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            undo.callback(os.close, self._bell_fd)
+            self._memory = mmap.mmap(self._memory_fd, shape.total_bytes)
+            super().__init__(Mailbox(memoryview(self._memory), shape))
+            undo.pop_all()
 
     def post(self, step: Step) -> bool:
         """Put the step into the mailbox, and ring if the draft side sleeps."""

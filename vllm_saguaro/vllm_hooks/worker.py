@@ -170,7 +170,12 @@ class SaguaroWorker(CPUWorker):
         parts = cores.shared_out(plan["draft"], drafts) if plan else [()] * drafts
         if drafts > 1 and plan and len(plan["draft"]) < drafts:
             logger.warning("Saguaro: %d drafts share %d cores.", drafts, len(plan["draft"]))
-        channels = [self._open_draft(config, cpus, shape, number) for number, cpus in enumerate(parts)]
+        with contextlib.ExitStack() as undo:  # one that cannot be opened leaves none of the others
+            channels = []
+            for number, cpus in enumerate(parts):
+                channels.append(self._open_draft(config, cpus, shape, number))
+                undo.callback(channels[-1].close)
+            undo.pop_all()
         return channels[0] if drafts == 1 else ShardedChannel(channels, shape.slots, logger)
 
     def _open_draft(

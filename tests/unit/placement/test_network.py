@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import select
 import socket
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from tests.unit.placement.far_draft import SHAPE, drafting
 from tests.unit.placement.test_far_draft import admit, table_of
 from tests.unit.placement.watching import until
-from vllm_saguaro.messages import Round, Stamp, Table, Work
+from vllm_saguaro.messages import Release, Round, Stamp, Step, Table, Work
 from vllm_saguaro.placement import frames, meeting
 from vllm_saguaro.placement.channel import DraftFailed
 from vllm_saguaro.placement.draft_end import TargetGone
@@ -89,6 +90,55 @@ def test_a_stranger_is_hung_up_on_and_the_draft_side_still_comes_in(channel: Net
     with drafting(invitation):
         channel.wait_until_ready()
         channel.close()
+
+
+@settings(deadline=None)
+@given(st.integers(0, 200), st.binary(max_size=200))
+def test_any_bytes_at_the_door_let_nobody_in_but_the_right_ones(right: int, more: bytes) -> None:
+    """So much of the right hello, and then whatever comes: a stranger, or one who is told why not."""
+    listener = Listener(SHAPE)
+    token = listener.invitation.token
+    hello = meeting._PREFIX.pack(meeting._MAGIC, meeting.VERSION, token)
+    hello += meeting._SHAPE.pack(*dataclasses.astuple(SHAPE))
+    said = hello[:right] + more
+    ours, theirs = socket.socketpair()
+    with listener._socket, ours, theirs:
+        theirs.sendall(said)
+        theirs.shutdown(socket.SHUT_WR)
+        if said[: len(hello)] == hello:
+            listener._greet(ours)
+        else:
+            with pytest.raises((meeting.Stranger, Refused, OSError)):
+                listener._greet(ours)
+
+
+def test_a_door_that_cannot_open_does_not_keep_a_core_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no descriptor is left the visitor stays at the door, and `accept` fails at once, time after time."""
+    listener, tries = Listener(SHAPE, "127.0.0.1"), 0
+
+    class Full:
+        """The socket of a process that has no descriptor left."""
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            own.close()
+
+        def accept(self) -> None:
+            nonlocal tries
+            tries += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    own = listener._socket
+    monkeypatch.setattr(listener, "_socket", Full())
+    waiting = threading.Thread(target=listener.accept)
+    waiting.start()
+    time.sleep(0.5)
+    listener.stop()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert 1 <= tries <= 20
 
 
 def test_a_visitor_who_says_nothing_keeps_nobody_waiting_for_long(
@@ -228,6 +278,14 @@ def test_posting_to_a_peer_that_reads_nothing_never_waits(channel: NetworkChanne
     assert channel.stalled_seconds > 0
     channel.close()
     assert not any(thread.is_alive() for thread in channel._threads)
+
+
+@pytest.mark.parametrize("stamp", [Stamp(2**31, 1, 0), Stamp(0, 1, 2**63)])
+def test_a_step_that_no_frame_can_hold_is_refused_and_raises_nothing(
+    channel: NetworkChannel, peer: socket.socket, stamp: Stamp
+) -> None:
+    assert not channel.post(Step(releases=[Release(stamp)]))
+    assert channel.post(admit(1)), "the link goes on"
 
 
 def test_what_the_peer_has_taken_makes_room(channel: NetworkChannel, peer: socket.socket) -> None:

@@ -210,7 +210,39 @@ def test_without_any_draft_it_does_not_start() -> None:
         sharing(OneDraft(0, failure="no room"), OneDraft(1, failure="no luck")).wait_until_ready()
 
 
-def test_closing_ends_every_draft() -> None:
-    drafts = OneDraft(0), OneDraft(1)
+def test_closing_ends_every_draft_at_once() -> None:
+    """Each waits for the other in its `close`: one after the other they would wait for ever."""
+    both = threading.Barrier(2, timeout=10)
+
+    class Slow(OneDraft):
+        def close(self) -> None:
+            both.wait()
+            super().close()
+
+    drafts = Slow(0), Slow(1)
     sharing(*drafts).close()
+    assert all(draft.closed for draft in drafts)
+
+
+@pytest.mark.parametrize("stuck", [0, 1])
+def test_one_that_cannot_be_closed_does_not_keep_the_others(stuck: int) -> None:
+    class Stuck(OneDraft):
+        def close(self) -> None:
+            raise OSError("it will not")
+
+    drafts = [OneDraft(number) for number in range(3)]
+    drafts[stuck] = Stuck(stuck)
+    with pytest.raises(OSError, match="it will not"):
+        sharing(*drafts).close()
+    assert [draft.closed for draft in drafts] == [number != stuck for number in range(3)]
+
+
+def test_drafts_are_closed_where_no_thread_starts_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    drafts = OneDraft(0), OneDraft(1)
+    shared = sharing(*drafts)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    shared.close()
     assert all(draft.closed for draft in drafts)

@@ -1,4 +1,4 @@
-"""What the CPU worker leaves to the draft of the memory that the target's KV cache may have."""
+"""What the CPU worker leaves to the draft of the memory that the KV cache may have, and a draft that does not open."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_saguaro.config import SaguaroConfig
 from vllm_saguaro.vllm_hooks.draft_options import KV_BYTES
 from vllm_saguaro.vllm_hooks.worker import SaguaroWorker
 
@@ -48,3 +49,20 @@ def test_the_engines_of_a_pool_on_its_node_take_a_part_of_it_each(monkeypatch: p
 def test_a_draft_on_another_node_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert left(monkeypatch, resident=0, placement="ray") == WANTED
     assert left(monkeypatch, resident=0, placement="ray", draft_pool="drafts") == WANTED
+
+
+def test_a_replica_that_cannot_be_opened_leaves_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+
+    def open_draft(_: SaguaroWorker, config: SaguaroConfig, cpus: Any, shape: Any, number: int) -> Any:
+        if number == 2:
+            raise OSError("no more processes")
+        return types.SimpleNamespace(close=lambda: closed.append(number))
+
+    monkeypatch.setattr(SaguaroWorker, "_open_draft", open_draft)
+    worker: Any = SaguaroWorker.__new__(SaguaroWorker)
+    worker._options = {"cores": None}
+    config = SaguaroConfig(draft_replicas=3)
+    with pytest.raises(OSError, match="no more processes"):
+        worker._open_channel(config, types.SimpleNamespace(slots=8))
+    assert sorted(closed) == [0, 1]

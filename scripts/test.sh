@@ -31,9 +31,11 @@ else
   }
   lane engines python -m pytest tests/e2e "${rays[@]}" &
   lanes=$!
-  lane "units  " nice -n 19 env OMP_NUM_THREADS=1 python -m pytest tests/unit "${rays[@]/#/--ignore=}" &
+  others=(tests/exactness tests/v2 tests/unit/scripts tests/unit/simulation tests/unit/tuning tests/unit/vllm_hooks)
+  lane "units  " nice -n 19 env OMP_NUM_THREADS=1 python -m pytest tests/unit "${rays[@]/#/--ignore=}" \
+    "${others[@]/#/--ignore=}" &
   lanes="$lanes $!"
-  lane "others " nice -n 19 env OMP_NUM_THREADS=1 python -m pytest --ignore=tests/e2e --ignore=tests/unit &
+  lane "others " nice -n 19 env OMP_NUM_THREADS=1 python -m pytest "${others[@]}" &
   lanes="$lanes $!"
   failed=0
   for each in $lanes; do wait "$each" || failed=1; done

@@ -101,7 +101,8 @@ WAYS: tuple[Way, ...] = (
         "--plot {folder}/x.png --tokens 16 --requests 2",
         r"c, drafting over verify pass",
     ),
-    Runs(r"vllm-saguaro simulate --validate .*", Cost.SLOW, says=r"\| "),
+    # Half a minute, and tests/unit/cli/test_simulate_command.py asks it of all reports.
+    Runs(r"vllm-saguaro simulate --validate .*", Cost.LONG, says=r"\| "),
     Runs(r"vllm-saguaro watch \S+ --once", Cost.LONG, says=r"hit rate +\[", asks=True),
     Cannot(
         r"vllm-saguaro watch \S+ --web.*",

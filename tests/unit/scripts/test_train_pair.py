@@ -35,6 +35,7 @@ def test_distillation_loss_is_zero_at_the_teacher_and_the_argmax_part_is_added()
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_tiny_run_writes_a_loadable_pair(tmp_path: Path) -> None:
     script = [sys.executable, str(REPOSITORY / "scripts" / "train_pair.py"), "--tiny", "--output", str(tmp_path)]
     subprocess.run([*script, "--threads", "1"], check=True, timeout=300)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.e2e.harness import Json
 from tests.v2 import v2_plans
 from tests.v2.v2_runs import OPTIONS, V2Run, run_v2, saguaro
 
@@ -63,22 +64,29 @@ def ragged() -> tuple[V2Run, V2Run, V2Run]:
     return plain, async_run, last
 
 
+MADE_UP: Json = {"candidates": v2_plans.CANDIDATES}
+
+
+def run_samples(*scenarios: Json) -> V2Run:
+    """Over a small vocabulary; async."""
+    options = OPTIONS | {"max_num_seqs": 32} | saguaro(num_speculative_tokens=3)
+    return run_v2([{"options": options, "async": True, "scenarios": list(scenarios)}])[0]
+
+
+def wrong(error: str) -> Json:
+    """Samples with an error in them: a script of that name, or a plant."""
+    how = {"script": error} if error in ("lie", "stale") else {"script": "drawn", "plant": error}
+    return v2_plans.samples(error, 32, **how, **MADE_UP)
+
+
 @pytest.fixture(scope="session")
 def sampled() -> V2Run:
-    """Samples over a small vocabulary, and what planted errors make of them; async."""
-    made_up = {"candidates": v2_plans.CANDIDATES}
-    planted = ("unmarked", "marked one late")
-    (run,) = run_v2(
-        [
-            {
-                "options": OPTIONS | {"max_num_seqs": 32} | saguaro(num_speculative_tokens=3),
-                "async": True,
-                "scenarios": [
-                    v2_plans.samples("drawn", 96, script="drawn", **made_up),
-                    *(v2_plans.samples(script, 32, script=script, **made_up) for script in ("lie", "stale")),
-                    *(v2_plans.samples(plant, 32, script="drawn", plant=plant, **made_up) for plant in planted),
-                ],
-            }
-        ]
-    )
-    return run
+    """Samples with drafts that are drawn, and what planted errors make of them."""
+    drawn = v2_plans.samples("drawn", 96, script="drawn", **MADE_UP)
+    return run_samples(drawn, wrong("lie"), wrong("unmarked"))
+
+
+@pytest.fixture(scope="session")
+def sampled_late() -> V2Run:
+    """What comes a step late."""
+    return run_samples(wrong("stale"), wrong("marked one late"))

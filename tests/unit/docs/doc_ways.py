@@ -90,7 +90,7 @@ WAYS: tuple[Way, ...] = (
     ),
     Runs(r"vllm-saguaro bench --target .*", Cost.LONG, SMALL_BENCH, r"== batch 1, T=0"),
     # the rest of the command
-    Runs(r"vllm-saguaro doctor .* -- .*", Cost.SLOW, says=r"0 error: it will run"),
+    Runs(r"vllm-saguaro doctor .* -- .*", Cost.LONG, says=r"0 error: it will run"),
     # Without it vLLM wants nearly all memory, and whether so much is free is the machine's affair.
     Runs(r"vllm-saguaro doctor .*", Cost.SLOW, "-- --kv-cache-memory-bytes 268435456", r"0 error: it will run"),
     Runs(r"vllm-saguaro simulate", Cost.QUICK, repeats=True),

@@ -13,7 +13,6 @@ import inspect
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -28,6 +27,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vllm_saguaro.placement.ray_actor import DraftActor
+from vllm_saguaro.placement.ray_folder import clear_abandoned_folders, clear_folder
 from vllm_saguaro.placement.ray_parent import LOOK_SECONDS, Ended, Parent, result
 from vllm_saguaro.placement.ray_pool_placer import draft_in_pool
 from vllm_saguaro.placement.ray_room import bundle_of, lacking
@@ -86,7 +86,7 @@ def main() -> None:
         say(event="ended", reason=lines[-1] if lines else type(error).__name__)
     finally:
         if start.get("folder"):
-            shutil.rmtree(start["folder"], ignore_errors=True)
+            clear_folder(start["folder"])
 
 
 @contextlib.contextmanager
@@ -97,6 +97,7 @@ def _cluster(wanted: Mapping[str, Any], folder: str | None) -> Iterator[None]:
     if own:  # this process was begun on what cores there were, the target's among them
         os.sched_setaffinity(0, own)
     if wanted["address"] is None:
+        clear_abandoned_folders()
         options |= {
             "address": "local",
             "num_cpus": wanted["num_cpus"],

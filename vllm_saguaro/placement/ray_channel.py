@@ -98,7 +98,10 @@ class RayChannel:
         self._closing = threading.Lock()
         self.shards: Sequence[range] = (range(shape.slots),)
         # A Ray of our own keeps its logs and sockets here.
-        self._folder, lock = make_folder() if draft.address is None else (None, None)
+        self._folder: str | None = None
+        lock: int | None = None
+        if draft.address is None:
+            self._folder, lock = make_folder()
         self._placer = subprocess.Popen(
             [sys.executable, "-P", "-m", "vllm_saguaro.placement.ray_placer"],
             stdin=subprocess.PIPE,

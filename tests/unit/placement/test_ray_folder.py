@@ -35,10 +35,10 @@ def _place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextlib.contextmanager
-def running(code: str, *told: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+def running(code: str, *told: str, close_fds: bool = True, **variables: str) -> Iterator[subprocess.Popen[str]]:
     """A Python process, once it has said that it runs."""
-    command = [sys.executable, "-c", code, *told]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **variables}) as process:
+    command, its = [sys.executable, "-c", code, *told], {**os.environ, **variables}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=its, close_fds=close_fds) as process:
         assert process.stdout is not None
         try:
             assert process.stdout.readline() == "runs\n"
@@ -87,15 +87,9 @@ def test_who_reads_a_log_and_the_owners_children_are_left_alone() -> None:
         log = Path(session(folder), "raylet.out")
         log.touch()
         os.set_inheritable(lock, True)
-        child = [sys.executable, "-c", holds]
-        with (
-            running(reads, LOG=str(log)),
-            subprocess.Popen(child, stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False) as held,
-        ):
-            assert held.stdout is not None
-            held.stdout.readline()
+        with running(reads, LOG=str(log)), running(holds, close_fds=False) as child:
+            assert os.path.join(folder, "owner") in map(os.readlink, Path(f"/proc/{child.pid}/fd").iterdir())
             assert processes_in(folder) == []
-            held.kill()
 
 
 def test_what_withstands_is_given_up_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

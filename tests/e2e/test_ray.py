@@ -68,7 +68,7 @@ def local() -> EngineRun:
         assert group.process.wait(60) == 0
         assert all(is_gone_within(pid, 5) for pid in run.answer["draft_pids"])
     # A Ray of our own leaves nothing.
-    assert folders() == before
+    assert folders() <= before
     assert names.left() == set()
     return run
 
@@ -94,9 +94,9 @@ def test_killing_the_engine_ends_the_actor_and_ray() -> None:
         group.process.kill()
         assert is_gone_within(run.answer["draft_pid"], 20)
         deadline = time.monotonic() + 20
-        while folders() != before and time.monotonic() < deadline:
+        while not folders() <= before and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert folders() == before
+        assert folders() <= before
 
 
 def test_a_draft_on_another_node_gives_the_plain_text_over_the_network(cluster: Any, plain: Plain) -> None:
@@ -130,4 +130,4 @@ def test_where_vllm_itself_is_in_ray_its_cluster_is_used(cluster: Any, plain: Pl
     assert answer["tokens"] == expected(plain)
     assert answer["hits"] > 0
     assert answer["groups"] == [], "what was asked for the draft is given back, and the cluster goes on"
-    assert folders() == before, "no Ray of our own was started"
+    assert folders() <= before, "no Ray of our own was started"

@@ -14,10 +14,8 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import weakref
@@ -30,6 +28,7 @@ from vllm_saguaro.placement.channel import DraftFailed, NoRoom, NotAdmitted
 from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.network import NetworkChannel
 from vllm_saguaro.placement.passed_memory import PassedMemoryChannel
+from vllm_saguaro.placement.ray_folder import clear_folder, make_folder
 
 START_TIMEOUT_SECONDS = 900.0
 """A cluster may have to make room first; loading and compiling a large draft takes minutes on a cold cache."""
@@ -98,8 +97,11 @@ class RayChannel:
         self._room_seconds = START_TIMEOUT_SECONDS
         self._closing = threading.Lock()
         self.shards: Sequence[range] = (range(shape.slots),)
-        # A Ray of our own keeps its logs and sockets here; the path of a socket must be short.
-        self._folder = tempfile.mkdtemp(prefix="saguaro-ray-") if draft.address is None else None
+        # A Ray of our own keeps its logs and sockets here.
+        self._folder: str | None = None
+        lock: int | None = None
+        if draft.address is None:
+            self._folder, lock = make_folder()
         self._placer = subprocess.Popen(
             [sys.executable, "-P", "-m", "vllm_saguaro.placement.ray_placer"],
             stdin=subprocess.PIPE,
@@ -110,6 +112,7 @@ class RayChannel:
         self._say({"parent": os.getpid(), "folder": self._folder, "draft": asdict(draft)})
         # Should this object be dropped without `close`, the end of the pipe still ends the placer.
         self._finalizer = weakref.finalize(self, _close_quietly, self._placer.stdin)
+        self._give_up_folder = weakref.finalize(self, _close_descriptor, lock)
         self._thread = threading.Thread(
             target=_follow, args=(self._placer, weakref.ref(self)), name="saguaro-ray-watch", daemon=True
         )
@@ -216,7 +219,8 @@ class RayChannel:
             self._placer.wait()
         self._thread.join(_REASON_SECONDS)
         if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            clear_folder(self._folder)
+        self._give_up_folder()
 
     # ---- what the placer says ----------------------------------------------------------------------------------
 
@@ -284,6 +288,11 @@ def _private_ray() -> dict[str, str]:
 def _close_quietly(pipe: IO[bytes]) -> None:
     with contextlib.suppress(BrokenPipeError):  # what was still to be flushed to a process that has ended
         pipe.close()
+
+
+def _close_descriptor(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def _follow(placer: subprocess.Popen[bytes], channel: weakref.ref[RayChannel]) -> None:

@@ -13,7 +13,6 @@ import inspect
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
@@ -28,8 +27,10 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vllm_saguaro.placement.ray_actor import DraftActor
+from vllm_saguaro.placement.ray_folder import clear_abandoned_folders, clear_folder
 from vllm_saguaro.placement.ray_parent import LOOK_SECONDS, Ended, Parent, result
 from vllm_saguaro.placement.ray_pool_placer import draft_in_pool
+from vllm_saguaro.placement.ray_room import bundle_of, lacking
 
 logger = logging.getLogger("vllm_saguaro.ray")
 
@@ -85,7 +86,7 @@ def main() -> None:
         say(event="ended", reason=lines[-1] if lines else type(error).__name__)
     finally:
         if start.get("folder"):
-            shutil.rmtree(start["folder"], ignore_errors=True)
+            clear_folder(start["folder"])
 
 
 @contextlib.contextmanager
@@ -96,6 +97,7 @@ def _cluster(wanted: Mapping[str, Any], folder: str | None) -> Iterator[None]:
     if own:  # this process was begun on what cores there were, the target's among them
         os.sched_setaffinity(0, own)
     if wanted["address"] is None:
+        clear_abandoned_folders()
         options |= {
             "address": "local",
             "num_cpus": wanted["num_cpus"],
@@ -117,9 +119,7 @@ def _cluster(wanted: Mapping[str, Any], folder: str | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _actor(wanted: Mapping[str, Any], parent: Parent, say: Callable[..., None]) -> Iterator[Any]:
     """The actor, in a placement group of its own: on this node where there is room, on another one otherwise."""
-    bundle = {"CPU": float(wanted["num_cpus"]), **wanted["resources"]}
-    if wanted["num_gpus"]:
-        bundle["GPU"] = wanted["num_gpus"]
+    bundle = bundle_of(wanted)
     if wanted["address"] is None:
         _check_room(bundle)
     here = ray.get_runtime_context().get_node_id()
@@ -188,18 +188,11 @@ def _wait_for_room(
     while not group.wait(LOOK_SECONDS):
         parent.check()
         if not waited:
-            say(event="waits", lacking=_lacking(bundle))
+            say(event="waits", lacking=lacking(bundle))
         waited += LOOK_SECONDS
         if waited == patience:
-            logger.warning("Saguaro's draft waits for a node of the Ray cluster that has %s free.", _lacking(bundle))
+            logger.warning("Saguaro's draft waits for a node of the Ray cluster that has %s free.", lacking(bundle))
     say(event="room")
-
-
-def _lacking(bundle: Mapping[str, float]) -> str:
-    """What of it the whole cluster has not; all of it where that is there, but on no single node."""
-    free = ray.available_resources()
-    lacking = {name: amount for name, amount in bundle.items() if free.get(name, 0.0) < amount} or bundle
-    return ", ".join(f"{amount:g} {name}" for name, amount in lacking.items())
 
 
 if __name__ == "__main__":

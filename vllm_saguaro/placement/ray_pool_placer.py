@@ -19,8 +19,9 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.util import get_node_ip_address
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from vllm_saguaro.placement.ray_parent import LOOK_SECONDS, Parent, result
+from vllm_saguaro.placement.ray_parent import LOOK_SECONDS, Ended, Parent, result
 from vllm_saguaro.placement.ray_pool import PoolActor
+from vllm_saguaro.placement.ray_room import bundle_of, lacking
 
 logger = logging.getLogger("vllm_saguaro.ray")
 
@@ -38,11 +39,29 @@ _ANSWER_SECONDS = 30.0
 _GIVEN_UP_SECONDS = 120.0
 """From the first trouble on: then it is no pool that is about to be followed by another."""
 _PATIENCE_SECONDS = 20.0
+_KILLED = "ray.kill"
+"""What Ray's message of an actor's end has where somebody asked for that end."""
+
+
+class Room:
+    """Whether the cluster has room for the pool, as the target side is told."""
+
+    def __init__(self, wanted: Mapping[str, Any], say: Callable[..., None]) -> None:
+        self._bundle, self._say = bundle_of(wanted), say
+        self.waits = False
+
+    def look(self, placed: bool | None) -> None:
+        """Tell it what is new. `placed`: as `_is_placed`."""
+        if placed is False and not self.waits:
+            self._say(event="waits", lacking=lacking(self._bundle))
+        elif placed and self.waits:
+            self._say(event="room")
+        self.waits = not placed if placed is not None else self.waits
 
 
 def draft_in_pool(wanted: Mapping[str, Any], parent: Parent, say: Callable[..., None]) -> None:
     """Join the pool that is `wanted` (`RayDraft`), and stay until either side has ended."""
-    actor, node, pid = _find(wanted, parent)
+    actor, node, pid = _find(wanted, parent, Room(wanted, say))
     beside = node == ray.get_runtime_context().get_node_id()
     where = "this node, over shared memory" if beside else f"another node ({node}), over the network"
     logger.info('Saguaro\'s draft pool "%s" runs in Ray on %s; process %d.', wanted["pool"], where, pid)
@@ -61,7 +80,7 @@ def _ask(wanted: Mapping[str, Any]) -> dict[str, Any]:
     return {"engine": engine, "options": wanted["options"], "slots": wanted["slots"]}
 
 
-def _find(wanted: Mapping[str, Any], parent: Parent) -> tuple[Any, str, int]:
+def _find(wanted: Mapping[str, Any], parent: Parent, room: Room) -> tuple[Any, str, int]:
     """The pool's actor, its node, and its process. One that is about to end, or hangs, is waited out or ended."""
     trouble: Exception
     troubled_at: float | None = None
@@ -69,8 +88,14 @@ def _find(wanted: Mapping[str, Any], parent: Parent) -> tuple[Any, str, int]:
     while True:
         actor = _named(wanted)
         try:
-            node, pid = _whereabouts(actor, wanted, parent)
+            node, pid = _whereabouts(actor, wanted, parent, room)
             return actor, node, pid
+        except Ended:
+            # It would go on asking for room, and load a draft for nobody. Other engines that wait for it ask anew.
+            if _is_placed(actor) is False:
+                with contextlib.suppress(Exception):  # the cluster may be gone
+                    ray.kill(actor, no_restart=True)
+            raise
         except (TimeoutError, ActorUnavailableError) as silence:
             now, trouble = time.monotonic(), silence
             silent_at = now if silent_at is None else silent_at
@@ -81,6 +106,8 @@ def _find(wanted: Mapping[str, Any], parent: Parent) -> tuple[Any, str, int]:
                 silent_at = None
         except (RayTaskError, RayActorError) as ending:
             now, trouble, silent_at = time.monotonic(), ending, None
+            if room.waits and _KILLED in str(ending):  # by an engine that ended: there was no trouble with the pool
+                troubled_at = now
         troubled_at = now if troubled_at is None else troubled_at
         if now - troubled_at > _GIVEN_UP_SECONDS:
             raise trouble
@@ -123,16 +150,19 @@ def _named(wanted: Mapping[str, Any]) -> Any:
     return actor.remote(wanted["module"], start, wanted["variables"], niceness)
 
 
-def _whereabouts(actor: Any, wanted: Mapping[str, Any], parent: Parent) -> tuple[str, int]:
+def _whereabouts(actor: Any, wanted: Mapping[str, Any], parent: Parent, room: Room) -> tuple[str, int]:
     """Where the pool is, once it is placed. Raises `TimeoutError` when one that is placed does not answer."""
     asked, waited, since_placed = actor.whereabouts.options(concurrency_group=_DOOR).remote(), 0.0, 0.0
     while True:
         try:
             node, pid = result(asked, parent, LOOK_SECONDS)
+            room.look(True)
             return str(node), int(pid)
         except TimeoutError:
+            placed = _is_placed(actor)
+            room.look(placed)
             waited += LOOK_SECONDS
-            since_placed += LOOK_SECONDS if _is_placed(actor) else 0.0
+            since_placed += LOOK_SECONDS if placed else 0.0
             if since_placed > _ANSWER_SECONDS:
                 raise
             if waited == _PATIENCE_SECONDS and not since_placed:
@@ -140,11 +170,12 @@ def _whereabouts(actor: Any, wanted: Mapping[str, Any], parent: Parent) -> tuple
                 logger.warning("Saguaro's draft pool waits for a node of the Ray cluster that has %s free.", needs)
 
 
-def _is_placed(actor: Any) -> bool:
-    """Whether the actor's process is up, as far as the cluster knows."""
+def _is_placed(actor: Any) -> bool | None:
+    """Whether it has a process, as far as the cluster knows; None: it does not say, or the actor has ended."""
     from ray._private import state
 
     try:  # private to Ray: where it is another, a pool that does not answer is waited for
-        return bool(state.actors(actor._actor_id.hex())["State"] == "ALIVE")
+        known = state.actors(actor._actor_id.hex())["State"]
     except Exception:
-        return False
+        return None
+    return {"ALIVE": True, "DEPENDENCIES_UNREADY": False, "PENDING_CREATION": False}.get(str(known))

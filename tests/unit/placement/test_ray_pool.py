@@ -22,7 +22,8 @@ from tests.unit.placement.test_far_draft import admit, table_of
 from tests.unit.placement.test_ray_channel import MODULE, check_that_it_drafts, needs_ray
 from tests.unit.placement.watching import gone, until
 from vllm_saguaro.messages import Stamp
-from vllm_saguaro.placement.channel import DraftFailed, NotAdmitted
+from vllm_saguaro.placement import ray_channel
+from vllm_saguaro.placement.channel import DraftFailed, NoRoom, NotAdmitted
 from vllm_saguaro.placement.network import NetworkChannel
 from vllm_saguaro.placement.ray_channel import RayChannel, RayDraft
 
@@ -139,6 +140,24 @@ def test_a_pool_that_does_not_answer_is_ended_and_followed(cluster: Any) -> None
     assert until(lambda: gone(pool), LINGER + 15)
 
 
+def test_a_pool_without_room_is_waited_for_and_does_not_stay_when_nobody_waits_any_more(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_channel, "START_TIMEOUT_SECONDS", 60.0)  # else what fails here does so after 15 minutes
+    draft = wanted(cluster.address, "roomless", resources={"far": 2})  # no node has so many
+    with opened(draft) as first, opened(draft) as second:
+        for channel in (first, second):
+            channel.wait_for_room(0.0)
+            with pytest.raises(NoRoom, match="no node has 2 far free"):
+                channel.wait_until_ready()
+        first.close()
+        assert until(lambda: named_actors(cluster) == ["saguaro-pool-roomless"], 15), "the other one has asked anew"
+        assert second.alive
+        with pytest.raises(NoRoom):
+            second.wait_until_ready()
+    assert named_actors(cluster) == []
+
+
 def test_an_engine_on_another_node_than_the_pool_talks_to_it_over_the_network(cluster: Any) -> None:
     with opened(wanted(cluster.address, "distant", resources={"far": 1})) as channel:
         check_that_it_drafts(channel)
@@ -201,7 +220,8 @@ waiting = [actor.draft_for.remote(placer._ask(wanted), {}) for _ in range(4)]
 assert not ray.wait(waiting, timeout=2)[0]
 class Parent:
     def check(self): pass
-print("answer", placer._whereabouts(actor, wanted, Parent())[1])
+room = placer.Room(wanted, lambda **_: None)
+print("answer", placer._whereabouts(actor, wanted, Parent(), room)[1])
 ray.kill(actor)
 """
 

@@ -85,7 +85,7 @@ class RayChannel:
     """Starts the placer at once; `wait_until_ready` returns when the draft's model is loaded."""
 
     def __init__(self, draft: RayDraft, shape: MailboxShape, environment: Mapping[str, str] | None = None) -> None:
-        """`environment`: the placer's (None: ours)."""
+        """`environment`: the placer's (None: ours). Raises `OSError` where the system has no process left."""
         self._shape = shape
         self._link: NetworkChannel | PassedMemoryChannel | None = None
         self._pid = 0
@@ -102,12 +102,22 @@ class RayChannel:
         lock: int | None = None
         if draft.address is None:
             self._folder, lock = make_folder()
-        self._placer = subprocess.Popen(
-            [sys.executable, "-P", "-m", "vllm_saguaro.placement.ray_placer"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**(os.environ if environment is None else environment), **({} if draft.address else _private_ray())},
-        )
+        variables = {
+            **(os.environ if environment is None else environment),
+            **({} if draft.address else _private_ray()),
+        }
+        try:
+            self._placer = subprocess.Popen(
+                [sys.executable, "-P", "-m", "vllm_saguaro.placement.ray_placer"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=variables,
+            )
+        except BaseException:
+            if self._folder is not None:
+                clear_folder(self._folder)
+            _close_descriptor(lock)
+            raise
         assert self._placer.stdin is not None
         self._say({"parent": os.getpid(), "folder": self._folder, "draft": asdict(draft)})
         # Should this object be dropped without `close`, the end of the pipe still ends the placer.

@@ -12,6 +12,11 @@ from scripts.soaking import processes
 LOOK_SECONDS = 0.5
 
 
+def held_names() -> set[str]:
+    """The names that this process and those below it have open or mapped now."""
+    return set().union(*map(processes.names_held_by, processes.with_descendants([os.getpid()])))
+
+
 class Names:
     """The names that this process and those below it have had open or mapped while they were looked at."""
 
@@ -21,8 +26,7 @@ class Names:
 
     def look(self) -> None:
         """Add what is held now."""
-        for pid in processes.with_descendants([os.getpid()]):
-            self._held |= processes.names_held_by(pid)
+        self._held |= held_names()
 
     def left(self) -> set[str]:
         """Those of them that were not there before, are there still, and have no owner any more."""

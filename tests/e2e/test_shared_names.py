@@ -8,7 +8,7 @@ from multiprocessing import resource_tracker, shared_memory
 
 import pytest
 
-from tests.e2e.shared_names import LOOK_SECONDS, names_in_shared_memory
+from tests.e2e.shared_names import LOOK_SECONDS, held_names, names_in_shared_memory
 
 LEAVES = """
 import os, sys
@@ -50,6 +50,7 @@ def test_what_a_process_below_leaves_is_found(names: list[str]) -> None:
     with names_in_shared_memory() as found:
         process = child(names)
         time.sleep(3 * LOOK_SECONDS)
+        assert set(names) <= held_names()
         assert found.left() == set(), "it is still in use"
         process.communicate()
         time.sleep(3 * LOOK_SECONDS)

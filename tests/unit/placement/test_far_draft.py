@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.e2e.shared_names import held_names
 from tests.unit.drafting.checks import make_engine
 from tests.unit.drafting.simulated_target import SimulatedTarget
 from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE, VOCABULARY, draft, drafting, model
@@ -302,11 +303,11 @@ def test_a_draft_side_that_finds_no_mailbox_leaves_nothing_open(monkeypatch: pyt
 
 @pytest.mark.parametrize("network", [True, False])
 def test_nothing_is_left(network: bool) -> None:
-    names, files, threads = set(os.listdir("/dev/shm")), open_files(), set(threading.enumerate())
+    names, files, threads = held_names(), open_files(), set(threading.enumerate())
     channel: Far = NetworkChannel("127.0.0.1", SHAPE) if network else PassedMemoryChannel(SHAPE)
     with process(channel) as running:
         channel.wait_until_ready()
-        assert set(os.listdir("/dev/shm")) <= names
+        assert held_names() <= names
         assert open_files() != files or network
         channel.close()
         running.wait(10)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.e2e.shared_names import held_names
 from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.placement.echo_child import DRAFTS, MAX_LENGTH
 from tests.unit.placement.parent import ROOT, SHAPE, open_channel
@@ -96,10 +97,10 @@ def test_the_rounds_of_another_process_are_told_in_our_time() -> None:
 
 
 def test_nothing_is_left_in_shared_memory_and_no_descriptor_stays_open() -> None:
-    names, descriptors = set(os.listdir("/dev/shm")), len(os.listdir("/proc/self/fd"))
+    names, descriptors = held_names(), len(os.listdir("/proc/self/fd"))
     opened = open_channel()
     opened.wait_until_ready()
-    assert set(os.listdir("/dev/shm")) <= names
+    assert held_names() <= names
     opened.close()
     opened.close()
     assert gone(opened.pid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import ipaddress
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from scripts.soaking.processes import command_line, with_descendants
+from tests.e2e.shared_names import names_in_shared_memory
 from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE
 from tests.unit.placement.ray_cluster import ROOT, another_target, environment, free_cpus, groups_left, two_nodes
 from tests.unit.placement.test_far_draft import admit, table_of
@@ -59,6 +61,25 @@ def program(pid: int) -> str:
     return words[1] if len(words) > 1 and Path(words[0]).name.startswith("python") else "".join(words[:1])
 
 
+def listening(pids: list[int]) -> set[str]:
+    """Addresses at which these processes wait for connections."""
+    inodes = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                inodes.add(os.readlink(descriptor))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in inodes:  # LISTEN
+                words = bytes.fromhex(local.partition(":")[0])  # of 32 bits, in this machine's order
+                address = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
+                six = ipaddress.IPv6Address(address) if len(address) == 16 else None
+                found.add(str((six and six.ipv4_mapped) or six or ipaddress.IPv4Address(address)))
+    return found
+
+
 def check_that_it_drafts(channel: Channel, generation: int = 1) -> None:
     channel.wait_until_ready()
     assert channel.max_length == MAX_LENGTH
@@ -73,21 +94,24 @@ def check_that_it_drafts(channel: Channel, generation: int = 1) -> None:
 @needs_ray
 @pytest.mark.slow
 def test_a_local_ray_is_started_and_leaves_nothing(tmp_path: Path) -> None:
-    names, told = set(os.listdir("/dev/shm")), tmp_path / "told"
+    told = tmp_path / "told"
     folders = set(Path(tempfile.gettempdir()).glob("saguaro-ray-*"))
-    with opened({"told": str(told)}) as channel:
+    with names_in_shared_memory() as names, opened({"told": str(told)}) as channel:
         folder = channel._folder
         assert folder is not None
         check_that_it_drafts(channel)
         assert isinstance(channel._link, PassedMemoryChannel), "on one node nothing goes over the network"
         assert channel.resident_bytes > 1 << 20
         assert processes(folder), "the daemons of a Ray of our own"
+        doors = listening(with_descendants([os.getpid()]))
+        assert doors, "they listen for one another"
+        assert all(ipaddress.ip_address(door).is_loopback for door in doors), doors
         assert os.sched_getaffinity(channel.pid), "it is here"
         actor = channel.pid
     assert until(lambda: not processes(folder))
     assert until(lambda: gone(actor))
     assert set(Path(tempfile.gettempdir()).glob("saguaro-ray-*")) <= folders
-    assert set(os.listdir("/dev/shm")) <= names
+    assert names.left() == set()
     assert not channel.alive
     assert channel.epoch(0) == 0
     assert not channel.post(admit(2))

@@ -21,7 +21,7 @@ elif [ $# -gt 0 ]; then
   run python -m pytest "$@"
 else
   # Engines that load and drafts that come back leave cores idle. The other lanes take what is idle and no more: they
-  # have one thread a process, and the lowest priority, so that what a draft has ready in time is what it has on a
+  # have one thread a process, and a low priority, so that what a draft has ready in time is what it has on a
   # machine of its own. What starts a Ray is in one lane, since those tests look at what a Ray leaves.
   rays=(tests/unit/placement/test_ray_channel.py tests/unit/placement/test_ray_pool.py)
   lane() {
@@ -32,10 +32,10 @@ else
   lane engines python -m pytest tests/e2e "${rays[@]}" &
   lanes=$!
   others=(tests/exactness tests/v2 tests/unit/scripts tests/unit/simulation tests/unit/tuning tests/unit/vllm_hooks)
-  lane "units  " nice -n 19 env OMP_NUM_THREADS=1 python -m pytest tests/unit "${rays[@]/#/--ignore=}" \
+  lane "units  " nice -n 10 env OMP_NUM_THREADS=1 python -m pytest tests/unit "${rays[@]/#/--ignore=}" \
     "${others[@]/#/--ignore=}" &
   lanes="$lanes $!"
-  lane "others " nice -n 19 env OMP_NUM_THREADS=1 python -m pytest "${others[@]}" &
+  lane "others " nice -n 10 env OMP_NUM_THREADS=1 python -m pytest "${others[@]}" &
   lanes="$lanes $!"
   failed=0
   for each in $lanes; do wait "$each" || failed=1; done

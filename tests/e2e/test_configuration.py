@@ -43,6 +43,7 @@ def test_serve_with_a_mistyped_key(target: Path) -> None:
     assert line.endswith('unknown key "branchs" in the speculative config: did you mean "branches"?')
 
 
+@pytest.mark.long
 def test_serve_with_a_missing_folder(target: Path) -> None:
     options = {"method": "saguaro", "model": "./no/such/draft"}
     done = vllm("serve", target, "--speculative-config", json.dumps(options))

@@ -87,6 +87,7 @@ def test_an_actor_that_ends_or_hangs_costs_no_request_and_another_one_is_started
     assert local[fault].metrics["vllm:saguaro_draft_restarts"] == 1
 
 
+@pytest.mark.long
 def test_killing_the_engine_ends_the_actor_and_ray() -> None:
     before = folders()
     with engines([{"options": BASE | saguaro(placement="ray"), "scenarios": [], "end": "wait"}]) as group:

@@ -136,7 +136,7 @@ def engines_with(options: Json, modes: tuple[Json, ...] = ({}, PROCESSED)) -> li
 
 @pytest.fixture(scope="module")
 def runs() -> dict[str, EngineRun]:
-    """Plain vLLM and the twin on a core each, then the draft in a process on both; raw and processed scores."""
+    """Plain vLLM and the twin on a core each; raw and processed scores."""
     first, *_, last = [*sorted(os.sched_getaffinity(0))] * 2
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         plain = one.submit(run_engines, engines_with({}), [first])
@@ -144,13 +144,27 @@ def runs() -> dict[str, EngineRun]:
         inline = other.submit(run_engines, engines_with(twin), [last])
         found = dict(zip(("plain", "plain, processed"), plain.result(), strict=True))
         found |= dict(zip(("inline", "inline, processed"), inline.result(), strict=True))
-    (found["process"],) = run_engines(engines_with(saguaro(max_model_len=DRAFT_LIMIT, adaptive=False), ({},)))
     return found
 
 
-@pytest.fixture(params=["inline", "process"])
-def ours(request: pytest.FixtureRequest, runs: dict[str, EngineRun]) -> EngineRun:
-    return runs[request.param]
+@pytest.fixture(scope="module")
+def in_a_process() -> EngineRun:
+    """The same with the draft in a process; tests/e2e/test_greedy.py and test_lora.py have both every time."""
+    return run_engines(engines_with(saguaro(max_model_len=DRAFT_LIMIT, adaptive=False), ({},)))[0]
+
+
+PROCESS = pytest.param("process", marks=pytest.mark.long)
+
+
+def of_placement(request: pytest.FixtureRequest, placement: str) -> EngineRun:
+    if placement == "process":
+        return request.getfixturevalue("in_a_process")
+    return request.getfixturevalue("runs")[placement]
+
+
+@pytest.fixture(params=["inline", PROCESS])
+def ours(request: pytest.FixtureRequest) -> EngineRun:
+    return of_placement(request, request.param)
 
 
 @pytest.fixture
@@ -245,13 +259,16 @@ def assert_same_scores(name: str, ours: Any, theirs: Any) -> None:
             assert near, f"{name}, position {at}, token {token}: {score} for {expected}"
 
 
-@pytest.mark.parametrize("placement", ["inline", "inline, processed", "process"])
+@pytest.mark.parametrize("placement", ["inline", "inline, processed", PROCESS])
 @pytest.mark.parametrize("name", LOGPROBS)
-def test_log_probabilities_are_plain(runs: dict[str, EngineRun], placement: str, name: str) -> None:
-    found = runs[placement][name]
+def test_log_probabilities_are_plain(
+    request: pytest.FixtureRequest, runs: dict[str, EngineRun], placement: str, name: str
+) -> None:
+    run = of_placement(request, placement)
+    found = run[name]
     expected = runs["plain, processed" if "processed" in placement else "plain"][name]
     assert_same_texts(found, expected)
-    assert_drafts_were_verified(runs[placement], name)
+    assert_drafts_were_verified(run, name)
     for row, (a, b) in enumerate(zip(found.results, expected.results, strict=True)):
         assert_same_scores(f"row {row}", a["outputs"][0]["logprobs"], b["outputs"][0]["logprobs"])
         assert_same_scores(f"row {row}, prompt", a["prompt_logprobs"], b["prompt_logprobs"])

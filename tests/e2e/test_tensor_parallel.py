@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
@@ -49,49 +48,66 @@ def sampled(name: str = "sampled", **more: bool) -> Json:
 
 
 @dataclass(frozen=True)
-class Engines:
-    """Plain vLLM of two ranks, the twin of one rank, and two engines of ours of two ranks."""
+class Ranks:
+    """An engine of ours of two ranks, and what was left of it."""
 
-    plain: EngineRun
-    inline: EngineRun
-    coupled: EngineRun
-    probabilistic: EngineRun
+    run: EngineRun
     processes_gone: list[bool]
     memory_left: set[str]
 
+    @property
+    def at_one(self) -> list[Scenario]:
+        """The scenarios in which its ranks are not put at odds."""
+        return [scenario for name, scenario in self.run.scenarios.items() if name != "sampled apart"]
+
+
+OURS: Json = {"model": str(DRAFT), "backup": "none", "adaptive": False}
+
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Engines:
-    target: Path = widen(tmp_path_factory.mktemp("pair") / "target")
-    one = BASE | {"model": str(target)}
-    two = one | {"tensor_parallel_size": 2}
-    ours: Json = {"model": str(DRAFT), "backup": "none", "adaptive": False}
-    first, *_, last = [*sorted(os.sched_getaffinity(0))] * 2
-    # Plain vLLM divides cores among ranks only by memory nodes, or as it is told.
-    plain = run_engines(
-        [{"options": two, "scenarios": [greedy(), seeded()]}], VLLM_CPU_OMP_THREADS_BIND=f"{first}|{last}"
-    )
-    inline = run_engines(
-        [{"options": one | saguaro(**ours, placement="inline", branches=12), "scenarios": [greedy()]}], cpus=[first]
-    )
-    probabilistic = saguaro(**ours, draft_sample_method="probabilistic")
-    apart = [sampled("before"), sampled("sampled apart", sample_apart=True)]
-    with (
-        names_in_shared_memory() as names,
-        engines(
-            [
-                {"options": two | saguaro(**ours), "scenarios": [greedy(), seeded()]},
-                {"options": two | probabilistic, "scenarios": [greedy(), *apart]},
-            ]
-        ) as group,
-    ):
-        found, gone = [], []
-        for _ in range(2):
-            found.append(group.read_engine())
-            answer = found[-1].answer
-            gone += [is_gone_within(pid, 3) for pid in (answer["draft_pid"], *answer["rank_pids"])]
+def one(tmp_path_factory: pytest.TempPathFactory) -> Json:
+    """The options of the target on one rank."""
+    return BASE | {"model": str(widen(tmp_path_factory.mktemp("pair") / "target"))}
+
+
+def run_ranks(options: Json, scenarios: list[Json]) -> Ranks:
+    spec = {"options": options | {"tensor_parallel_size": 2}, "scenarios": scenarios}
+    with names_in_shared_memory() as names, engines([spec]) as group:
+        run = group.read_engine()
+        gone = [is_gone_within(pid, 3) for pid in (run.answer["draft_pid"], *run.answer["rank_pids"])]
         assert group.process.wait(60) == 0, group.whole_log()[-6000:]
-    return Engines(plain[0], inline[0], found[0], found[1], gone, names.left())
+    return Ranks(run, gone, names.left())
+
+
+@pytest.fixture(scope="module")
+def plain(one: Json) -> EngineRun:
+    """Plain vLLM of two ranks. It divides cores among ranks only by memory nodes, or as it is told."""
+    first, *_, last = [*sorted(os.sched_getaffinity(0))] * 2
+    spec = {"options": one | {"tensor_parallel_size": 2}, "scenarios": [greedy(), seeded()]}
+    return run_engines([spec], VLLM_CPU_OMP_THREADS_BIND=f"{first}|{last}")[0]
+
+
+@pytest.fixture(scope="module")
+def inline(one: Json) -> EngineRun:
+    """The twin of one rank."""
+    options = one | saguaro(**OURS, placement="inline", branches=12)
+    return run_engines([{"options": options, "scenarios": [greedy()]}], cpus=[min(os.sched_getaffinity(0))])[0]
+
+
+@pytest.fixture(scope="module")
+def coupled(one: Json) -> Ranks:
+    return run_ranks(one | saguaro(**OURS), [greedy(), seeded(), sampled()])
+
+
+@pytest.fixture(scope="module")
+def probabilistic(one: Json) -> Ranks:
+    apart = [sampled("before"), sampled("sampled apart", sample_apart=True)]
+    return run_ranks(one | saguaro(**OURS, draft_sample_method="probabilistic"), [greedy(), *apart])
+
+
+@pytest.fixture(params=["coupled", pytest.param("probabilistic", marks=pytest.mark.long)])
+def ours(request: pytest.FixtureRequest) -> Ranks:
+    return request.getfixturevalue(request.param)
 
 
 def at_odds(scenario: Scenario) -> list[str]:
@@ -105,23 +121,21 @@ def at_odds(scenario: Scenario) -> list[str]:
 # ---- the text -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["greedy", "seeded"])
-def test_texts_are_those_of_plain_ranks(runs: Engines, name: str) -> None:
-    assert_same_texts(runs.coupled[name], runs.plain[name])
+def test_greedy_texts_are_those_of_plain_ranks(ours: Ranks, plain: EngineRun) -> None:
+    assert_same_texts(ours.run["greedy"], plain["greedy"])
 
 
-def test_greedy_texts_are_plain_with_probabilistic_drafts_too(runs: Engines) -> None:
-    assert_same_texts(runs.probabilistic["greedy"], runs.plain["greedy"])
+def test_seeded_texts_are_those_of_plain_ranks(coupled: Ranks, plain: EngineRun) -> None:
+    assert_same_texts(coupled.run["seeded"], plain["seeded"])
 
 
-def test_logprobs_are_those_of_the_rank_that_samples(runs: Engines) -> None:
-    for ours, theirs in zip(runs.coupled["greedy"].results, runs.plain["greedy"].results, strict=True):
-        found, expected = ours["outputs"][0]["gaps"], theirs["outputs"][0]["gaps"]
-        assert found == pytest.approx(expected, abs=1e-3)
+def test_logprobs_are_those_of_the_rank_that_samples(ours: Ranks, plain: EngineRun) -> None:
+    for one, other in zip(ours.run["greedy"].results, plain["greedy"].results, strict=True):
+        assert one["outputs"][0]["gaps"] == pytest.approx(other["outputs"][0]["gaps"], abs=1e-3)
 
 
-def test_all_ranks_have_the_text_that_is_returned(runs: Engines) -> None:
-    for scenario in (*runs.coupled.scenarios.values(), runs.probabilistic["greedy"], runs.probabilistic["before"]):
+def test_all_ranks_have_the_text_that_is_returned(ours: Ranks) -> None:
+    for scenario in ours.at_one:
         assert at_odds(scenario) == []
         for result in scenario.results:
             tokens = result["outputs"][0]["token_ids"]
@@ -129,16 +143,17 @@ def test_all_ranks_have_the_text_that_is_returned(runs: Engines) -> None:
                 assert texts[result["request_id"]][result["prompt_length"] :][: len(tokens)] == tokens
 
 
-def test_ranks_that_sample_apart_are_found_at_odds(runs: Engines) -> None:
+@pytest.mark.long
+def test_ranks_that_sample_apart_are_found_at_odds(probabilistic: Ranks) -> None:
     """The comparison above can fail: this is what it sees when each rank samples for itself and one knows q."""
-    assert at_odds(runs.probabilistic["sampled apart"]) != []
+    assert at_odds(probabilistic.run["sampled apart"]) != []
 
 
 # ---- the drafts -----------------------------------------------------------------------------------------------------
 
 
-def test_drafts_are_verified_and_accepted(runs: Engines) -> None:
-    for scenario in (*runs.coupled.scenarios.values(), runs.probabilistic["greedy"], runs.probabilistic["before"]):
+def test_drafts_are_verified_and_accepted(ours: Ranks) -> None:
+    for scenario in ours.at_one:
         assert scenario.hits > 0
         accepted = scenario.metrics["vllm:spec_decode_num_accepted_tokens"]
         assert 0 < accepted < scenario.metrics["vllm:spec_decode_num_draft_tokens"]
@@ -149,27 +164,26 @@ def drafts_by_place(scenario: Scenario) -> dict[tuple[int, int], list[int]]:
     return {(row[request_id], length): drafts for request_id, length, drafts in scenario.records if drafts}
 
 
-def test_drafts_are_those_for_a_target_of_one_rank(runs: Engines) -> None:
+def test_drafts_are_those_for_a_target_of_one_rank(ours: Ranks, inline: EngineRun) -> None:
     """The text is the same, so at the same place drafts must be the same, and so is their acceptance."""
-    ours, theirs = drafts_by_place(runs.coupled["greedy"]), drafts_by_place(runs.inline["greedy"])
-    places = ours.keys() & theirs.keys()
+    found, expected = drafts_by_place(ours.run["greedy"]), drafts_by_place(inline["greedy"])
+    places = found.keys() & expected.keys()
     assert len(places) > 30
-    same = sum(all(x == y for x, y in zip(ours[place], theirs[place], strict=False)) for place in places)
+    same = sum(all(x == y for x, y in zip(found[place], expected[place], strict=False)) for place in places)
     assert same >= 0.98 * len(places), f"{same} of {len(places)}"  # two likeliest may be a rounding error apart
 
 
 # ---- ranks and processes --------------------------------------------------------------------------------------------
 
 
-def test_one_rank_has_a_draft_and_all_have_as_many_blocks(runs: Engines) -> None:
-    for run in (runs.coupled, runs.probabilistic):
-        started, none = run.answer["drafts_of_ranks"]
-        assert started == run.answer["draft_pid"] is not None
-        assert none is None
-        assert len(set(run.answer["blocks"])) == 1
+def test_one_rank_has_a_draft_and_all_have_as_many_blocks(ours: Ranks) -> None:
+    started, none = ours.run.answer["drafts_of_ranks"]
+    assert started == ours.run.answer["draft_pid"] is not None
+    assert none is None
+    assert len(set(ours.run.answer["blocks"])) == 1
 
 
-def test_nothing_is_left(runs: Engines) -> None:
-    assert runs.processes_gone == [True] * 6
+def test_nothing_is_left(ours: Ranks) -> None:
+    assert ours.processes_gone == [True] * 3
     # vLLM's own ranks leave their communicator's segments, with us or without.
-    assert {name for name in runs.memory_left if not name.startswith("vllm_dist_")} == set()
+    assert {name for name in ours.memory_left if not name.startswith("vllm_dist_")} == set()

@@ -11,11 +11,11 @@ from tests.e2e.widened import widen
 from tests.v2 import v2_plans
 from tests.v2.v2_runs import OPTIONS, K, Scripted, V2Run, run_v2, saguaro
 
-pytestmark = [pytest.mark.slow, pytest.mark.engine]
+pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.long]  # as tests/e2e/test_tensor_parallel.py on V1
 
 
 GREEDY, SAMPLED = v2_plans.greedy("greedy"), v2_plans.greedy_among_sampled("among sampled")
-PLACEMENTS = ["stream", pytest.param("process", marks=pytest.mark.long)]
+PLACEMENTS = ["stream", "process"]
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def drafting(invitation: Invitation, method: str = "coupled") -> Iterator[thread
     thread = threading.Thread(target=draft, args=(invitation, method), daemon=True)
     thread.start()
     yield thread
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -178,7 +178,7 @@ def test_the_draft_side_ends_when_the_channel_is_closed(channel: Far) -> None:
         assert channel.epoch(0) > 0
         channel.close()
         channel.close()
-        assert running.wait(10) == 0
+        assert running.wait(60) == 0
     assert not channel.alive
     assert channel.epoch(0) == 0
     assert not channel.post(admit())
@@ -258,7 +258,7 @@ def test_waiting_ends_when_another_thread_closes(channel: Far) -> None:
     waiting, failures = waits_apart(channel)
     time.sleep(0.05)
     channel.close()
-    waiting.join(5)
+    waiting.join(60)
     assert len(failures) == 1
 
 
@@ -310,6 +310,6 @@ def test_nothing_is_left(network: bool) -> None:
         assert held_names() <= names
         assert open_files() != files or network
         channel.close()
-        running.wait(10)
+        running.wait(60)
     assert open_files() == files
     assert set(threading.enumerate()) <= threads

@@ -450,9 +450,9 @@ def test_it_ends_a_while_after_the_last_engine_has_left() -> None:
     assert thread.is_alive(), "somebody is here"
     end.hung_up = True
     left = time.monotonic()
-    assert place.ended.wait(5)
+    assert place.ended.wait(60)
     assert pool.touch(), "not at once"
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
     assert time.monotonic() - left > 0.3
     assert not pool.touch()
@@ -467,7 +467,7 @@ def test_who_is_about_to_come_keeps_it_for_as_long_again() -> None:
         time.sleep(0.15)
         assert pool.touch()
     assert thread.is_alive()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -486,7 +486,7 @@ def test_it_sleeps_when_there_is_nothing_to_do_and_wakes_for_a_newcomer() -> Non
     assert pool.has_begun(place)
     pool._linger = 0.0
     end.hung_up = True
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 

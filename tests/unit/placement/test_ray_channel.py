@@ -181,6 +181,7 @@ def test_closing_while_it_starts_leaves_nothing(last: str, monkeypatch: pytest.M
 
 @needs_ray
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_a_target_leaves_that_is_killed_with_all_it_has_started_goes_with_the_next_start() -> None:
     """vLLM ends its engines so when it has been told to end itself."""
     with another_target("test_ray_channel", "opened()") as (target, _, folder):
@@ -327,7 +328,7 @@ def test_room_is_waited_for_as_long_as_it_may_take_and_the_rest_longer(silent: R
     waiting.join(0.3)
     assert waiting.is_alive(), "there is room, so it starts; that takes as long as it takes"
     silent.close()
-    waiting.join(10)
+    waiting.join(60)
     assert failures == ["the draft side was closed while it started"]
 
 

@@ -67,7 +67,7 @@ def test_what_was_told_of_the_folder_is_ended_and_then_it_goes() -> None:
     with made() as (folder, _), running(told, f"--temp-dir={folder}") as daemon, running(told) as stranger:
         assert processes_in(folder) == [daemon.pid]
         clear_folder(folder)
-        assert daemon.wait(5) == -signal.SIGKILL
+        assert daemon.wait(60) == -signal.SIGKILL
         assert stranger.poll() is None
         assert not os.path.exists(folder)
 

@@ -585,7 +585,7 @@ def test_close_in_the_middle_of_a_start_ends_the_life_that_starts() -> None:
     channel = quick(first, second)
     channel.wait_until_ready()
     first.alive = False
-    assert waits.wait(5)
+    assert waits.wait(60)
     channel.close()
     assert closed.is_set(), "it went on before the thread had ended"
     assert (first.closed, second.closed) == (1, 1)
@@ -601,19 +601,19 @@ def test_a_life_that_starts_as_all_is_closed_is_closed_as_well() -> None:
         if lives:
             return lives.pop()
         starts.set()
-        assert goes_on.wait(5)
+        assert goes_on.wait(60)
         return second
 
     lives = [first]
     channel = RestartingChannel(start, 5, CounterPage(), logging.getLogger("saguaro-test"), QUICK)
     channel.wait_until_ready()
     first.alive = False
-    assert starts.wait(5)
+    assert starts.wait(60)
     closing = threading.Thread(target=channel.close)
     closing.start()
     assert until(channel._closing.is_set)
     goes_on.set()
-    closing.join(5)
+    closing.join(60)
     assert (first.closed, second.closed) == (1, 1)
     assert not threads()
 
@@ -670,7 +670,7 @@ def test_no_life_is_closed_under_a_call_in_progress(watched: Watched, name: str,
 
     setattr(life, name, call_while_it_ends)
     CALLS[name](ward.channel)
-    ending.join(5)
+    ending.join(60)
     assert life.closed == 1
 
 

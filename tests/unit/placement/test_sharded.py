@@ -212,7 +212,7 @@ def test_without_any_draft_it_does_not_start() -> None:
 
 def test_closing_ends_every_draft_at_once() -> None:
     """Each waits for the other in its `close`: one after the other they would wait for ever."""
-    both = threading.Barrier(2, timeout=10)
+    both = threading.Barrier(2, timeout=60)
 
     class Slow(OneDraft):
         def close(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from vllm_saguaro.placement.channel import Channel, DraftFailed
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     """Whether the condition comes true in time."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -42,7 +42,7 @@ def starved(pid: int) -> str:
 def test_the_kernel_ends_a_process_whose_group_is_full(hungry: subprocess.Popen[bytes]) -> None:
     asyncio.run(group("saguaro-fault-test").end())
     assert "memory cgroup full, killed by the kernel" in starved(hungry.pid)
-    assert hungry.wait(5) == -9
+    assert hungry.wait(60) == -9
 
 
 def test_a_group_is_removed_whoever_is_in_it() -> None:
@@ -67,7 +67,7 @@ def test_where_no_group_can_be_made_its_own_limits_are_used(
     with pytest.raises(OSError, match="no memory cgroup"):
         memory.FullGroup("any")
     assert "no more memory, it ended after" in starved(hungry.pid)
-    assert hungry.wait(5) == 1  # MemoryError
+    assert hungry.wait(60) == 1  # MemoryError
 
 
 def test_a_process_that_needs_no_more_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

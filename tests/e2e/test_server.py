@@ -81,12 +81,12 @@ def without_vllms_own_end(log: str) -> str:
     """
     A server's log without what vLLM itself logs at an end on a busy machine.
 
-    vLLM (v1/engine/core_client.py, 0.32) ends its client in a thread; where the event loop has not yet cancelled the
-    handler of outputs by then, that handler logs the end it was told of as an `EngineDeadError`. Plain vLLM does too.
+    vLLM (v1/engine/core_client.py, 0.32) ends its client in a thread; where the event loop has not cancelled the handler
+    of outputs meanwhile, that handler logs the end it was told of as an `EngineDeadError`. Plain vLLM does too.
     """
-    before, complete, after = log.partition("[shutdown] MPClient: complete\n")
+    before, start, after = log.partition("[shutdown] MPClient: start")
     own = r"^.*AsyncLLM output_handler failed\.\n(?:.*async_llm\.py:\d+\].*\n)+?.*EngineDeadError: .*\n"
-    return before + complete + re.sub(own, "", after, count=1, flags=re.MULTILINE)
+    return before + start + re.sub(own, "", after, count=1, flags=re.MULTILINE)
 
 
 def serve(how: signal.Signals, folder: Path) -> Served:

@@ -81,8 +81,8 @@ def without_vllms_own_end(log: str) -> str:
     """
     A server's log without what vLLM itself logs at an end on a busy machine.
 
-    vLLM (v1/engine/core_client.py, 0.32) ends its client in a thread; where the event loop has not cancelled the handler
-    of outputs meanwhile, that handler logs the end it was told of as an `EngineDeadError`. Plain vLLM does too.
+    vLLM (v1/engine/core_client.py, 0.32) ends its client in a thread; where the event loop has not cancelled the
+    handler of outputs meanwhile, that handler logs the end it was told of as an `EngineDeadError`. Plain vLLM does too.
     """
     before, start, after = log.partition("[shutdown] MPClient: start")
     own = r"^.*AsyncLLM output_handler failed\.\n(?:.*async_llm\.py:\d+\].*\n)+?.*EngineDeadError: .*\n"

@@ -20,8 +20,8 @@ if [ "${1:-}" = --fast ]; then
 elif [ $# -gt 0 ]; then
   run python -m pytest "$@"
 else
-  # Engines that load and drafts that come back leave cores idle. The other lanes take what is idle and no more: they
-  # have one thread a process, and a low priority, so that what a draft has ready in time is what it has on a
+  # Engines that load and drafts that come back leave cores idle. The other lanes take what is idle and little more: they
+  # have one thread a process, and a low priority, so that what a draft has ready in time is nearly what it has on a
   # machine of its own. What starts a Ray is in one lane, since those tests look at what a Ray leaves.
   rays=(tests/unit/placement/test_ray_channel.py tests/unit/placement/test_ray_pool.py)
   lane() {
@@ -30,14 +30,14 @@ else
     run "$@" 2>&1 | sed -u "s/^/$name: /"
   }
   lane engines python -m pytest tests/e2e "${rays[@]}" &
-  lanes=$!
+  lanes=($!)
   others=(tests/exactness tests/v2 tests/unit/scripts tests/unit/simulation tests/unit/tuning tests/unit/vllm_hooks)
   lane "units  " nice -n 10 env OMP_NUM_THREADS=1 python -m pytest tests/unit "${rays[@]/#/--ignore=}" \
     "${others[@]/#/--ignore=}" &
-  lanes="$lanes $!"
+  lanes+=($!)
   lane "others " nice -n 10 env OMP_NUM_THREADS=1 python -m pytest "${others[@]}" &
-  lanes="$lanes $!"
+  lanes+=($!)
   failed=0
-  for each in $lanes; do wait "$each" || failed=1; done
+  for each in "${lanes[@]}"; do wait "$each" || failed=1; done
   exit "$failed"
 fi

@@ -102,7 +102,7 @@ def side_by_side() -> dict[str, Future[list[EngineRun]]]:
         return {
             "inline": one.submit(run_engines, inline_engines(), cpus=[last]),
             "plain": other.submit(run_engines, plain_engines(), cpus=[first]),
-            "top_k": other.submit(run_engines, [top_k_engine(), *fan_out_engines()], cpus=[first]),
+            "other twins": other.submit(run_engines, [top_k_engine(), *fan_out_engines()], cpus=[first]),
         }
 
 
@@ -114,13 +114,13 @@ def plain(side_by_side: dict[str, Future[list[EngineRun]]]) -> Plain:
 @pytest.fixture(scope="session")
 def inline(side_by_side: dict[str, Future[list[EngineRun]]]) -> Inline:
     default, ragged = side_by_side["inline"].result()
-    _, *fan_outs = side_by_side["top_k"].result()
+    _, *fan_outs = side_by_side["other twins"].result()
     return Inline(default, ragged, dict(zip(FAN_OUTS, fan_outs, strict=True)))
 
 
 @pytest.fixture(scope="session")
 def only_top_k(side_by_side: dict[str, Future[list[EngineRun]]]) -> EngineRun:
-    return side_by_side["top_k"].result()[0]
+    return side_by_side["other twins"].result()[0]
 
 
 @dataclass(frozen=True)

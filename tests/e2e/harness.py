@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -85,6 +86,10 @@ class Scenario:
 
     def hit_rate(self) -> float:
         return self.hits / (self.hits + self.misses)
+
+    def first(self, count: int) -> Scenario:
+        """What the first so many of its requests gave."""
+        return dataclasses.replace(self, results=self.results[:count])
 
     def by_key(self) -> dict[str, Json]:
         return {result["key"]: result for result in self.results}

@@ -115,7 +115,7 @@ def test_complete_tables_give_k_drafts(inline: Inline) -> None:
 def test_wrong_draft_kv_leaves_the_text_but_not_the_acceptance(inline: Inline, plain: Plain, how: str) -> None:
     """The comparisons of acceptance above can fail: this is what they see when the draft's KV is wrong."""
     healthy, broken = inline.default["greedy, batch 8"], inline.default[how]
-    assert broken.tokens == plain.default["greedy, batch 8"].tokens[:8]
+    assert_same_texts(broken, plain.default["greedy, batch 8"].first(8))
     assert emitted_a_round(broken) < 0.75 * emitted_a_round(healthy)
 
 

@@ -14,7 +14,6 @@ branches and other draws: the sequence says whose q it is.
 from __future__ import annotations
 
 import array
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from vllm_saguaro.placement.distribution import is_distribution
 from vllm_saguaro.placement.layout import CELL_HEADER, CONTROL_WORDS, Q_HEADER, LayoutError, MailboxShape
 from vllm_saguaro.placement.records import Records
 from vllm_saguaro.placement.rounds import Rounds
-from vllm_saguaro.placement.wire import Limits, WireError, decode, encode
+from vllm_saguaro.placement.wire import UNENCODABLE, Limits, WireError, decode, encode
 
 _HEAD, _TAIL, _STATE, _MAX_LENGTH, _ASLEEP, _DROPPED, _TAKEN = range(7)
 _SEQUENCE, _GENERATION, _ROUND, _BRANCHES, _DEPTH, _NANOSECONDS, _KEYS = range(CELL_HEADER + 1)
@@ -132,7 +131,7 @@ class Mailbox:
         """
         try:
             data = encode(step)
-        except (struct.error, OverflowError):
+        except UNENCODABLE:
             return False
         need = _LENGTH_BYTES + len(data) + -len(data) % 8
         tail, head = self._words[_TAIL], self._words[_HEAD]

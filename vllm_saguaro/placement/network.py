@@ -28,7 +28,7 @@ from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.mailbox import DraftState, Mailbox
 from vllm_saguaro.placement.mailbox_channel import MailboxChannel
 from vllm_saguaro.placement.meeting import Invitation, Listener, Refused
-from vllm_saguaro.placement.wire import encode
+from vllm_saguaro.placement.wire import UNENCODABLE, encode
 
 _LOST_MILLISECONDS = 6000
 """How long the other end may leave sent bytes unanswered."""
@@ -99,7 +99,7 @@ class NetworkChannel(MailboxChannel):
             return False
         try:
             data = encode(step)
-        except (struct.error, OverflowError):
+        except UNENCODABLE:
             return False
         if self._posted_bytes - self._taken_bytes + len(data) > self._shape.ring_bytes:
             return False

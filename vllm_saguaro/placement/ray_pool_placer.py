@@ -52,11 +52,13 @@ class Room:
 
     def look(self, placed: bool | None) -> None:
         """Tell it what is new. `placed`: as `_is_placed`."""
-        if placed is False and not self.waits:
+        if placed is None or self.waits is not placed:
+            return
+        self.waits = not placed
+        if self.waits:
             self._say(event="waits", lacking=lacking(self._bundle))
-        elif placed and self.waits:
+        else:
             self._say(event="room")
-        self.waits = not placed if placed is not None else self.waits
 
 
 def draft_in_pool(wanted: Mapping[str, Any], parent: Parent, say: Callable[..., None]) -> None:

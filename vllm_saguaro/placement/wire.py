@@ -17,6 +17,7 @@ import math
 import struct
 import sys
 from dataclasses import dataclass
+from typing import Final
 
 from vllm_saguaro.messages import Admit, Noise, Outcome, Release, Sampling, Stamp, Step, Want
 
@@ -53,6 +54,10 @@ class Limits:
 
 
 _NO_LIMITS = Limits()
+
+
+UNENCODABLE: Final = (struct.error, OverflowError)
+"""What `encode` raises for a step that no frame can hold."""
 
 
 def encode(step: Step) -> bytes:

@@ -148,14 +148,14 @@ def test_the_child_ends_with_a_parent_that_is_killed(parent: tuple[subprocess.Po
     running, child = parent
     assert not gone(child)
     running.kill()
-    assert until(lambda: gone(child), seconds=20.0)
+    assert until(lambda: gone(child), seconds=2.0)
 
 
 def test_the_child_ends_with_a_parent_that_closes_nothing(parent: tuple[subprocess.Popen[str], int]) -> None:
     running, child = parent
     running.communicate("go\n", timeout=60)
     assert running.returncode == 0
-    assert until(lambda: gone(child), seconds=20.0)
+    assert until(lambda: gone(child), seconds=2.0)
 
 
 def test_an_idle_child_uses_hardly_any_time(channel: ProcessChannel) -> None:

@@ -49,6 +49,7 @@ def _leftovers(run: Run) -> list[str]:
     left = {
         "processes": len(run.end.left),
         "names in shared memory": len(run.end.shared_memory),
+        "folders of Rays": len(run.end.ray_folders),
         "Ray actors": run.end.ray_actors + run.actors_left,
         "placement groups": run.groups_left,
         "file descriptors": run.descriptors_left,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ DRAFT = "vllm_saguaro.vllm_hooks.draft_process"
 """What the command line of a draft process names."""
 _OF_RAY_ITSELF = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Workers without work, and the two agents of a node."""
+_RAY_FOLDER = re.compile(r"[^\s\0=:,\"']*/saguaro-ray-[^/\s\0:,\"']+")
+"""The folder of a Ray of an engine's own, as its processes are told of it."""
 _PLACER = "vllm_saguaro.placement.ray_placer"
 """What that of the process names that speaks to Ray."""
 
@@ -103,6 +106,11 @@ def is_draft(line: str) -> bool:
 def is_ray_actor(line: str) -> bool:
     """Whether this is the command line of a Ray actor (Ray names them so); an idle worker is none, nor an agent."""
     return line.startswith("ray::") and not line.startswith(_OF_RAY_ITSELF)
+
+
+def ray_folders_in(line: str) -> set[str]:
+    """The folders of Rays of an engine's own that this command line names."""
+    return set(_RAY_FOLDER.findall(line))
 
 
 def look_at(pid: int) -> Process | None:

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -68,7 +68,8 @@ class End:
     """How a server ended. `left`: processes that outlived it; `shared_memory`: names that it left in /dev/shm.
 
     `shared_memory_of_others`: names that are new there, too, but nobody has open, and this server was never seen to
-    have: with others at work on the machine it cannot be known whose they are.
+    have: with others at work on the machine it cannot be known whose they are. `ray_folders`: those of a Ray of its own
+    that its processes were told of, and that are still there.
     """
 
     status: int | None
@@ -77,6 +78,7 @@ class End:
     shared_memory: list[str]
     shared_memory_of_others: list[str]
     ray_actors: int
+    ray_folders: list[str] = field(default_factory=list)
 
 
 class VllmServer:
@@ -103,6 +105,7 @@ class VllmServer:
             )
         self._seen: dict[int, int | None] = {}
         self._held: set[str] = set()
+        self._ray_folders: set[str] = set()
         self._killed = False
 
     @property
@@ -140,12 +143,12 @@ class VllmServer:
 
     def snapshot(self) -> list[processes.Process]:
         """What each of them holds now."""
-        self._held.update(*map(processes.names_held_by, self.members()))
+        self._remember()
         return [found for pid in self.members() if (found := processes.look_at(pid)) is not None]
 
     def end(self) -> End:
         """Ask it to end (SIGTERM), wait, and look for what is left; that is then ended by force."""
-        self._held.update(*map(processes.names_held_by, self.members()))
+        self._remember()
         begin = time.monotonic()
         status: int | None = None
         with contextlib.suppress(ProcessLookupError):
@@ -153,15 +156,15 @@ class VllmServer:
         with contextlib.suppress(subprocess.TimeoutExpired):
             status = self._process.wait(END_SECONDS)
         seconds = time.monotonic() - begin
-        left, names = self._leftovers()
-        while (left or self._ours(names)) and time.monotonic() - begin < seconds + _LEFTOVER_SECONDS:
+        left, names, folders = self._leftovers()
+        while (left or self._ours(names) or folders) and time.monotonic() - begin < seconds + _LEFTOVER_SECONDS:
             time.sleep(0.1)
-            left, names = self._leftovers()
+            left, names, folders = self._leftovers()
         described = [f"{pid} {processes.command_line(pid)[:120]}" for pid in left]
         actors = sum(processes.is_ray_actor(processes.command_line(pid)) for pid in left)
         self.kill()
         ours = self._ours(names)
-        return End(status, seconds, described, sorted(ours), sorted(names - ours), actors)
+        return End(status, seconds, described, sorted(ours), sorted(names - ours), actors, folders)
 
     def kill(self) -> None:
         """End all that is still there by force, once. Its shared memory is not touched."""
@@ -189,10 +192,17 @@ class VllmServer:
         """Those that a process of ours has held, or that are called after us."""
         return {name for name in names if name in self._held or MARK in name}
 
-    def _leftovers(self) -> tuple[list[int], set[str]]:
-        """Processes and shared memory of ours that are there now, beside the server itself."""
+    def _remember(self) -> None:
+        """What its processes have now, and may leave."""
+        for pid in self.members():
+            self._held |= processes.names_held_by(pid)
+            self._ray_folders |= processes.ray_folders_in(processes.command_line(pid))
+
+    def _leftovers(self) -> tuple[list[int], set[str], list[str]]:
+        """Processes, shared memory and folders of ours that are there now, beside the server itself."""
         left = [pid for pid in self.members() if pid != self._process.pid or self.alive]
-        return left, processes.without_owner(processes.shared_memory() - self._shared_memory)
+        names = processes.without_owner(processes.shared_memory() - self._shared_memory)
+        return left, names, sorted(filter(os.path.lexists, self._ray_folders))
 
 
 def end_with_parent() -> None:

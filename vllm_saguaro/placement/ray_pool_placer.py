@@ -168,7 +168,7 @@ def _whereabouts(actor: Any, wanted: Mapping[str, Any], parent: Parent, room: Ro
             if since_placed > _ANSWER_SECONDS:
                 raise
             if waited == _PATIENCE_SECONDS and not since_placed:
-                needs = {"CPU": wanted["num_cpus"], "GPU": wanted["num_gpus"], **wanted["resources"]}
+                needs = lacking(bundle_of(wanted))
                 logger.warning("Saguaro's draft pool waits for a node of the Ray cluster that has %s free.", needs)
 
 

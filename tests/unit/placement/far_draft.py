@@ -65,7 +65,10 @@ def serve_invited(start: Mapping[str, Any]) -> str:
     was told."""
     options = start["options"]
     if "told" in options:
+        import ray
+
         told = {"cpus": start["cpus"], "threads": start["threads"], "environment": dict(os.environ)}
+        told["namespace"] = ray.get_runtime_context().namespace
         told["niceness"] = os.getpriority(os.PRIO_PROCESS, 0)
         Path(options["told"]).write_text(json.dumps(told))
     if options.get("role") == "fails":

@@ -247,6 +247,7 @@ def test_what_only_another_node_has_brings_the_draft_there(cluster: Any, tmp_pat
         table_of(channel, Stamp(1, 2, 0))
     heard = json.loads(told.read_text())
     assert heard["cpus"] == [], "core numbers of one node mean nothing on another"
+    assert heard["namespace"] == "ours"
     assert heard["environment"]["OF_THE_USER"] == "yes"
     assert heard["environment"]["VLLM_OF_THE_TARGET"] == "1"
 

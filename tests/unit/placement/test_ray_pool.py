@@ -58,8 +58,9 @@ def opened(draft: RayDraft) -> Iterator[RayChannel]:
         yield channel
 
 
-def named_actors(cluster: Any) -> list[str]:
-    return [one["name"] for one in in_cluster(cluster, "ray.util.list_named_actors(all_namespaces=True)")]
+def named_actors(cluster: Any, namespace: str = "saguaro") -> list[str]:
+    found = in_cluster(cluster, "ray.util.list_named_actors(all_namespaces=True)")
+    return [one["name"] for one in found if one["namespace"] == namespace]
 
 
 def test_engines_that_name_one_pool_share_a_draft_which_ends_a_while_after_them(cluster: Any) -> None:
@@ -159,8 +160,9 @@ def test_a_pool_without_room_is_waited_for_and_does_not_stay_when_nobody_waits_a
 
 
 def test_an_engine_on_another_node_than_the_pool_talks_to_it_over_the_network(cluster: Any) -> None:
-    with opened(wanted(cluster.address, "distant", resources={"far": 1})) as channel:
+    with opened(wanted(cluster.address, "distant", resources={"far": 1}, namespace="ours")) as channel:
         check_that_it_drafts(channel)
+        assert named_actors(cluster, "ours") == ["saguaro-pool-distant"]
         assert isinstance(channel._link, NetworkChannel)
         pool = channel.pid
     assert until(lambda: gone(pool), LINGER + 15)

@@ -114,6 +114,24 @@ def test_a_draft_is_known_by_its_command_line(line: str, is_draft: bool) -> None
     assert processes.is_draft(line) == is_draft
 
 
+def test_a_folder_of_a_ray_of_ours_is_known_by_the_command_lines_that_name_it() -> None:
+    gcs = "/ray/gcs_server --log_dir=/tmp/saguaro-ray-a1_b/session_1/logs --session-name=session_1"
+    assert processes.ray_folders_in(gcs) == {"/tmp/saguaro-ray-a1_b"}
+    assert processes.ray_folders_in("raylet --store=/tmp/ray/session_1 --name=saguaro-ray-x") == set()
+
+
+def test_a_folder_of_a_ray_that_is_left_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "_LEFTOVER_SECONDS", 0.3)
+    stays, goes = tmp_path / "saguaro-ray-stays", tmp_path / "saguaro-ray-goes"
+    for folder in (stays, goes):
+        folder.mkdir()
+    one = served(f"#--temp-dir={stays} --temp-dir={goes}\n" + HEALTHY + SERVES, tmp_path)
+    asyncio.run(one.wait_until_up())
+    one.snapshot()
+    goes.rmdir()
+    assert one.end().ray_folders == [str(stays)]
+
+
 def test_shared_memory_that_somebody_has_open_has_an_owner() -> None:
     name = f"soak-test-{os.getpid()}"
     path = Path("/dev/shm") / name

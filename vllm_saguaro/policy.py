@@ -16,6 +16,7 @@ from vllm_saguaro.algorithm import backup, timing
 from vllm_saguaro.algorithm.backup import BackupChoice, BackupMode
 from vllm_saguaro.algorithm.measured import LinearTime, Mean
 from vllm_saguaro.algorithm.priors import Priors
+from vllm_saguaro.algorithm.verify_time import VerifyTime
 
 
 class Source(StrEnum):
@@ -75,7 +76,7 @@ class Policy:
         self._most = num_speculative_tokens
         self._mode = cast(BackupMode, backup_mode)
         self._adaptive = adaptive
-        self._pass = LinearTime(0.0, 0.0)
+        self._pass = VerifyTime(0.0, 0.0)
         self._tokens = Mean(1.0, decay=0.95)
         self._seconds = Mean(1e-3, decay=0.95)
         self._accepted = {
@@ -100,7 +101,7 @@ class Policy:
 
     def _begin_with(self, priors: Priors, branches: int) -> None:
         """Passes, acceptance, hits and drafts of the first steps as they were measured before."""
-        self._pass = LinearTime(*priors.target_pass, prior_weight=_LINE_WEIGHT)
+        self._pass = VerifyTime(*priors.target_pass, prior_weight=_LINE_WEIGHT)
         self._seconds = Mean(priors.target_seconds(1), decay=0.95)
         for source in (Source.CACHE, Source.JIT):
             self._accepted[source] = [
@@ -117,15 +118,15 @@ class Policy:
 
     # ---- what was measured -----------------------------------------------------------------------------------------
 
-    def observe_step(self, tokens_in: int | None, tokens_out: int, seconds: float, whole: float) -> None:
-        """A step that decoded only, fed `tokens_in` tokens and gave `tokens_out`.
+    def observe_step(self, rows: int, drafts: int | None, tokens_out: int, seconds: float, whole: float) -> None:
+        """A step that decoded only, of `rows` requests with `drafts` drafts in all, gave `tokens_out` tokens.
 
-        `seconds` from the drafts in hand to the outcomes, `whole` from outcomes to outcomes. `tokens_in` None: there
-        was prefill in it, which tells nothing of a decode step.
+        `seconds` from the drafts in hand to the outcomes, `whole` from outcomes to outcomes. `drafts` None: there was
+        prefill in it, which tells nothing of a decode step.
         """
-        if tokens_in is None:
+        if drafts is None:
             return
-        self._pass.observe(tokens_in, seconds)
+        self._pass.observe(rows, drafts, seconds)
         self._tokens.observe(tokens_out)
         self._seconds.observe(whole)
 
@@ -196,11 +197,11 @@ class Policy:
         """How many drafts of each row are worth verifying in a step of `rows` requests: 0 to K."""
         in_trial = self._trial > 0
         self._trial -= in_trial
-        known = self._pass.base + self._pass.per_unit > 0
-        if not self._adaptive or not known or in_trial or self._looks_again:
+        without = self._pass.at(rows)
+        if not self._adaptive or not without or in_trial or self._looks_again:
             return self._most
         pays = timing.drafts_worth_verifying(
-            self.reach(Source.CACHE), rows * self.hit_rate, rows, self._pass.base, self._pass.per_unit
+            self.reach(Source.CACHE), rows * self.hit_rate, rows, without, self._pass.per_draft
         )
         self._in_vain = 0 if pays else self._in_vain + 1
         if self._in_vain >= _STEPS_BEFORE_QUIET:
@@ -223,7 +224,7 @@ class Policy:
             first=first,
             step=step,
             rate=self.rate,
-            per_token=self._pass.per_unit,
+            per_token=self._pass.per_draft,
         )
 
     def more_depths(self, have: int, most: int, late: int) -> int:
@@ -233,7 +234,7 @@ class Policy:
         known = self._late.at(1) > 0
         first, step = (self._late.at(1), self._late.per_unit) if known else (self._jit_times()[1],) * 2
         reach = [self._late_gain.value * chance for chance in self.reach(Source.CACHE)]
-        more = backup.more_depths(reach, have, first, step, self.rate, self._pass.per_unit, most, late)
+        more = backup.more_depths(reach, have, first, step, self.rate, self._pass.per_draft, most, late)
         return max(more, min(self._looks_again, most - have))
 
     @property
@@ -250,7 +251,7 @@ class Policy:
     @property
     def verify_pass(self) -> float:
         """Seconds that a verify pass of one token takes, but a millisecond at least."""
-        return max(self._pass.base + self._pass.per_unit, 1e-3)
+        return max(self._pass.at(1), 1e-3)
 
     def _jit_times(self) -> tuple[float, float]:
         """Seconds until the first just-in-time draft, and for each further one.

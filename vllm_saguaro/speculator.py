@@ -128,7 +128,8 @@ class Speculator:
         if self._in_hand_at is not None and before is not None:
             seconds, tokens_out = known_at - self._in_hand_at, sum(len(row.sampled) for row in rows)
             self.page.observe(counters.VERIFY, seconds)
-            self.policy.observe_step(tokens_in, tokens_out, seconds, known_at - before)
+            drafts = None if tokens_in is None else tokens_in - len(rows)
+            self.policy.observe_step(len(rows), drafts, tokens_out, seconds, known_at - before)
         judged = []
         for row in rows:
             request = self._requests.get(row.request_id)

@@ -606,13 +606,14 @@ def test_only_a_step_that_merely_decodes_tells_of_the_time_of_a_pass() -> None:
     seen: list[tuple[int | None, int]] = []
 
     class Listening(Policy):
-        def observe_step(self, tokens_in: int | None, tokens_out: int, seconds: float, whole: float) -> None:
+        def observe_step(self, rows: int, drafts: int | None, tokens_out: int, seconds: float, whole: float) -> None:
             assert 0 <= seconds <= whole
-            seen.append((tokens_in, tokens_out))
+            assert rows == 2
+            seen.append((drafts, tokens_out))
 
     bench = arrived(Listening(K, "none", adaptive=False), a=PROMPT, b=PROMPT)
     bench.propose(bench.row("a", 31), bench.row("b", 31), tokens_in=10)
     assert seen == [], "nothing before it to measure from"
     bench.propose(bench.row("a", 32, 33), bench.row("b", 34), tokens_in=3)
     bench.propose(bench.row("a", 35), bench.row("b"))
-    assert seen == [(3, 3), (None, 1)]
+    assert seen == [(1, 3), (None, 1)]

@@ -1,4 +1,4 @@
-"""Samples with real drafts are the target's; a stale table on a stream, and a wrong q of a process, are seen.
+"""Samples with real drafts are the target's; a stale table on a stream, and a wrong q of either placement, are seen.
 
 The process has no stale table here: tokens that the q beside them could not have given count as certain
 (`device_q.py`), and are verified exactly.
@@ -33,7 +33,8 @@ def run(placement: str, *planted: Json) -> V2Run:
 
 @pytest.fixture(scope="module")
 def stream() -> V2Run:
-    return run("stream", v2_plans.drawn("stale", STALE_SAMPLES, plant="stream: stale"))
+    stale = v2_plans.drawn("stale", STALE_SAMPLES, plant="stream: stale")
+    return run("stream", stale, v2_plans.drawn("told sharper", SAMPLES, plant="stream: told sharper"))
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,7 @@ def test_samples_with_a_draft_on_a_stream_are_the_targets(stream: V2Run) -> None
 
 def test_a_stale_table_of_a_draft_on_a_stream_is_seen(stream: V2Run) -> None:
     assert samples_p(stream, "stale") < CHANCE
+
+
+def test_a_wrong_q_of_a_draft_on_a_stream_is_seen(stream: V2Run) -> None:
+    assert samples_p(stream, "told sharper") < CHANCE

@@ -77,6 +77,22 @@ def stream_stale(engine: V2Engine) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def stream_told_sharper(engine: V2Engine) -> Iterator[None]:
+    """A wrong q of a draft on a stream: still a distribution, and one that could have given the draft."""
+    draft = engine.draft
+    assert draft is not None
+    logits_into = draft.logits_into
+
+    def lying(outcomes: Any, drafts: Any, draft_logits: Any) -> None:
+        logits_into(outcomes, drafts, draft_logits)
+        if draft_logits is not None:
+            draft_logits[outcomes.slots.long()] *= SHARPER  # T log q, so this is q to that power; -inf stays
+
+    with mock.patch.object(draft, "logits_into", lying):
+        yield
+
+
+@contextlib.contextmanager
 def process_told_sharper(engine: V2Engine) -> Iterator[None]:
     """A wrong q of a draft process: still a distribution, and one that could have given the draft."""
     from vllm_saguaro.placement.device_tables import TableReader
@@ -97,5 +113,6 @@ PLANTS = {
     "marked one late": marked_one_late,
     "reads on the host": reads_on_the_host,
     "stream: stale": stream_stale,
+    "stream: told sharper": stream_told_sharper,
     "process: told sharper": process_told_sharper,
 }

@@ -178,22 +178,21 @@ def best_lookahead(
     return ordered[first_best(rates)]
 
 
-def drafts_worth_verifying(
-    reach: Sequence[float], rows_hit: float, rows: int, step_base: float, per_token: float
-) -> int:
+def drafts_worth_verifying(reach: Sequence[float], rows_hit: float, rows: int, without: float, per_draft: float) -> int:
     """K in 0..len(reach) with the most tokens per second for a batch, the smaller one of equals; 0: go quiet.
 
-    [rows + rows_hit sum_{j <= K} reach_j] / [step_base + per_token (rows + rows_hit K)]
+    [rows + rows_hit sum_{j <= K} reach_j] / [without + per_draft rows_hit K]
 
-    `rows` requests are in the step, `rows_hit` of them (as many as one expects) bring K drafts, and a pass of the
-    target takes step_base + per_token * tokens seconds. Raises ValueError if a time is negative or a step takes none.
+    `rows` requests are in the step, `rows_hit` of them (as many as one expects) bring K drafts, a pass of the target
+    takes `without` seconds where none has drafts, and each draft `per_draft` more. Raises ValueError if a time is
+    negative or a step takes none.
     """
-    _check(1.0, step_base, per_token)
-    if step_base + per_token * rows <= 0:
+    _check(1.0, without, per_draft)
+    if without <= 0:
         raise ValueError("a step must take some time")
     accepted = [0.0, *accumulate(reach)]
     tokens = [rows + rows_hit * a for a in accepted]
-    seconds = [step_base + per_token * (rows + rows_hit * k) for k in range(len(accepted))]
+    seconds = [without + per_draft * rows_hit * k for k in range(len(accepted))]
     return first_best([n / t for n, t in zip(tokens, seconds, strict=True)])
 
 

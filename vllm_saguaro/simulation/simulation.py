@@ -277,9 +277,9 @@ class Simulation:
         if not plan.adaptive:
             return plan.k
         if rows not in self._caps:
-            base, slope = world.target_pass.line(rows, rows * (plan.k + 1))
+            without, slope = world.target_pass.at(rows), world.target_pass.line(rows, rows * (plan.k + 1))[1]
             hits = rows * self._rate(-(-rows // plan.drafts))
-            pays = drafts_worth_verifying(world.reach[: plan.k], hits, rows, max(0.0, base), max(0.0, slope))
+            pays = drafts_worth_verifying(world.reach[: plan.k], hits, rows, without, max(0.0, slope))
             self._caps[rows] = pays
         return self._caps[rows]
 

@@ -305,15 +305,15 @@ def test_best_lookahead_is_the_best(
 def test_drafts_worth_verifying() -> None:
     reach = [0.5, 0.25, 0.125]
     # One request that hit, 10 + tokens: 1 / 11, 1.5 / 12, 1.75 / 13, 1.875 / 14 = .0909, .125, .1346, .1339
-    assert drafts_worth_verifying(reach, 1, 1, 10.0, 1.0) == 2
+    assert drafts_worth_verifying(reach, 1, 1, 11.0, 1.0) == 2
     # 100 of them: 100 / 110, 150 / 210: a full batch goes quiet
-    assert drafts_worth_verifying(reach, 100, 100, 10.0, 1.0) == 0
+    assert drafts_worth_verifying(reach, 100, 100, 110.0, 1.0) == 0
     # Tokens that cost nothing: all; those of nobody: none
     assert drafts_worth_verifying(reach, 3.5, 8, 10.0, 0.0) == 3
     assert drafts_worth_verifying(reach, 0, 8, 10.0, 1.0) == 0
     assert drafts_worth_verifying([], 4, 4, 10.0, 1.0) == 0
     # Equals: 1 / 2 and (1 + .5) / 3
-    assert drafts_worth_verifying([0.5], 1, 1, 1.0, 1.0) == 0
+    assert drafts_worth_verifying([0.5], 1, 1, 2.0, 1.0) == 0
     with pytest.raises(ValueError, match="some time"):
         drafts_worth_verifying(reach, 1, 1, 0.0, 0.0)
 
@@ -321,12 +321,12 @@ def test_drafts_worth_verifying() -> None:
 @settings(deadline=None)
 @given(reaches, st.integers(1, 64), rates, positive, times)
 def test_drafts_worth_verifying_is_the_best(
-    reach: list[float], rows: int, share: float, base: float, per_token: float
+    reach: list[float], rows: int, share: float, without: float, per_draft: float
 ) -> None:
     def rate(k: int) -> float:
-        return (rows + share * rows * sum(reach[:k])) / (base + per_token * (rows + share * rows * k))
+        return (rows + share * rows * sum(reach[:k])) / (without + per_draft * share * rows * k)
 
-    chosen = drafts_worth_verifying(reach, share * rows, rows, base, per_token)
+    chosen = drafts_worth_verifying(reach, share * rows, rows, without, per_draft)
     assert rate(chosen) >= max(rate(k) for k in range(len(reach) + 1)) * (1 - 1e-9)
     assert all(rate(k) < rate(chosen) for k in range(chosen))
 

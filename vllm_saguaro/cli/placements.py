@@ -18,6 +18,11 @@ class Host:
     on_v2: bool
     gpus: int = 0
 
+    @property
+    def lacks_gpu(self) -> bool:
+        """Whether there is none beside the target's, for a draft that is not on the target's."""
+        return not self.on_cpu and self.gpus < 2
+
 
 @dataclass(frozen=True, slots=True)
 class RayHere:
@@ -48,7 +53,7 @@ def placements(host: Host, cores: int, ray: RayHere) -> Finding:
     found = _Sorted()
     if host.on_v2:
         found.allowed.append("stream")
-    if host.on_cpu or host.gpus > 1:
+    if not host.lacks_gpu:
         found.allowed.append(_with_remarks("process", _share_of_gpus(host), _ON_ITS_CORE if cores < 2 else ""))
         if not host.on_v2:
             found.allowed.append("inline")

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_saguaro.cli.doctor_command import stdout_kept
+from vllm_saguaro.cli.doctor_command import platform, stdout_kept
+from vllm_saguaro.cli.other_placements import other_placements
 from vllm_saguaro.cli.usage import UsageError
 
 if TYPE_CHECKING:
     from vllm_saguaro.tuned import MadeFor
-    from vllm_saguaro.tuning.session import Tuning
+    from vllm_saguaro.tuning.found import Tuning
     from vllm_saguaro.tuning.settings import Settings
 
 OUTPUT = "saguaro-tuned.json"
@@ -32,7 +33,8 @@ EXAMPLES = """examples:
   vllm serve TARGET --speculative-config '{"method": "saguaro", "tuned": "saguaro-tuned.json"}'
 
 After -- stands what `vllm serve` would get; keys of a speculative config there stay as they are. Each engine runs in a
-process of its own, one after the other, with nothing else beside it: leave the machine alone meanwhile.
+process of its own, one after the other, with nothing else beside it: leave the machine alone meanwhile. Of placements
+those are tried that this machine allows, "ray" where RAY_ADDRESS names a cluster. What was not tried is named.
 exit codes: 0 measured and written; 1 an engine could not be started or the file not written; 2 the question was wrong;
 130 stopped"""
 
@@ -119,7 +121,7 @@ def ask(arguments: argparse.Namespace) -> Question:
     """What a start with these words would be. Raises UsageError or TuningError for what cannot be measured."""
     from vllm_saguaro.config import SaguaroConfigError
     from vllm_saguaro.tuning import settings
-    from vllm_saguaro.vllm_hooks import compatibility, served_engine
+    from vllm_saguaro.vllm_hooks import served_engine
     from vllm_saguaro.vllm_hooks.dry_run import dry_run, plugin_is_loaded
     from vllm_saguaro.vllm_hooks.tuned_file import served_here
 
@@ -129,7 +131,7 @@ def ask(arguments: argparse.Namespace) -> Question:
     try:
         start = dry_run(arguments.target, arguments.draft, words)
         fixed = served_engine.written_speculation(arguments.target, words)
-        watched = compatibility.check_platform() is compatibility.Runner.V1
+        host, _ = platform()
     except SaguaroConfigError as problem:
         raise UsageError(f"tune: {problem}") from problem
     except SystemExit as stop:
@@ -137,6 +139,8 @@ def ask(arguments: argparse.Namespace) -> Question:
     if start.config.tuned is not None:
         raise UsageError("tune: the speculative config after -- names a tuned file: leave it out, it is to be made")
     named = fixed.pop("model", arguments.draft)
+    usual = start.config.placement
+    placements, left_out = other_placements(host, usual, fixed, os.environ.get("RAY_ADDRESS"))
     settings.refuse_ranks(start.ranks)
     asked = any(word.partition("=")[0].replace("_", "-") == "--max-num-seqs" for word in words)
     batches = arguments.batch or settings.default_batches(start.max_num_seqs, asked, quick)
@@ -161,7 +165,10 @@ def ask(arguments: argparse.Namespace) -> Question:
             tokens=tokens,
             repetitions=1 if quick else 2,
             seconds=60 * minutes,
-            watched=watched,
+            on_host=not host.on_v2,
+            usual_placement=usual,
+            placements=placements,
+            placements_left_out=left_out,
             offline=start.target_folder is not None and start.draft_folder is not None,
             cores=tuple(sorted(os.sched_getaffinity(0))),
         ),

@@ -10,7 +10,7 @@ from typing import Any
 from vllm_saguaro.tuned import FORMAT, KIND, MadeFor
 from vllm_saguaro.tuning import prediction
 from vllm_saguaro.tuning.candidates import Load, Speeds, Tried, choice_of, gain
-from vllm_saguaro.tuning.session import Tuning
+from vllm_saguaro.tuning.found import Tuning
 
 
 def document(found: Tuning, made_for: MadeFor, provenance: Mapping[str, Any], draft_is_own: bool) -> dict[str, Any]:

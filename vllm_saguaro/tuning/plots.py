@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_saguaro.tuning.candidates import SAGUARO, Tried
-from vllm_saguaro.tuning.session import Tuning
+from vllm_saguaro.tuning.found import Tuning
 from vllm_saguaro.tuning.settings import TuningError
 
 _COLOURS = {"plain": "0.5", "draft_model": "tab:orange"}

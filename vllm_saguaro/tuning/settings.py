@@ -40,8 +40,10 @@ class TuningError(ValueError):
 class Settings:
     """`words`: what `vllm serve` would get. `fixed`: keys of the speculative config that the user has written himself.
 
-    `tokens`: new tokens of each prompt. `seconds`: after which no further engine is started. `watched`: whether a
-    saguaro engine can be looked into (model runner V1). `offline`: whether both models are folders of this machine.
+    `tokens`: new tokens of each prompt. `seconds`: after which no further engine is started. `on_host`: whether the
+    host hears of outcomes (model runner V1): an engine can then be watched, and has backups. `usual_placement`: what a
+    start takes; `placements`: those to try beside it; `placements_left_out`: the others, each with the reason.
+    `offline`: whether both models are folders of this machine.
     """
 
     target: str
@@ -56,7 +58,10 @@ class Settings:
     tokens: int = 64
     repetitions: int = 2
     seconds: float = 60 * MINUTES
-    watched: bool = True
+    on_host: bool = True
+    usual_placement: str = "process"
+    placements: tuple[str, ...] = ("inline",)
+    placements_left_out: Mapping[str, str] = field(default_factory=dict)
     offline: bool = True
     cores: tuple[int, ...] = (0,)
 

@@ -16,10 +16,12 @@ from vllm_saguaro.benchmark.progress import Progress
 from vllm_saguaro.tuned import MadeFor
 from vllm_saguaro.tuning import document, session
 from vllm_saguaro.tuning.candidates import DRAFT_MODEL, PLAIN, SAGUARO, Candidate, Load, Tried
+from vllm_saguaro.tuning.found import Tuning
 from vllm_saguaro.tuning.measuring import Measured
 from vllm_saguaro.tuning.observations import Observations
-from vllm_saguaro.tuning.session import Tuning, tune, watched_candidate
+from vllm_saguaro.tuning.session import tune
 from vllm_saguaro.tuning.settings import USUAL_KS, Settings
+from vllm_saguaro.tuning.trials import most_engines, watched_candidate
 
 SETTINGS = Settings("target", "draft", batches=(1, 4), temperatures=(0.0,), ks=(1, 2, 8))
 HERE = MadeFor(("target", None), ("draft", None), "float32", "0.32.0", "X, 2 cores")
@@ -57,7 +59,8 @@ class Machine:
 
 
 def by_keys(keys: Mapping[str, Any]) -> float:
-    return 1.5 + 0.1 * ("backup" in keys) - 0.2 * (keys.get("placement") == "inline") - 0.3 * ("branches" in keys)
+    none = keys.get("backup") == "none"
+    return 1.5 + 0.1 * none - 0.2 * (keys.get("placement") == "inline") - 0.3 * ("branches" in keys)
 
 
 def test_plain_comes_first_and_everything_is_compared_with_it() -> None:
@@ -75,9 +78,10 @@ def test_plain_comes_first_and_everything_is_compared_with_it() -> None:
 def test_a_step_further_begins_at_the_best_so_far() -> None:
     machine = Machine(by_keys)
     tune(SETTINGS, Progress(), machine)
-    backup, inline = machine.asked[-2:]
-    assert backup.endswith("backup=none")
-    assert inline == f"{backup} placement=inline"
+    best = f"saguaro K={machine.asked[2].partition('=')[2]}"
+    assert machine.asked[-4:] == [
+        f"{best} {change}" for change in ("placement=inline", "backup=ngram", "backup=jit", "backup=none")
+    ]
 
 
 def test_no_engine_is_tried_twice() -> None:
@@ -162,7 +166,7 @@ def test_c_is_tried_for_who_asked_for_drafts_from_q() -> None:
 
 def test_an_engine_that_cannot_be_watched_is_tried_without_prediction() -> None:
     machine = Machine(lambda keys: 1.0 + 0.1 * keys["num_speculative_tokens"])
-    found = tune(dataclasses.replace(SETTINGS, watched=False, ks=USUAL_KS), Progress(), machine)
+    found = tune(dataclasses.replace(SETTINGS, on_host=False, placements=(), ks=USUAL_KS), Progress(), machine)
     assert machine.asked == ["plain", "draft_model K=4", "saguaro K=4", "saguaro K=2", "saguaro K=6"]
     assert found.chosen.candidate.keys == {"num_speculative_tokens": 6}
     assert document.document(found, HERE, {}, True)["priors"] is None
@@ -171,7 +175,7 @@ def test_an_engine_that_cannot_be_watched_is_tried_without_prediction() -> None:
 @pytest.mark.parametrize(("ks", "tried"), [((3,), [3]), ((2, 3, 4), [4, 2]), ((1, 3), [1, 3])])
 def test_without_prediction_only_k_that_are_asked_for_are_tried(ks: tuple[int, ...], tried: list[int]) -> None:
     machine = Machine(by_keys)
-    tune(dataclasses.replace(SETTINGS, watched=False, ks=ks), Progress(), machine)
+    tune(dataclasses.replace(SETTINGS, on_host=False, placements=(), ks=ks), Progress(), machine)
     assert machine.asked == ["plain", f"draft_model K={tried[0]}", *(f"saguaro K={k}" for k in tried)]
 
 
@@ -252,7 +256,9 @@ def test_the_table_marks_what_was_chosen() -> None:
     assert len(lines) == 1 + len(found.tried)
 
 
-def test_most_engines_is_enough_for_the_progress_bar() -> None:
-    machine = Machine(lambda keys: 1.5 + 0.3 * ("draft_sample_method" in keys))
-    sampled(machine)
-    assert len(machine.asked) + 1 <= session._MOST_ENGINES
+def test_the_progress_bar_has_room_for_every_engine() -> None:
+    inline = Machine(
+        lambda keys: 1.5 + 0.3 * ("draft_sample_method" in keys) + 0.2 * (keys.get("placement") == "inline")
+    )
+    settings = sampled(inline).settings
+    assert len(inline.asked) + 1 == most_engines(settings)

@@ -33,7 +33,7 @@ class Worker:
         self.start_seconds = time.perf_counter() - start
         speculation = order["llm"].get("speculative_config") or {}
         is_draft_model = speculation.get("method") == "draft_model"
-        self.stopwatch = self.drafting_stopwatch() if is_draft_model else Stopwatch()
+        self.stopwatch = watch_drafting(self.llm) if is_draft_model else Stopwatch()
         if is_draft_model:
             # Without it vLLM reads temperatures from uninitialised memory on a CPU: no baseline at T > 0.
             from vllm_saguaro.vllm_hooks import cpu_sampler
@@ -51,10 +51,6 @@ class Worker:
         from vllm import LLM
 
         return LLM(**order["llm"])
-
-    def drafting_stopwatch(self) -> Stopwatch:
-        """What times the drafting of an engine with method draft_model."""
-        return watch_drafting(self.llm)
 
     def about(self) -> dict[str, Any]:
         """What is worth keeping about the engine once it stands."""

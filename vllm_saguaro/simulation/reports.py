@@ -111,8 +111,13 @@ def read_report(path: Path) -> list[Bench]:
 
 
 def world_of(bench: Bench, told: Measured) -> World:
-    """What plain, `draft_model` and the engine `told` say of models and machine: see the keys of `source`."""
+    """What plain, `draft_model` and the engine `told` say of models and machine: see the keys of `source`.
+
+    Raises WorldError where the drafting of `draft_model` was not timed (model runner V2).
+    """
     deepest = max(bench.baselines, key=lambda measured: measured.k)
+    if not deepest.drafting_seconds:
+        raise WorldError(f"{bench.name} has no time of draft_model's drafting: take a report of model runner V1")
     rows, batch = deepest.rows_a_step, bench.plain.rows_a_step
     tokens, seconds = told.tokens_a_pass, told.step_seconds
     slope = max(0.0, (seconds - bench.plain.step_seconds) / (tokens - batch)) if tokens > batch else 0.0

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_saguaro.benchmark.worker import Worker, main
-from vllm_saguaro.vllm_hooks.benchmark_probes import Stopwatch
 
 
 class TuningWorker(Worker):
@@ -30,10 +29,6 @@ class TuningWorker(Worker):
         from vllm_saguaro.vllm_hooks.served_engine import load_served
 
         return load_served(order["target"], order["words"], order["llm"]["speculative_config"])
-
-    def drafting_stopwatch(self) -> Stopwatch:
-        """Nothing is timed: tokens a second are all that is asked for, and model runner V2 has no such call to wrap."""
-        return Stopwatch()
 
     def run(self, batch: int, temperature: float, top_p: float, prompts: int, tokens: int) -> dict[str, Any]:
         """One repetition, with `observations` where the engine is watched."""

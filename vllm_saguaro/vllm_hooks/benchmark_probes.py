@@ -37,11 +37,13 @@ def runner_of(llm: Any) -> Any:
 def watch_drafting(llm: Any) -> Stopwatch:
     """Time vLLM's own drafting: on the CPU it happens inside one call of the model runner, which waits for it.
 
-    What is timed is what is on the target's way: the draft's forward passes with the preparation of its inputs.
+    What is timed is what is on the target's way: the draft's forward passes with the preparation of its inputs. Runner
+    V2 has no such call, and its host waits for none: there nothing is timed.
     """
     stopwatch = Stopwatch()
     runner = runner_of(llm)
-    runner.propose_draft_token_ids = stopwatch.wrap(runner.propose_draft_token_ids)
+    if hasattr(runner, "propose_draft_token_ids"):
+        runner.propose_draft_token_ids = stopwatch.wrap(runner.propose_draft_token_ids)
     return stopwatch
 
 

@@ -103,6 +103,16 @@ def test_n_that_chose_itself_is_taken_for_twelve(tmp_path: Path) -> None:
     assert plan_of(bench.ours[0]).branches == BRANCHES
 
 
+def test_a_report_without_the_time_of_drafting_makes_no_world(tmp_path: Path) -> None:
+    data = report()
+    for each in data["runs"][1:3]:
+        for repetition in each["repetitions"]:
+            repetition["drafting_seconds"] = 0.0
+    (bench,) = read_report(write(tmp_path / "v2.json", data))
+    with pytest.raises(WorldError, match=r"v2: 12 .* has no time of draft_model's drafting: take a report of"):
+        world_of(bench, bench.ours[0])
+
+
 def test_a_report_without_all_three_modes_or_of_an_inline_draft_has_nothing_to_compare(tmp_path: Path) -> None:
     data = report()
     data["runs"][3]["engine"]["options"] = [["placement", "inline"]]

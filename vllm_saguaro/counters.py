@@ -7,6 +7,7 @@ reader can at worst see a count a moment old.
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -33,11 +34,12 @@ class Counter:
 
 @dataclass(frozen=True, slots=True)
 class Gauge:
-    """A number that goes up and down."""
+    """A number that goes up and down. `sometimes`: there may be none, as at first; then it is not a number."""
 
     name: str
     documentation: str
     word: int
+    sometimes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ BRANCHES = Gauge("saguaro_branches", "Outcomes that the newest table has drafts 
 DRAFT_RESTARTS = Counter("saguaro_draft_restarts", "Times that the draft side was started again.", 10)
 DRAFT_UP = Gauge("saguaro_draft_up", "Draft sides that answer now.", 11)
 DRAFT_LEFT_OFF = Gauge("saguaro_draft_left_off", "Draft sides that ended too often and are not started again.", 12)
+SAMPLING_C = Gauge("saguaro_sampling_c", "C of Saguaro sampling that is chosen now, where drafts are drawn.", 13, True)
 DRAFT_ROUND = Histogram(
     "saguaro_draft_round_seconds",
     "From an outcome to the finished table of the next round, on the draft side.",
@@ -90,17 +93,22 @@ BACKUP_WAIT = Histogram(
     _FIRST_BIN + 3 * (_BINS + 1),
 )
 COUNTERS = (HITS, LATE_TABLES, *MISSES.values(), *BACKUPS.values(), QUIET_STEPS, DRAFT_RESTARTS)
-GAUGES = (DRAFTS, BRANCHES, DRAFT_UP, DRAFT_LEFT_OFF)
+GAUGES = (DRAFTS, BRANCHES, SAMPLING_C, DRAFT_UP, DRAFT_LEFT_OFF)
 HISTOGRAMS = (DRAFT_ROUND, TARGET_WAIT, VERIFY, BACKUP_WAIT)
 PAGE_BYTES = 8 * (_FIRST_BIN + len(HISTOGRAMS) * (_BINS + 1))
 
 
 class CounterPage:
-    """The counters over a buffer of `PAGE_BYTES` bytes, all zero at first."""
+    """The counters over a buffer of `PAGE_BYTES` bytes."""
 
-    def __init__(self, buffer: memoryview | None = None) -> None:
+    def __init__(self, buffer: memoryview | None = None, new: bool = False) -> None:
+        """`new`: the buffer is all zero, and nobody else has it yet."""
         self._words = (memoryview(bytearray(PAGE_BYTES)) if buffer is None else buffer).cast("d")
         self._lock = threading.Lock()
+        if new or buffer is None:
+            for gauge in GAUGES:
+                if gauge.sometimes:
+                    self.set(gauge, None)
 
     def add(self, counter: Counter, amount: int = 1) -> None:
         """Count `amount` more."""
@@ -111,9 +119,9 @@ class CounterPage:
         self._words[histogram.word + bisect_left(BUCKETS, seconds)] += 1
         self._words[histogram.word + _BINS] += seconds
 
-    def set(self, gauge: Gauge, value: float) -> None:
-        """Say what it is now."""
-        self._words[gauge.word] = value
+    def set(self, gauge: Gauge, value: float | None) -> None:
+        """Say what it is now; None: there is none."""
+        self._words[gauge.word] = math.nan if value is None else value
 
     def count_in(self, what: Counter | Gauge, amount: int) -> None:
         """Count so many more (or fewer), where several threads count the same."""

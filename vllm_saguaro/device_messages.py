@@ -67,6 +67,11 @@ class DeviceDraft(Protocol):
     resident_bytes: int
     """Device memory held for good: the draft's weights, its KV, its tables and buffers."""
 
+    @property
+    def sampling_c(self) -> float | None:
+        """C of Saguaro sampling for the rows that are sampled; None: there is none, or it is not known."""
+        ...
+
     def admit(self, slot: int, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
         """A request, new or resumed, holds this slot from now on, with these tokens; replaces what the slot held."""
         ...

@@ -163,6 +163,8 @@ class Table:
     before. `seconds` is the time from the outcome that began the round to the newest depth. `newest` is the q of the
     newest depth [N, M], None where the drafts are certain; it is written by the draft side only, and read by
     `Channel.proposals`. `version` tells tables of one stamp apart: a round may be begun anew, with other branches.
+    `sampling_c`, written by the draft side only and read by `Channel.sampling_c`, is the C of Saguaro sampling that was
+    chosen as of this table; None: none yet.
     """
 
     stamp: Stamp
@@ -172,6 +174,7 @@ class Table:
     seconds: float = 0.0
     newest: Proposals | None = None
     version: int = 0
+    sampling_c: float | None = None
 
     def find(self, accepted: int, bonus: int) -> int | None:
         """The branch that predicted the outcome (accepted, bonus), or None: a miss."""

@@ -233,6 +233,7 @@ class Speculator:
         The draft reads a prompt while the target does.
         """
         self._notice_lives()
+        self.page.set(counters.SAMPLING_C, self.channel.sampling_c)
         step = Step()
         for request_id in left:
             self._release(request_id, step)

@@ -24,6 +24,7 @@ class FakeChannel:
 
     max_length = 40
     resident_bytes = 0
+    sampling_c: float | None = None
 
     def __init__(self, slots: int) -> None:
         self.shards: Sequence[range] = (range(slots),)

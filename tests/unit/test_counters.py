@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from vllm_saguaro import counters
@@ -10,7 +12,8 @@ from vllm_saguaro.messages import Miss
 def test_a_new_page_is_all_zero() -> None:
     page = CounterPage()
     assert [page.value(counter) for counter in COUNTERS] == [0] * len(COUNTERS)
-    assert [page.value(gauge) for gauge in GAUGES] == [0] * len(GAUGES)
+    always = [gauge for gauge in GAUGES if not gauge.sometimes]
+    assert [page.value(gauge) for gauge in always] == [0] * len(always)
     for histogram in HISTOGRAMS:
         assert page.bins(histogram) == [0] * (len(BUCKETS) + 1)
         assert page.mean(histogram) == 0
@@ -87,6 +90,17 @@ def test_counters_that_share_a_name_share_the_name_of_their_label() -> None:
         labels.setdefault(counter.name, set()).add(counter.label_name if counter.label else "")
     assert all(len(names) == 1 for names in labels.values())
     assert {labels[counter.name].copy().pop() for counter in counters.BACKUPS.values()} == {"kind"}
+
+
+def test_a_gauge_that_is_there_sometimes_is_not_a_number_at_first_and_when_there_is_none() -> None:
+    buffer = memoryview(bytearray(PAGE_BYTES))
+    for page in (CounterPage(), CounterPage(buffer, new=True)):
+        assert math.isnan(page.value(counters.SAMPLING_C))
+        page.set(counters.SAMPLING_C, 0.0)
+        assert page.value(counters.SAMPLING_C) == 0.0
+    assert CounterPage(buffer).value(counters.SAMPLING_C) == 0.0, "who comes later leaves it as it is"
+    page.set(counters.SAMPLING_C, None)
+    assert math.isnan(CounterPage(buffer).value(counters.SAMPLING_C))
 
 
 def test_a_gauge_is_what_was_said_last() -> None:

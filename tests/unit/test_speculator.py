@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from itertools import pairwise
 
 import pytest
@@ -86,6 +87,20 @@ def test_a_miss_does_not_cost_its_batch_mates_their_hits() -> None:
     drafts = bench.propose(bench.row("a", 31), bench.row("c", 31), bench.row("b", 30))
     assert drafts == [[0, 1, 2], [], []]
     assert bench.count() == {"hits": 1, "not_predicted": 1, "absent": 1}
+
+
+# ---- C --------------------------------------------------------------------------------------------------------------
+
+
+def test_c_is_that_of_the_draft_side_as_of_each_step() -> None:
+    bench = arrived()
+    assert math.isnan(bench.page.value(counters.SAMPLING_C))
+    bench.channel.sampling_c = 0.5
+    bench.speculator.begin_step([], [])
+    assert bench.page.value(counters.SAMPLING_C) == 0.5
+    bench.channel.sampling_c = None
+    bench.speculator.begin_step([], [])
+    assert math.isnan(bench.page.value(counters.SAMPLING_C))
 
 
 # ---- rows that are no outcome ---------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class ScriptedDraft:
     """See the module's first lines."""
 
     resident_bytes = 0
+    sampling_c: float | None = None
 
     def __init__(self, slots: int, num_speculative_tokens: int, vocab_size: int, max_length: int) -> None:
         self.script = "none"

@@ -30,8 +30,9 @@ class Reading:
     """Rates and shares of a stretch of time; None where nothing happened. Times are seconds.
 
     `seconds` is None where the stretch goes back to the server's start: then there are no rates. `accepted_by_position`
-    is the share of the rounds with drafts in which draft 1, 2, ... was accepted. `chosen_k` and `chosen_n` are gauges,
-    as they are now, the mean of several engines. `target_wait_p99` is the upper bound of its bucket.
+    is the share of the rounds with drafts in which draft 1, 2, ... was accepted. `chosen_k`, `chosen_n` and `chosen_c`
+    are gauges, as they are now, the mean of several engines; there is no C where no drafts are drawn. `target_wait_p99`
+    is the upper bound of its bucket.
     """
 
     seconds: float | None
@@ -48,6 +49,7 @@ class Reading:
     restarts: int
     chosen_k: float
     chosen_n: float
+    chosen_c: float | None
     draft_round: float | None
     verify: float | None
     target_wait: float | None
@@ -108,6 +110,7 @@ def read(now: Snapshot, before: Snapshot | None = None, seconds: float | None = 
         restarts=int(count(name_of(counters.DRAFT_RESTARTS))),
         chosen_k=now.mean(name_of(counters.DRAFTS)),
         chosen_n=now.mean(name_of(counters.BRANCHES)),
+        chosen_c=now.mean(c) if (c := name_of(counters.SAMPLING_C)) in now else None,
         draft_round=mean(counters.DRAFT_ROUND),
         verify=mean(counters.VERIFY),
         target_wait=mean(counters.TARGET_WAIT),

@@ -23,7 +23,7 @@ EXAMPLES = """examples:
   vllm-saguaro watch http://localhost:8000 --web 8080 --trace /tmp/rounds.json
                                                         at that port, with a timeline of the last rounds
 
-C of Saguaro sampling is chosen on the draft side and is in its log, not among the metrics.
+Chosen now: K and N; and C of Saguaro sampling where drafts are drawn from the draft's own q.
 exit codes: 0 it was read; 1 no answer, or no metrics of ours in it; 2 the question was wrong; 130 stopped"""
 _HOME_AND_CLEAR: Final = "\x1b[H\x1b[J"
 _BAR: Final = 30

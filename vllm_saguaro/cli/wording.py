@@ -45,7 +45,7 @@ def rows(reading: Reading) -> list[Row]:
         Row("backups", "backups", ", ".join(f"{kind} {count}" for kind, count in reading.backups.items())),
         Row("late", "late tables", _percent(reading.late_share), "of the hits"),
         Row("quiet", "quiet steps", _percent(reading.quiet_share)),
-        Row("chosen", "chosen now", f"K = {reading.chosen_k:g}, N = {reading.chosen_n:g}"),
+        Row("chosen", "chosen now", _chosen(reading)),
         Row("draft_round", "draft round", _time(reading.draft_round)),
         Row("verify", "verify", _time(reading.verify)),
         Row(
@@ -60,6 +60,11 @@ def rows(reading: Reading) -> list[Row]:
 def _ends(reading: Reading) -> str:
     given_up = f"{reading.drafts_left_off} given up" if reading.drafts_left_off else ""
     return ", ".join(filter(None, (given_up, f"{reading.restarts} restarts" if reading.restarts else "")))
+
+
+def _chosen(reading: Reading) -> str:
+    c = "" if reading.chosen_c is None else f", C = {reading.chosen_c:.3g}"
+    return f"K = {reading.chosen_k:g}, N = {reading.chosen_n:g}{c}"
 
 
 def _percent(share: float | None) -> str:

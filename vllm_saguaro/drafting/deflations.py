@@ -34,6 +34,9 @@ class Deflations:
         """`c`: a number from 0 to 1, or "auto"."""
         self._steps = steps
         self._fixed = None if isinstance(c, str) else float(c)
+        self.chosen: float | None = None
+        """C of the newest tree that had tokens to draw, other ones that are merely tried left aside; None: no such tree
+        yet."""
         self._random = random.Random(seed)  # of its own: it decides how to draw, never what
         self._hits = {c: Mean(h, prior_weight=_PRIOR_ROUNDS, decay=0.998) for c, (h, _) in _PRIORS.items()}
         self._verified = Mean(float(steps), prior_weight=4.0, decay=0.99)
@@ -53,7 +56,7 @@ class Deflations:
 
     def next(self, accepted_lengths: Sequence[float], branches: int, round_time: Callable[[float], float]) -> Deflation:
         """The rule for one tree: C, and F by the fan-out that suits the accepted lengths P(k) [K + 1]."""
-        c = self.best(round_time)
+        c = self.chosen = self.best(round_time)
         if self._fixed is None and self._random.random() < _TRY_ANOTHER:
             c = self._random.choice(list(_PRIORS))
         if c == 1:

@@ -66,6 +66,8 @@ class DeviceEngine:
         self.model, self.num_speculative_tokens = model, num_speculative_tokens
         self.buckets = buckets(slots, branches, max_rows)
         self._max_rows, self._branches, self._certain = max_rows, branches, method == "greedy"
+        self.sampling_c = None if self._certain else sampling_c
+        """C of Saguaro sampling; None where nothing is drawn."""
         self.ledger = BlockLedger(model.num_blocks, model.block_size, model.max_length, num_speculative_tokens)
         shape = (slots, branches, num_speculative_tokens, self.ledger.width, self.ledger.private_blocks)
         self.state = SlotState.empty(model, *shape)

@@ -290,7 +290,7 @@ class DraftLoop:
 
     def _publish_growing(self, anew: bool = False) -> None:
         """The tables of all requests in the tree, one depth more than before; `anew`: other branches than before."""
-        now = time.perf_counter()
+        now, c = time.perf_counter(), self.engine.deflations.chosen
         for entry in self._growing:
             trunk = entry.trunk
             accepted = [branch.accepted for branch in trunk.branches]
@@ -298,4 +298,5 @@ class DraftLoop:
             drafts = self.engine.drafts_of(trunk)
             for depth in range(len(drafts) + 1) if anew else [len(drafts)]:
                 q = self.engine.q_of(trunk, depth - 1) if depth else None
-                self._publish(Table(entry.stamp, accepted, bonus, drafts[:depth], now - entry.known_at, q))
+                seconds = now - entry.known_at
+                self._publish(Table(entry.stamp, accepted, bonus, drafts[:depth], seconds, q, sampling_c=c))

@@ -34,6 +34,13 @@ class Channel(Protocol):
         """
         ...
 
+    @property
+    def sampling_c(self) -> float | None:
+        """C of Saguaro sampling that the draft side chose last; None: it draws no drafts, has chosen none yet, or is
+        not there. Of several draft sides the mean of those that have one.
+        """
+        ...
+
     def epoch(self, slot: int) -> int:
         """Which life of which draft side answers for this slot: never used again once that has ended; 0: nobody does.
 

@@ -118,6 +118,11 @@ class MailboxDraft:
         self._retired: list[_Life] = []
         self._given: _Given | None = None
 
+    @property
+    def sampling_c(self) -> float | None:
+        """C of Saguaro sampling that the draft side chose last."""
+        return self._channel.sampling_c
+
     def rounds(self) -> Sequence[Round]:
         """What the draft side was busy with since the last call. From any one thread."""
         return self._channel.rounds() if isinstance(self._channel, Traced) else []

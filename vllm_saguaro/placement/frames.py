@@ -23,13 +23,13 @@ from enum import IntEnum
 import numpy as np
 
 from vllm_saguaro.messages import GONE, Proposals, Round, Stamp, Table
-from vllm_saguaro.placement.layout import MailboxShape
+from vllm_saguaro.placement.layout import MOST_C, MailboxShape, c_of_number, c_to_number
 from vllm_saguaro.placement.meeting import VERSION
 from vllm_saguaro.placement.rounds import round_of
 
 _MAGIC = 0x4753  # "SG"
 _HEADER = struct.Struct("<HBBI")
-_TABLE = struct.Struct("<iiqdHHHxx")  # slot, generation, round, seconds, branches, depth, candidates of q
+_TABLE = struct.Struct("<iiqdHHHH")  # slot, generation, round, seconds, branches, depth, candidates of q, C
 STATE = struct.Struct("<ii")
 TAKEN = struct.Struct("<q")
 _ROUND = struct.Struct("<7q")
@@ -128,7 +128,8 @@ def encode_table(table: Table) -> bytes:
     q = table.newest if depth else None
     width = q.tokens.shape[1] if q is not None else 0
     rows = (table.drafts[-1],) if depth else (table.accepted, table.bonus)
-    parts = [_TABLE.pack(stamp.slot, stamp.generation, stamp.round, table.seconds, count, depth, width)]
+    c = c_to_number(table.sampling_c)
+    parts = [_TABLE.pack(stamp.slot, stamp.generation, stamp.round, table.seconds, count, depth, width, c)]
     parts += [array.array("i", map(int, row)).tobytes() for row in rows]
     if q is not None:
         parts += [q.tokens.astype("<i4").tobytes(), q.probabilities.astype("<f4").tobytes()]
@@ -157,7 +158,7 @@ class TableFrames:
         """
         if len(payload) < _TABLE.size:
             raise FrameError("a table without a head")
-        slot, generation, round_, seconds, count, depth, width = _TABLE.unpack_from(payload)
+        slot, generation, round_, seconds, count, depth, width, c = _TABLE.unpack_from(payload)
         shape = self._shape
         if not (0 <= slot < shape.slots and generation >= 0 and round_ >= GONE):
             raise FrameError("a table of no slot")
@@ -165,6 +166,8 @@ class TableFrames:
             raise FrameError("a table larger than agreed on")
         if not 0 <= seconds < 1e6:
             raise FrameError("a table of no time")
+        if c > MOST_C:
+            raise FrameError("a table of no C")
         stamp = Stamp(slot, generation, round_)
         rest = 4 * count * (1 + 2 * width) if depth else 8 * count
         if len(payload) != _TABLE.size + rest or (width and not depth):
@@ -175,7 +178,7 @@ class TableFrames:
             self._check(accepted, shape.num_speculative_tokens + 1)
             self._check(bonus, self._shape.vocab_size)
             self._growing[slot] = _Growing(stamp, count, 0)
-            return Table(stamp, accepted.tolist(), bonus.tolist(), [], seconds)
+            return Table(stamp, accepted.tolist(), bonus.tolist(), [], seconds, sampling_c=c_of_number(c))
         table = self._growing.get(slot)
         if table is None or (table.stamp, table.count, table.depth + 1) != (stamp, count, depth):
             raise FrameError("a depth of a table that was not begun")
@@ -184,7 +187,7 @@ class TableFrames:
         q = self._proposals(values[count:], count, width) if width else None
         table.depth = depth
         drafts = [tokens] * depth  # only the last one is looked at
-        return Table(stamp, range(count), range(count), drafts, seconds, q)
+        return Table(stamp, range(count), range(count), drafts, seconds, q, sampling_c=c_of_number(c))
 
     def _proposals(self, values: np.ndarray, count: int, width: int) -> Proposals:
         candidates, probabilities = values.reshape(2, count, width)

@@ -49,6 +49,11 @@ class InlineChannel:
         """Nothing ever waits here."""
         return 0.0
 
+    @property
+    def sampling_c(self) -> float | None:
+        """C of Saguaro sampling as of the newest table."""
+        return self._mailbox.sampling_c if self.alive else None
+
     def epoch(self, slot: int) -> int:
         """One life."""
         return int(self.alive)

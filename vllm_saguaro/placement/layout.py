@@ -2,8 +2,8 @@
 
 In 64-bit words:
 
-    control  [24]               head and tail of the ring, state of the draft side, its maximum length; from word 8 on
-                                magic and version, and the sizes of `MailboxShape`
+    control  [24]               head and tail of the ring, state of the draft side, its maximum length, C of Saguaro
+                                sampling (word 7); from word 8 on magic and version, and the sizes of `MailboxShape`
     tables   [slots][cell]      sequence, generation, round, branches, depth, nanoseconds, keys [N], drafts [K][N]
     device   [8]                number of the newest record; `device` and `records` are written by the target's device
                                 alone (`records.py`), and absent without `device_steps`
@@ -30,8 +30,11 @@ ROW_HEADER = 8
 ROUND_WORDS = 8
 _SIGNATURE, _SIZES = 8, 9
 _MAGIC = 0x53474D42  # "SGMB"
-_VERSION = 4
-"""Version 1 had no magic, version 2 no records, version 3 no rounds."""
+_VERSION = 5
+"""Version 1 had no magic, version 2 no records, version 3 no rounds, version 4 no C."""
+_PARTS = 10_000
+MOST_C = 1 + _PARTS
+"""The largest number that stands for a C: it is 1."""
 
 
 class LayoutError(ValueError):
@@ -110,6 +113,16 @@ class MailboxShape:
     def total_bytes(self) -> int:
         """Size of the whole mailbox."""
         return self.rounds_at + (8 * (1 + self.rounds * ROUND_WORDS) if self.rounds else 0)
+
+
+def c_to_number(c: float | None) -> int:
+    """How a C of Saguaro sampling from 0 to 1 crosses: 0 for none, else one more than its ten-thousandths."""
+    return 0 if c is None else 1 + round(c * _PARTS)
+
+
+def c_of_number(number: int) -> float | None:
+    """The C that a number stands for; None for 0, and for numbers that stand for no C."""
+    return (number - 1) / _PARTS if 0 < number <= MOST_C else None
 
 
 def sign(words: memoryview, shape: MailboxShape) -> None:

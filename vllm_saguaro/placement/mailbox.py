@@ -24,12 +24,20 @@ import numpy as np
 from vllm_saguaro.messages import GONE, Proposals, Round, Stamp, Step, Table
 from vllm_saguaro.placement import layout
 from vllm_saguaro.placement.distribution import is_distribution
-from vllm_saguaro.placement.layout import CELL_HEADER, CONTROL_WORDS, Q_HEADER, LayoutError, MailboxShape
+from vllm_saguaro.placement.layout import (
+    CELL_HEADER,
+    CONTROL_WORDS,
+    Q_HEADER,
+    LayoutError,
+    MailboxShape,
+    c_of_number,
+    c_to_number,
+)
 from vllm_saguaro.placement.records import Records
 from vllm_saguaro.placement.rounds import Rounds
 from vllm_saguaro.placement.wire import UNENCODABLE, Limits, WireError, decode, encode
 
-_HEAD, _TAIL, _STATE, _MAX_LENGTH, _ASLEEP, _DROPPED, _TAKEN = range(7)
+_HEAD, _TAIL, _STATE, _MAX_LENGTH, _ASLEEP, _DROPPED, _TAKEN, _SAMPLING_C = range(8)
 _SEQUENCE, _GENERATION, _ROUND, _BRANCHES, _DEPTH, _NANOSECONDS, _KEYS = range(CELL_HEADER + 1)
 _LENGTH_BYTES = 8
 _NOBODY = (-1, -1, -1)
@@ -112,6 +120,13 @@ class Mailbox:
     def max_length(self) -> int:
         """Longest text, in tokens, that the draft can hold."""
         return min(max(self._words[_MAX_LENGTH], 0), _LARGEST)
+
+    @property
+    def sampling_c(self) -> float | None:
+        """Target side: the newest C of Saguaro sampling that came with a table; None: none yet, or what is there is
+        none.
+        """
+        return c_of_number(self._words[_SAMPLING_C])
 
     @property
     def asleep(self) -> bool:
@@ -242,6 +257,8 @@ class Mailbox:
             words[cell + _ROUND] = table.stamp.round
             words[cell + _BRANCHES] = count
             words[cell + _DEPTH] = 0
+            if table.sampling_c is not None:
+                words[_SAMPLING_C] = c_to_number(table.sampling_c)
             self._q_stamps[table.stamp.slot, table.stamp.round & 1] = _NOBODY
             for branch in range(count):
                 words[cell + _KEYS + branch] = table.accepted[branch] << 32 | table.bonus[branch]

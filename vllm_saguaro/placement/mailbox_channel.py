@@ -56,6 +56,11 @@ class MailboxChannel:
         """How long the oldest step in the mailbox has waited."""
         return self._mailbox.stalled_seconds if self.alive else 0.0
 
+    @property
+    def sampling_c(self) -> float | None:
+        """C of Saguaro sampling that the draft side told last."""
+        return self._mailbox.sampling_c if self.alive else None
+
     def epoch(self, slot: int) -> int:
         """One draft side, one life."""
         return int(self.alive)

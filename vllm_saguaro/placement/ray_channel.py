@@ -153,6 +153,11 @@ class RayChannel:
         """How long the oldest step has waited that the draft has not taken."""
         return self._link.stalled_seconds if self._link is not None and self.alive else 0.0
 
+    @property
+    def sampling_c(self) -> float | None:
+        """C of Saguaro sampling that the draft told last."""
+        return self._link.sampling_c if self._link is not None and self.alive else None
+
     def epoch(self, slot: int) -> int:
         """One actor, one life."""
         return int(self._link is not None and self.alive)

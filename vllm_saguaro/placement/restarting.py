@@ -115,6 +115,12 @@ class RestartingChannel:
         with self._lock:
             return 0.0 if self._present is None else self._present.stalled_seconds
 
+    @property
+    def sampling_c(self) -> float | None:
+        """C of Saguaro sampling that the present life told last."""
+        with self._lock:
+            return None if self._present is None else self._present.sampling_c
+
     def epoch(self, slot: int) -> int:
         """The number of the life, with its own epoch in the low bits."""
         with self._lock:

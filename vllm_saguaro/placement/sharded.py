@@ -53,6 +53,12 @@ class ShardedChannel:
         """Of the draft that has left a step unread for longest."""
         return max(channel.stalled_seconds for channel in self._channels)
 
+    @property
+    def sampling_c(self) -> float | None:
+        """The mean over the drafts that have one: each chooses its own."""
+        found = [c for channel in self._channels if (c := channel.sampling_c) is not None]
+        return sum(found) / len(found) if found else None
+
     def epoch(self, slot: int) -> int:
         """Which life of the slot's draft answers."""
         return self._of_slot[slot].epoch(slot)

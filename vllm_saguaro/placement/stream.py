@@ -53,6 +53,11 @@ class StreamDraft:
         self._requests: dict[int, str] = {}
         self._used = False
 
+    @property
+    def sampling_c(self) -> float | None:
+        """C of Saguaro sampling, which is fixed here."""
+        return self.engine.sampling_c if self.alive else None
+
     def admit(self, slot: int, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
         """A request, new or resumed, holds this slot from now on, with these tokens; replaces what the slot held."""
         self._requests[slot] = request_id

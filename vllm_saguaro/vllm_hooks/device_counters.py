@@ -48,8 +48,13 @@ class DeviceCounters:
         self._arrived.copy_(self._counts, non_blocking=True)
         self.publish()
 
+    def drew(self, c: float | None) -> None:
+        """A step with sampled rows: C of Saguaro sampling now."""
+        self._page.set(counters.SAMPLING_C, c)
+
     def gave_up(self) -> None:
         """The draft has failed, and is not started again."""
+        self._page.set(counters.SAMPLING_C, None)
         self._page.set(counters.DRAFT_UP, 0)
         self._page.set(counters.DRAFT_LEFT_OFF, 1)
 

@@ -9,6 +9,7 @@ unregisters collectors that have a `_name` beginning with "vllm:"; this one has 
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from collections.abc import Iterator
@@ -44,7 +45,9 @@ class SaguaroCollector:
         yield from families.values()
         for gauge in GAUGES:
             level = GaugeMetricFamily(f"vllm:{gauge.name}", gauge.documentation, labels=_LABELS)
-            level.add_metric(self._labels, self.page.value(gauge))
+            # None where there is none: who adds up or averages over engines would get nothing from "not a number".
+            if not math.isnan(value := self.page.value(gauge)):
+                level.add_metric(self._labels, value)
             yield level
         for histogram in HISTOGRAMS:
             family = HistogramMetricFamily(f"vllm:{histogram.name}", histogram.documentation, labels=_LABELS)
@@ -71,7 +74,7 @@ def open_page(model_name: str) -> str | None:
     if not hasattr(os, "memfd_create"):
         return None
     fd = sealed_memfd(_PAGE_NAME, PAGE_BYTES)
-    page = CounterPage(memoryview(mmap.mmap(fd, PAGE_BYTES)))
+    page = CounterPage(memoryview(mmap.mmap(fd, PAGE_BYTES)), new=True)
     if _Registered.current is not None:
         REGISTRY.unregister(_Registered.current)
     _Registered.current = SaguaroCollector(page, model_name, "0")

@@ -188,6 +188,8 @@ class SaguaroSpeculator(BaseSpeculator):
             drafts = draft.exchange(outcomes)
             if self.draft_logits is not None and self._sampled[outcomes.slots_on_host].any():
                 draft.logits_into(outcomes, drafts, self.draft_logits)
+                if self._counters is not None:
+                    self._counters.drew(draft.sampling_c)
             # Tokens index the embedding unchecked: whatever the draft side does, they must not leave it.
             torch.clamp(drafts.tokens, 0, self._last_token, out=tokens)
             ready = torch.minimum(drafts.ready, most).masked_fill(outcomes.accepted < 0, 0)

@@ -148,6 +148,16 @@ def test_several_engines_have_a_reading_each_and_one_together() -> None:
     assert set(found["moments"][0]["readings"]) == set(found["engines"])
 
 
+def test_c_of_several_engines_is_the_mean_of_those_that_have_one() -> None:
+    c = 'vllm:saguaro_sampling_c{engine="%s",model_name="pair"} %g\n'
+    other = changed(recorded("first"), lambda line: line.replace('engine="0"', 'engine="1"'))
+    third = changed(recorded("first"), lambda line: line.replace('engine="0"', 'engine="2"'))
+    text = f"{recorded('first')}\n{other}\n{third}\n" + c % ("0", 0.5) + c % ("1", 0.1)
+    found = asked(text, text).since(0, "")["from_start"]
+    assert [found[engine]["chosen_c"] for engine in ("engine 0", "engine 1", "engine 2")] == [0.5, 0.1, None]
+    assert found["all"]["chosen_c"] == pytest.approx(0.3)
+
+
 def test_an_engine_that_comes_later_is_read_from_its_start() -> None:
     found = asked(counting(5), counting(6) + counting(40, "1") + counting(1, "10")).since(0, "")
     assert found["engines"] == ["all", "engine 0", "engine 1", "engine 10"]

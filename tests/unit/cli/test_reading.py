@@ -84,6 +84,16 @@ def test_between_two_moments_only_what_is_new_counts(page: CounterPage) -> None:
     assert (found.restarts, found.chosen_n) == (0, 24)
 
 
+def test_c_is_there_where_one_is_chosen(page: CounterPage) -> None:
+    assert read(snapshot(page)).chosen_c is None
+    page.set(counters.SAMPLING_C, 0.0)
+    assert read(snapshot(page)).chosen_c == 0.0
+    page.set(counters.SAMPLING_C, 0.5)
+    assert read(snapshot(page)).chosen_c == 0.5
+    page.set(counters.SAMPLING_C, None)
+    assert read(snapshot(page)).chosen_c is None
+
+
 def test_where_nothing_happened_nothing_is_said(page: CounterPage) -> None:
     now = snapshot(page, tokens=500)
     found = read(now, now, 2.0)

@@ -67,6 +67,21 @@ def test_json_is_one_object_a_line_and_the_second_is_what_is_new(
     assert second["tokens_per_second"] > 0
 
 
+def test_what_was_chosen_has_a_c_where_there_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    text = recorded("first")
+    server = Server(text, text + 'vllm:saguaro_sampling_c{engine="0",model_name="pair"} 0.5\n')
+    try:
+        for words, c in (("K = 3, N = 32", None), ("K = 3, N = 32, C = 0.5", 0.5)):
+            assert main(["watch", server.url, "--once"]) == 0
+            assert f"chosen now      {words}" in capsys.readouterr().out.splitlines()
+            # The server answers with its last text for ever.
+            if c is not None:
+                assert main(["watch", server.url, "--once", "--json"]) == 0
+                assert json.loads(capsys.readouterr().out)["chosen_c"] == c
+    finally:
+        server.close()
+
+
 def test_an_answer_that_fails_once_is_waited_out(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -158,6 +158,32 @@ def test_the_plots_move_with_new_readings(chromium: Browser) -> None:
         served.close()
 
 
+def test_c_has_a_plot_once_there_is_one(chromium: Browser) -> None:
+    c = 'vllm:saguaro_sampling_c{engine="0",model_name="pair"} 0.5\n'
+    served = Server(recorded("first"), recorded("second"), f"{recorded('second')}\n{c}")
+    history = History(metrics_url(served.url), fetch)
+    shown = "const plot = document.getElementById('chosen-c'); return plot.getBoundingClientRect().height > 0"
+    fits = (
+        "return [...document.querySelectorAll('.tile .value')]"
+        ".every((value) => value.scrollWidth <= value.parentElement.clientWidth)"
+    )
+    try:
+        with page_server("127.0.0.1", 0, history, 0.5, None) as page:
+            history.ask()
+            history.ask()
+            opened(chromium, page, rounds=False)
+            chromium.wait_for(lambda: "last at" in chromium.texts("#state")[0])
+            assert not chromium.run(shown)
+            history.ask()
+            chromium.wait_for(lambda: chromium.run(shown))
+            assert chromium.texts("#chosen-c .legend li") == ["C 0.5"]
+            assert chromium.texts("#tiles [data-key=chosen] .value")[0].endswith(", C = 0.5")
+            assert chromium.run(fits)
+            assert chromium.complaints() == []
+    finally:
+        served.close()
+
+
 def bars(chromium: Browser) -> dict[tuple[str, int], list[dict[str, Any]]]:
     return {(bar["name"], bar["step"]): bar["parts"] for bar in chromium.run(BARS)}
 

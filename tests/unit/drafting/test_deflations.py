@@ -69,6 +69,25 @@ def test_others_are_tried_now_and_then() -> None:
     assert share[deflations.best(always)] == pytest.approx(0.92, abs=0.02)
 
 
+def test_what_is_chosen_is_told_from_what_is_tried() -> None:
+    deflations = Deflations(K, "auto", seed=1)
+    assert deflations.chosen is None
+    for _ in range(1000):
+        deflations.learn(0.5, 3, K, True)
+    drawn = set()
+    for _ in range(300):
+        drawn.add(deflations.next(LENGTHS, 12, always).c)
+        assert deflations.chosen == 0.5
+    assert drawn == set(CHOICES)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.3, 1.0])
+def test_the_users_c_is_what_is_chosen(c: float) -> None:
+    deflations = Deflations(K, c)
+    deflations.next(LENGTHS, 12, always)
+    assert deflations.chosen == c
+
+
 def trees(seed: int) -> list[float]:
     deflations = Deflations(K, "auto", seed)
     return [deflations.next(LENGTHS, 12, always).c for _ in range(300)]

@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.drafting.checks import COUPLED, GREEDY, SAMPLED, SEEDED
+from tests.unit.drafting.checks import COUPLED, GREEDY, SAMPLED, SEEDED, make_engine
 from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.drafting.loop_driver import LoopDriver, Request, request
 from tests.unit.drafting.simulated_target import SimulatedTarget
 from vllm_saguaro.drafting import loop as loop_module
-from vllm_saguaro.messages import Outcome, Release, Stamp
+from vllm_saguaro.drafting.deflations import Deflations
+from vllm_saguaro.drafting.loop import DraftLoop
+from vllm_saguaro.messages import Outcome, Release, Sampling, Stamp, Step, Table
 
 K = 3
 
@@ -27,6 +29,31 @@ def started(*requests: Request, model: FakeModel | None = None, branches: int = 
 def hit(driver: LoopDriver, r: Request, branch: int = 0) -> Outcome:
     table = driver.check_table(r)
     return r.outcome(table.accepted[branch], table.bonus[branch], table.speculation(branch))
+
+
+# ---- C --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "sampling", "c"),
+    [
+        ("probabilistic", SAMPLED, 0.3),
+        ("probabilistic", GREEDY, None),
+        ("coupled", COUPLED, None),
+        ("greedy", SAMPLED, None),
+    ],
+)
+def test_tables_tell_the_c_that_was_chosen_where_drafts_are_drawn(
+    method: str, sampling: Sampling, c: float | None
+) -> None:
+    told: list[Table] = []
+    engine = make_engine(FakeModel(num_blocks=256), K, 4, method=method, deflations=Deflations(K, 0.3))
+    loop = DraftLoop(engine, told.append)
+    loop.submit(Step(admits=[request(0, 9, sampling=sampling).admit()]))
+    while loop.advance():
+        pass
+    assert len(told) == K + 1
+    assert {table.sampling_c for table in told} == {c}
 
 
 # ---- one request ----------------------------------------------------------------------------------------------------

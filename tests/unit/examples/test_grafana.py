@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from scripts.repository import ROOT
 from vllm_saguaro.cli.exposition import Sample, samples
-from vllm_saguaro.counters import COUNTERS, GAUGES, HISTOGRAMS, CounterPage
+from vllm_saguaro.counters import COUNTERS, GAUGES, HISTOGRAMS, SAMPLING_C, CounterPage
 from vllm_saguaro.vllm_hooks.metrics import SaguaroCollector
 
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "examples" / "grafana" / "saguaro.json").read_text(encoding="utf-8"))
@@ -34,7 +34,9 @@ OF_VLLM = {
 def exported() -> dict[str, Sample]:
     """What a server's `/metrics` has of ours, by name."""
     registry = CollectorRegistry()
-    registry.register(SaguaroCollector(CounterPage(), "model", "0"))
+    page = CounterPage()
+    page.set(SAMPLING_C, 0.5)  # it is not always there
+    registry.register(SaguaroCollector(page, "model", "0"))
     return {sample.name: sample for sample in samples(generate_latest(registry).decode())}
 
 

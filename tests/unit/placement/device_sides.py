@@ -29,6 +29,7 @@ class HostChannel:
 
     resident_bytes = 0
     stalled_seconds = 0.0
+    sampling_c: float | None = None
 
     def __init__(self, shape: MailboxShape = SHAPE, max_length: int = 64) -> None:
         self.shape, self.max_length = shape, max_length

@@ -23,6 +23,7 @@ from vllm_saguaro.placement.process import ProcessEnd
 
 MAX_LENGTH = 48
 DRAFTS = (7, 8, 9)
+C = 0.1
 
 
 def echo(mailbox: Mailbox) -> tuple[Callable[[Step], None], Callable[[], bool]]:
@@ -52,12 +53,16 @@ def drafts(end: ProcessEnd) -> NoReturn:
     """The draft side as it is, but for the model."""
     from tests.unit.drafting.checks import make_engine
     from tests.unit.drafting.fake_model import FakeModel
+    from vllm_saguaro.drafting.deflations import Deflations
     from vllm_saguaro.drafting.loop import DraftLoop
     from vllm_saguaro.vllm_hooks.draft_process import serve
 
     shape = end.mailbox.shape
     model = FakeModel(max_length=MAX_LENGTH, num_blocks=256)
-    engine = make_engine(model, shape.num_speculative_tokens, shape.branches)
+    deflations = Deflations(shape.num_speculative_tokens, C)
+    engine = make_engine(
+        model, shape.num_speculative_tokens, shape.branches, method="probabilistic", deflations=deflations
+    )
     end.mailbox.announce(DraftState.READY, MAX_LENGTH)
     serve(end, DraftLoop(engine, end.mailbox.publish, end.mailbox.note))
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from tests.unit.drafting.checks import make_engine
 from tests.unit.drafting.fake_model import FakeModel
+from vllm_saguaro.drafting.deflations import Deflations
 from vllm_saguaro.drafting.engine import DraftEngine
 from vllm_saguaro.drafting.kv import Blocks
 from vllm_saguaro.drafting.loop import DraftLoop
@@ -32,6 +33,7 @@ from vllm_saguaro.placement.pool import DraftPool
 
 MAX_LENGTH = 200
 VOCABULARY = 40
+C = 0.7
 SHAPE = MailboxShape(
     slots=3, branches=8, num_speculative_tokens=4, ring_bytes=1 << 16, support=64, vocab_size=VOCABULARY
 )
@@ -45,7 +47,8 @@ def draft(invitation: Invitation, method: str = "coupled") -> None:
     """Until the target side has gone."""
     end = come(invitation)
     shape = invitation.shape
-    engine = make_engine(model(), shape.num_speculative_tokens, shape.branches, method=method)
+    deflations = Deflations(shape.num_speculative_tokens, C)
+    engine = make_engine(model(), shape.num_speculative_tokens, shape.branches, method=method, deflations=deflations)
     with contextlib.closing(end), contextlib.suppress(TargetGone):
         loop = DraftLoop(engine, end.mailbox.publish)
         end.mailbox.announce(DraftState.READY, MAX_LENGTH)

@@ -49,6 +49,7 @@ class FaultyChannel:
     """One life of a draft side."""
 
     resident_bytes = 0
+    sampling_c: float | None = None
 
     def __init__(self, link: Link, model: FakeModel, shape: MailboxShape, fails: bool = False) -> None:
         self.link, self.max_length, self._fails = link, model.max_length, fails

@@ -38,6 +38,7 @@ def assert_sound_depth(table: Table, shape: MailboxShape) -> None:
     assert 0 <= table.stamp.generation < INT32
     assert -1 <= table.stamp.round < 2**63
     assert 0 <= table.seconds < 1e6
+    assert table.sampling_c is None or 0 <= table.sampling_c <= 1
     assert count == len(table.accepted) <= shape.branches
     assert len(table.drafts) <= shape.num_speculative_tokens
     if table.drafts:

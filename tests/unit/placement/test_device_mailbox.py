@@ -309,6 +309,15 @@ def test_a_shape_without_records_is_refused() -> None:
         MailboxDraft(HostChannel(), MailboxShape(1, 1, 1, 8, 1), CPU, lookup, LOG)
 
 
+# ---- C --------------------------------------------------------------------------------------------------------------
+
+
+def test_c_is_that_of_the_draft_side(sides: Sides) -> None:
+    assert sides.draft.sampling_c is None
+    sides.channel.sampling_c = 0.5
+    assert sides.draft.sampling_c == 0.5
+
+
 # ---- q --------------------------------------------------------------------------------------------------------------
 
 

@@ -22,9 +22,10 @@ import pytest
 from tests.e2e.shared_names import held_names
 from tests.unit.drafting.checks import make_engine
 from tests.unit.drafting.simulated_target import SimulatedTarget
-from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE, VOCABULARY, draft, drafting, model
+from tests.unit.placement.far_draft import MAX_LENGTH, SHAPE, VOCABULARY, C, draft, drafting, model
 from tests.unit.placement.watching import becomes_idle, until, waits_apart
 from vllm_saguaro.counters import CounterPage
+from vllm_saguaro.drafting.deflations import Deflations
 from vllm_saguaro.messages import Admit, Noise, Outcome, Sampling, Stamp, Step, Table
 from vllm_saguaro.placement import meeting, shared_memory
 from vllm_saguaro.placement.channel import Channel, DraftFailed
@@ -85,7 +86,10 @@ def process(channel: Far) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.parametrize("method", ["coupled", "probabilistic", "greedy"])
 def test_tables_and_their_q_are_those_of_the_inline_placement(channel: Far, method: str) -> None:
-    inline: Channel = InlineChannel(lambda: make_engine(model(), K, SHAPE.branches, method=method), SHAPE)
+    deflations = Deflations(K, C)
+    inline: Channel = InlineChannel(
+        lambda: make_engine(model(), K, SHAPE.branches, method=method, deflations=deflations), SHAPE
+    )
     noise = Noise.KEY if method == "coupled" else Noise.UNKNOWN
     sampling = Sampling(0.8, noise=noise, seed=3, prompt_length=len(PROMPT))
     with drafting(channel.invitation, method):
@@ -111,7 +115,9 @@ def test_tables_and_their_q_are_those_of_the_inline_placement(channel: Far, meth
             verified, drafts = len(drafts), ours.speculation(branch)
             found = Outcome(ours.stamp, ours.accepted[branch], ours.bonus[branch], len(text), drafts, verified)
             step = Step(outcomes=[found])
+        assert channel.sampling_c == inline.sampling_c == (C if method == "probabilistic" else None)
         channel.close()
+        assert channel.sampling_c is None
 
 
 def test_the_emitted_text_is_the_targets_greedy_text(channel: Far) -> None:

@@ -43,13 +43,15 @@ def depths(draw: st.DrawFn) -> list[Table]:
     bonus, drafts = draw(row), draw(st.lists(row, max_size=SHAPE.num_speculative_tokens))
     width = draw(st.integers(0, SHAPE.support))
     random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    parts = draw(st.none() | st.integers(0, 10_000))
+    c = None if parts is None else parts / 10_000
     found = []
     for depth in range(len(drafts) + 1):
         q = None
         if width and depth:
             candidates = random.integers(0, VOCABULARY, (count, width)).astype(np.int32)
             q = Proposals(candidates, random.random((count, width), np.float32))
-        found.append(Table(stamp, accepted, bonus, drafts[:depth], depth / 7, q))
+        found.append(Table(stamp, accepted, bonus, drafts[:depth], depth / 7, q, sampling_c=c))
     return found
 
 
@@ -72,6 +74,7 @@ def test_tables_come_as_they_went_however_the_stream_is_cut(tables: list[list[Ta
             assert list(found.drafts[-1]) == table.drafts[-1]
         else:
             assert (found.accepted, found.bonus) == (table.accepted, table.bonus)
+        assert found.sampling_c == table.sampling_c
         assert (found.newest is None) == (table.newest is None)
         if found.newest is not None and table.newest is not None:
             np.testing.assert_array_equal(found.newest.tokens, table.newest.tokens)
@@ -148,6 +151,16 @@ def test_a_healthy_table_is_taken() -> None:
 def test_a_table_that_cannot_be_is_refused(wrong: list[Table]) -> None:
     with pytest.raises(FrameError):
         decoded(*wrong)
+
+
+@pytest.mark.parametrize("number", [10_002, 2**16 - 1])
+def test_a_c_that_cannot_be_is_refused(number: int) -> None:
+    payload = bytearray(encode_table(dataclasses.replace(KEYS, sampling_c=1.0))[HEAD:])
+    at = frames._TABLE.size - 2
+    assert struct.unpack_from("<H", payload, at) == (10_001,)
+    struct.pack_into("<H", payload, at, number)
+    with pytest.raises(FrameError, match="no C"):
+        TableFrames(SHAPE).decode(bytes(payload))
 
 
 @pytest.mark.parametrize("number", [float("nan"), -0.1, 1.1, float("inf")])

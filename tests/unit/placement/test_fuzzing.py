@@ -119,6 +119,7 @@ def receiver(module: ModuleType) -> Callable[[bytes], None]:
 
 def read_back(box: mailbox.Mailbox, table: Table) -> None:
     """What the speculator finds of a depth that has come; nothing, where it says that it took hours."""
+    assert box.sampling_c is None or 0 <= box.sampling_c <= 1
     found = box.read(table.stamp.slot)
     if found is None:
         assert table.seconds > 3600
@@ -136,7 +137,7 @@ Q = Proposals(np.array([[5, 6, 7, 8]] * 3, np.int32), np.array([[0.5, 0.25, 0.25
 
 def streams() -> list[bytes]:
     """What a healthy draft side sends: tables with and without q, each depth by depth, and a round."""
-    keys, rows = Table(Stamp(1, 5, 6), [0, 1, 2], [90, 91, 92], [], 0.5), [[10, 11, 12], [20, 21, 22]]
+    keys, rows = Table(Stamp(1, 5, 6), [0, 1, 2], [90, 91, 92], [], 0.5, sampling_c=0.7), [[10, 11, 12], [20, 21, 22]]
     grown = [dataclasses.replace(keys, drafts=rows[:depth]) for depth in (1, 2)]
     sampled = [dataclasses.replace(table, newest=Q) for table in grown]
     round_ = frames.encode_round(Round(Work.ROUND, 1_000, 1_200, 1_300, 1_900, 3, FAR.branches))

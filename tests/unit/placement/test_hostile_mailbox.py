@@ -16,7 +16,7 @@ from vllm_saguaro.placement.wire import Limits, encode
 
 SHAPE = MailboxShape(slots=2, branches=3, num_speculative_tokens=2, ring_bytes=512, support=4, vocab_size=100)
 LIMITS = Limits(SHAPE.slots, SHAPE.num_speculative_tokens, SHAPE.ring_bytes)
-HEAD, TAIL, STATE, MAX_LENGTH, ASLEEP, DROPPED = range(6)
+HEAD, TAIL, STATE, MAX_LENGTH, ASLEEP, DROPPED, TAKEN, SAMPLING_C = range(8)
 SEQUENCE, GENERATION, ROUND, BRANCHES, DEPTH, NANOSECONDS, KEYS = range(7)
 STAMP = Stamp(1, 5, 6)
 CELL = CONTROL_WORDS + SHAPE.cell_words
@@ -297,3 +297,12 @@ def test_any_words_are_a_state(state: int, max_length: int, asleep: int) -> None
     assert box.state is (DraftState(state) if state in (0, 1, 2) else DraftState.FAILED)
     assert 0 <= box.max_length < 2**31
     assert box.asleep is (asleep != 0)
+
+
+@settings(deadline=None)
+@given(words | st.integers(-2, 10_003))
+def test_any_word_is_a_c_or_none(word: int) -> None:
+    box = mailbox()
+    box._words[SAMPLING_C] = word
+    assert box.sampling_c == ((word - 1) / 10_000 if 1 <= word <= 10_001 else None)
+    assert box.read(1) is not None, "nothing else depends on it"

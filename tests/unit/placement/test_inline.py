@@ -14,6 +14,7 @@ from tests.unit.drafting.simulated_target import SimulatedTarget
 from vllm_saguaro import counters
 from vllm_saguaro.algorithm.sampling import SUPPORT
 from vllm_saguaro.counters import CounterPage
+from vllm_saguaro.drafting.deflations import Deflations
 from vllm_saguaro.messages import Admit, Miss, Noise, Sampling, Stamp, Step, Work
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.placement.inline import InlineChannel
@@ -97,6 +98,23 @@ def test_the_q_of_drawn_drafts_comes_with_the_table(method: str, drawn: bool) ->
             np.testing.assert_allclose(q.probabilities.sum(axis=1), 1, rtol=1e-5)
             for depth, token in enumerate(table.speculation(branch)):
                 assert q.probabilities[depth, q.tokens[depth] == token].sum() > 0, "drawn from it"
+
+
+@pytest.mark.parametrize(("method", "c"), [("probabilistic", 0.3), ("coupled", None), ("greedy", None)])
+def test_the_c_of_drawn_drafts_is_told(method: str, c: float | None) -> None:
+    model = FakeModel(num_blocks=512, max_length=200)
+    deflations = Deflations(K, 0.3)
+    channel: Channel = InlineChannel(
+        lambda: make_engine(model, K, BRANCHES, method=method, deflations=deflations), SHAPE
+    )
+    assert channel.sampling_c is None
+    sampling = Sampling(0.8, noise=Noise.KEY if method == "coupled" else Noise.UNKNOWN, seed=3, prompt_length=5)
+    channel.post(Step(admits=[Admit(Stamp(1, 1, 0), sampling, (3, 1, 4, 1, 5))]))
+    assert channel.sampling_c == c
+    channel.post(Step(admits=[Admit(Stamp(0, 1, 0), Sampling(), (3, 1, 4))]))
+    assert channel.sampling_c == c, "a greedy request has none of its own"
+    channel.close()
+    assert channel.sampling_c is None
 
 
 def test_a_step_that_does_not_decode_does_not_reach_the_target() -> None:

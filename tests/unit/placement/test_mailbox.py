@@ -132,6 +132,20 @@ def test_a_table_comes_back_as_it_was_and_alone() -> None:
         assert (other.stamp.generation, len(other.bonus), len(other.drafts)) == (0, 0, 0)
 
 
+def test_the_c_of_the_newest_table_that_has_one_is_told() -> None:
+    box = mailbox()
+    assert box.sampling_c is None
+    box.publish(dataclasses.replace(TABLE, drafts=[], sampling_c=0.5))
+    assert box.sampling_c == 0.5
+    box.publish(dataclasses.replace(TABLE, stamp=Stamp(0, 1, 0), drafts=[]))
+    assert box.sampling_c == 0.5, "a request that is given up, or a greedy one beside it, has none"
+    box.publish(dataclasses.replace(TABLE, stamp=Stamp(0, 1, 1), drafts=[], sampling_c=0.0))
+    assert box.sampling_c == 0.0
+    table = box.read(0)
+    assert table is not None
+    assert table.sampling_c is None, "it is told of the draft side, not of a table"
+
+
 def test_a_table_that_nobody_wrote_is_of_no_request() -> None:
     box = mailbox()
     table = box.read(0)

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from vllm_saguaro.messages import Stamp, Table
-from vllm_saguaro.placement.layout import LayoutError, MailboxShape
+from vllm_saguaro.placement.layout import MOST_C, LayoutError, MailboxShape, c_of_number, c_to_number
 from vllm_saguaro.placement.mailbox import DraftState, Mailbox
 
 SHAPE = MailboxShape(slots=3, branches=4, num_speculative_tokens=2, ring_bytes=256, support=3, vocab_size=1000)
@@ -63,7 +63,7 @@ def test_every_size_is_looked_at() -> None:
 def test_another_version_is_refused_with_what_to_do() -> None:
     memory = made()
     memory[SIGNATURE_AT] += 1
-    with pytest.raises(LayoutError, match=r"layout 5, and here is layout 4: .* same vllm_saguaro"):
+    with pytest.raises(LayoutError, match=r"layout 6, and here is layout 5: .* same vllm_saguaro"):
         Mailbox(memoryview(memory), SHAPE)
 
 
@@ -111,3 +111,18 @@ def test_sizes_that_cannot_be_are_refused_by_name(field: str, value: object) -> 
 def test_a_ring_that_is_not_made_of_whole_words_is_refused() -> None:
     with pytest.raises(ValueError, match="ring_bytes 252: give a multiple of 8"):
         dataclasses.replace(SHAPE, ring_bytes=252)
+
+
+@pytest.mark.parametrize("c", [None, 0.0, 0.0001, 0.1, 0.3, 0.5, 0.7, 1.0])
+def test_a_c_crosses_as_a_number(c: float | None) -> None:
+    assert c_of_number(c_to_number(c)) == c
+
+
+def test_a_c_is_rounded_to_what_can_cross() -> None:
+    assert c_of_number(c_to_number(1 / 3)) == 0.3333
+
+
+@pytest.mark.parametrize("number", [0, -1, MOST_C + 1, 2**63 - 1, -(2**63)])
+def test_a_number_that_stands_for_no_c_is_none(number: int) -> None:
+    assert c_of_number(number) is None
+    assert c_of_number(MOST_C) == 1.0

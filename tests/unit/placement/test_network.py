@@ -217,6 +217,9 @@ def test_passed_memory_is_open_to_this_user_only_and_keeps_its_size() -> None:
 def test_a_table_of_a_peer_is_read(channel: NetworkChannel, peer: socket.socket) -> None:
     peer.sendall(encode_table(KEYS))
     assert until(lambda: (found := channel.read(1)) is not None and found.bonus == [3, 4])
+    assert channel.sampling_c is None
+    peer.sendall(encode_table(dataclasses.replace(KEYS, sampling_c=0.1)))
+    assert until(lambda: channel.sampling_c == 0.1)
 
 
 LIES: dict[str, bytes] = {
@@ -225,6 +228,7 @@ LIES: dict[str, bytes] = {
     "a depth without a table": encode_table(Table(Stamp(0, 9, 0), [0], [3], [[5]])),
     "steps taken that were not posted": pack(Kind.TAKEN, frames.TAKEN.pack(1)),
     "fewer than no steps taken": pack(Kind.TAKEN, frames.TAKEN.pack(-1)),
+    "a C above 1": encode_table(dataclasses.replace(KEYS, sampling_c=1.0001)),
     "half a number": pack(Kind.TAKEN, b"1234"),
     "an unknown state": pack(Kind.STATE, frames.STATE.pack(7, 1)),
     "starting again": pack(Kind.STATE, frames.STATE.pack(int(DraftState.STARTING), 1)),

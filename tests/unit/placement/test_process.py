@@ -16,9 +16,10 @@ import pytest
 
 from tests.e2e.shared_names import held_names
 from tests.unit.drafting.fake_model import FakeModel
-from tests.unit.placement.echo_child import DRAFTS, MAX_LENGTH
+from tests.unit.placement.echo_child import DRAFTS, MAX_LENGTH, C
 from tests.unit.placement.parent import ROOT, SHAPE, open_channel
 from tests.unit.placement.watching import becomes_idle, gone, until, waits_apart
+from vllm_saguaro.algorithm.sampling import SUPPORT
 from vllm_saguaro.messages import Admit, Outcome, Release, Round, Sampling, Stamp, Step, Table, Work
 from vllm_saguaro.placement import mailbox_channel
 from vllm_saguaro.placement import process as process_module
@@ -52,7 +53,7 @@ def finished(channel: Channel, stamp: Stamp) -> Table:
 
 def test_life_of_a_request_in_another_process() -> None:
     oracle = FakeModel(max_length=MAX_LENGTH)
-    channel: Channel = open_channel("drafts")
+    channel: Channel = open_channel("drafts", shape=dataclasses.replace(SHAPE, support=SUPPORT))
     channel.wait_until_ready()
     assert channel.alive
     assert channel.max_length == MAX_LENGTH
@@ -68,7 +69,12 @@ def test_life_of_a_request_in_another_process() -> None:
         assert list(drafts) == oracle.greedy_continuation(text, 3)
         outcome = Outcome(Stamp(2, 1, round_), table.accepted[branch], table.bonus[branch], len(text), drafts, verified)
         assert channel.post(Step(outcomes=[outcome]))
+    assert channel.sampling_c is None
+    channel.post(Step(admits=[Admit(Stamp(0, 1, 0), Sampling(0.8), PROMPT)]))
+    finished(channel, Stamp(0, 1, 0))
+    assert channel.sampling_c == C
     channel.close()
+    assert channel.sampling_c is None
 
 
 def test_the_rounds_of_another_process_are_told_in_our_time() -> None:

@@ -24,7 +24,7 @@ from tests.unit.placement.ray_cluster import ROOT, another_target, environment, 
 from tests.unit.placement.test_far_draft import admit, table_of
 from tests.unit.placement.watching import gone, until, waits_apart
 from vllm_saguaro.counters import DRAFT_RESTARTS, DRAFT_UP, CounterPage
-from vllm_saguaro.messages import Stamp
+from vllm_saguaro.messages import Stamp, Table
 from vllm_saguaro.placement import ray_channel, sharded
 from vllm_saguaro.placement.channel import Channel, DraftFailed, NoRoom
 from vllm_saguaro.placement.network import NetworkChannel
@@ -331,6 +331,16 @@ def test_room_is_waited_for_as_long_as_it_may_take_and_the_rest_longer(silent: R
     silent.close()
     waiting.join(60)
     assert failures == ["the draft side was closed while it started"]
+
+
+def test_c_is_that_of_the_link(silent: RayChannel) -> None:
+    assert silent.sampling_c is None
+    silent._hear({"event": "placed", "pid": os.getpid(), "beside": True})
+    assert silent._link is not None
+    silent._link._mailbox.publish(Table(Stamp(0, 1, 0), [], [], [], sampling_c=0.3))
+    assert silent.sampling_c == 0.3
+    silent._hear({"event": "ended", "reason": "it is over"})
+    assert silent.sampling_c is None
 
 
 def test_a_draft_that_has_not_been_placed_in_time_has_failed(

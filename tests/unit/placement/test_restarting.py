@@ -29,6 +29,7 @@ class Life:
     """One life of a draft side: as sound as it is told to be."""
 
     resident_bytes = 77
+    sampling_c: float | None = 0.5
 
     def __init__(self, max_length: int = 40, error: str = "") -> None:
         self.max_length, self.error = max_length, error
@@ -164,7 +165,7 @@ def test_the_rounds_are_those_of_the_present_life() -> None:
 def test_a_sound_draft_side_is_passed_through(ward: Ward) -> None:
     channel: Channel = ward.channel
     ward.run(1000)
-    assert (channel.alive, channel.max_length, channel.resident_bytes) == (True, 40, 77)
+    assert (channel.alive, channel.max_length, channel.resident_bytes, channel.sampling_c) == (True, 40, 77, 0.5)
     assert list(channel.shards) == [range(4)]
     assert channel.post(STEP)
     assert ward.newest.taken == [STEP]
@@ -183,6 +184,7 @@ def test_without_a_life_nothing_is_taken_and_nothing_is_there(ward: Ward) -> Non
     assert channel.read(0) is None
     assert channel.proposals(Stamp(0, 1, 0), 1, 0, 1) is None
     assert (channel.epoch(0), channel.stalled_seconds, channel.resident_bytes) == (0, 0.0, 0)
+    assert channel.sampling_c is None
     assert ward.newest.closed == 1
     assert ward.up() == (0, 0, 0)
 

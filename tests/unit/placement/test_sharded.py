@@ -26,6 +26,7 @@ class OneDraft:
         self.number, self.max_length, self._failure = number, 0 if failure else max_length, failure
         self.alive, self.taking, self.closed = True, True, False
         self.resident_bytes, self.stalled_seconds = 100 + number, 0.1 * number
+        self.sampling_c: float | None = None
         self.shards: Sequence[range] = (range(SLOTS),)
         self.steps: list[Step] = []
 
@@ -142,6 +143,18 @@ def test_a_slots_own_draft_answers() -> None:
     assert channel.proposals(Stamp(5, 1, 0), 1, 0, 1) is None
     assert channel.resident_bytes == 201
     assert channel.stalled_seconds == pytest.approx(0.1)
+
+
+def test_c_is_the_mean_of_the_drafts_that_have_one() -> None:
+    first, second, third = drafts = OneDraft(0), OneDraft(1), OneDraft(2)
+    channel = sharing(*drafts)
+    assert channel.sampling_c is None
+    second.sampling_c = 0.0
+    assert channel.sampling_c == 0.0
+    first.sampling_c = 0.5
+    assert channel.sampling_c == 0.25
+    third.sampling_c = 1.0
+    assert channel.sampling_c == 0.5
 
 
 def test_it_lives_as_long_as_any_draft_does() -> None:

@@ -118,6 +118,14 @@ def test_a_row_without_a_token_gets_a_valid_filler_from_a_draft_that_failed() ->
     assert world.draft.exchange(outcomes).tokens.tolist() == [[0, 0, 0]]
 
 
+def test_c_is_the_one_that_was_given_unless_nothing_is_drawn() -> None:
+    draft = World(FakeDeviceModel(), sampling_c=0.3).draft
+    assert draft.sampling_c == 0.3
+    draft.alive = False
+    assert draft.sampling_c is None
+    assert World(FakeDeviceModel(), method="greedy", sampling_c=0.3).draft.sampling_c is None
+
+
 def test_everything_that_is_held_is_counted() -> None:
     small, large = World(FakeDeviceModel(), branches=2), World(FakeDeviceModel(), branches=20)
     assert 0 < small.draft.resident_bytes < large.draft.resident_bytes

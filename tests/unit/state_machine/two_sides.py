@@ -31,6 +31,7 @@ class DrivenChannel:
     life: int = 1
     stalled_seconds: float = 0.0
     resident_bytes: int = 0
+    sampling_c: float | None = None
     refused: int = 0
     """Steps that found no room."""
     meanwhile: list[str] = field(default_factory=list)

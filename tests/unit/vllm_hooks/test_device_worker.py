@@ -69,6 +69,7 @@ class WorkerUnderTest(DeviceDraftWorker, FakeWorker):
 
 class FakeDraft:
     resident_bytes = 1 << 20
+    sampling_c: float | None = None
 
     def __init__(self, happened: Happened) -> None:
         self.happened = happened

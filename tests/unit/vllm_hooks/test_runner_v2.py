@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ class NotedDraft:
     fails_at: str = ""
     first: int = 11
     resident_bytes: int = 0
+    sampling_c: float | None = None
 
     def _note(self, *call: Any) -> None:
         self.calls.append(call)
@@ -320,6 +322,19 @@ def test_q_is_asked_for_where_a_request_has_a_temperature() -> None:
     ((_, logits),) = draft.named("logits_into")
     assert id(logits) == id(runner.speculator.draft_logits)
     assert (tuple(logits.shape), logits.dtype) == ((SLOTS, K, VOCAB), torch.float32)
+
+
+def test_c_is_told_where_a_request_has_a_temperature() -> None:
+    draft = NotedDraft(sampling_c=0.3)
+    runner = Runner(draft)
+    runner.step({"a": (1, [5]), "b": (2, [6], SAMPLED)})
+    runner.propose([1], [1])
+    assert math.isnan(runner.page.value(counters.SAMPLING_C))
+    runner.propose([1, 2], [1, 1])
+    assert runner.page.value(counters.SAMPLING_C) == 0.3
+    draft.fails_at = "exchange"
+    runner.propose([1, 2], [1, 1])
+    assert math.isnan(runner.page.value(counters.SAMPLING_C)), "it has failed"
 
 
 def test_drafts_that_are_never_drawn_have_no_q() -> None:

@@ -30,6 +30,7 @@ export const milliseconds = (seconds) => {
   const ms = 1e3 * seconds;
   return `${ms.toFixed(ms < 0.1 ? 3 : 2)} ms`;
 };
+export const hundredths = (number) => String(Number(number.toFixed(2)));
 export const rate = (number) => number.toFixed(1);
 export const clock = (at) => new Date(1e3 * at).toTimeString().slice(0, 8);
 

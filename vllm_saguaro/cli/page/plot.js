@@ -9,8 +9,9 @@ const TOP = 8;
 const BOTTOM = 22;
 
 export class Plot {
-  // `plot`: {id, title, unit, kind: "lines" | "columns" | "positions", most, scale, format, series}; a series is
-  // {name, style, value}, where value takes a reading and gives a number or null.
+  // `plot`: {id, title, unit, kind: "lines" | "columns" | "positions", most, scale, format, series, sometimes}; a series
+  // is {name, style, value}, where value takes a reading and gives a number or null. `sometimes`: not shown as long as
+  // there is no number at all.
   constructor(parent, plot) {
     this.plot = plot;
     this.picture = make("svg", { role: "img", height: HEIGHT });
@@ -18,6 +19,7 @@ export class Plot {
     this.moment = make("span", { class: "moment" });
     const title = make("figcaption", {}, plot.title, make("span", { class: "unit" }, plot.unit), this.moment);
     this.figure = make("figure", { id: plot.id }, title, this.legend, this.picture);
+    this.figure.hidden = Boolean(plot.sometimes);
     parent.append(this.figure);
     this.pointed = null;
     this.picture.addEventListener("pointermove", (event) => this.#point(event.offsetX));
@@ -28,6 +30,8 @@ export class Plot {
   // `points`: [{at, seconds, anew, reading}], oldest first. `view`: {now, span, gap} in seconds.
   show(points, fromStart, view) {
     Object.assign(this, { points, fromStart, view });
+    const { series, sometimes } = this.plot;
+    if (sometimes) this.figure.hidden = points.every(({ reading }) => series.every(({ value }) => value(reading) === null));
     this.#draw();
   }
 

@@ -1,6 +1,6 @@
 // Asks the command for readings and rounds, and shows them. Every number comes from there; here it is only drawn.
 
-import { clock, make, milliseconds, percent, plain, rate } from "./drawing.js";
+import { clock, hundredths, make, milliseconds, percent, plain, rate } from "./drawing.js";
 import { Plot } from "./plot.js";
 import { Rounds } from "./rounds.js";
 
@@ -68,6 +68,10 @@ const PLOTS = [
       { name: "K", style: "orange", value: share("chosen_k") },
       { name: "N", style: "blue second", value: share("chosen_n") },
     ],
+  },
+  {
+    id: "chosen-c", title: "Chosen C of Saguaro sampling", unit: "0 to 1", kind: "lines", most: 1, scale: 1, format: hundredths, sometimes: true,
+    series: [{ name: "C", style: "violet", value: share("chosen_c") }],
   },
   {
     id: "requests", title: "Requests", unit: "number", kind: "lines", scale: 1, format: plain,

@@ -77,6 +77,7 @@ class Policy:
         self._mode = cast(BackupMode, backup_mode)
         self._adaptive = adaptive
         self._pass = VerifyTime(0.0, 0.0)
+        self._drawn = 0.0
         self._tokens = Mean(1.0, decay=0.95)
         self._seconds = Mean(1e-3, decay=0.95)
         self._accepted = {
@@ -118,15 +119,17 @@ class Policy:
 
     # ---- what was measured -----------------------------------------------------------------------------------------
 
-    def observe_step(self, rows: int, drafts: int | None, tokens_out: int, seconds: float, whole: float) -> None:
+    def observe_step(
+        self, rows: int, drafts: int | None, drawn: int, tokens_out: int, seconds: float, whole: float
+    ) -> None:
         """A step that decoded only, of `rows` requests with `drafts` drafts in all, gave `tokens_out` tokens.
 
-        `seconds` from the drafts in hand to the outcomes, `whole` from outcomes to outcomes. `drafts` None: there was
-        prefill in it, which tells nothing of a decode step.
+        `drawn` of the drafts belonged to requests that sample. `seconds` from the drafts in hand to the outcomes,
+        `whole` from outcomes to outcomes. `drafts` None: there was prefill in it, which tells nothing of a decode step.
         """
         if drafts is None:
             return
-        self._pass.observe(rows, drafts, seconds)
+        self._pass.observe(rows, drafts, drawn, seconds)
         self._tokens.observe(tokens_out)
         self._seconds.observe(whole)
 
@@ -193,15 +196,19 @@ class Policy:
             self._trial = _TRIAL
         return self._steps <= self._quiet_until
 
-    def drafts(self, rows: int) -> int:
-        """How many drafts of each row are worth verifying in a step of `rows` requests: 0 to K."""
+    def drafts(self, rows: int, sampled: int = 0) -> int:
+        """How many drafts of each row are worth verifying in a step of `rows` requests: 0 to K.
+
+        `sampled` of the requests have a temperature: their drafts cost more.
+        """
+        self._drawn = sampled / max(rows, 1)
         in_trial = self._trial > 0
         self._trial -= in_trial
         without = self._pass.at(rows)
         if not self._adaptive or not without or in_trial or self._looks_again:
             return self._most
         pays = timing.drafts_worth_verifying(
-            self.reach(Source.CACHE), rows * self.hit_rate, rows, without, self._pass.per_draft
+            self.reach(Source.CACHE), rows * self.hit_rate, rows, without, self._per_draft
         )
         self._in_vain = 0 if pays else self._in_vain + 1
         if self._in_vain >= _STEPS_BEFORE_QUIET:
@@ -224,7 +231,7 @@ class Policy:
             first=first,
             step=step,
             rate=self.rate,
-            per_token=self._pass.per_draft,
+            per_token=self._per_draft,
         )
 
     def more_depths(self, have: int, most: int, late: int) -> int:
@@ -234,7 +241,7 @@ class Policy:
         known = self._late.at(1) > 0
         first, step = (self._late.at(1), self._late.per_unit) if known else (self._jit_times()[1],) * 2
         reach = [self._late_gain.value * chance for chance in self.reach(Source.CACHE)]
-        more = backup.more_depths(reach, have, first, step, self.rate, self._pass.per_draft, most, late)
+        more = backup.more_depths(reach, have, first, step, self.rate, self._per_draft, most, late)
         return max(more, min(self._looks_again, most - have))
 
     @property
@@ -247,6 +254,11 @@ class Policy:
         first, step = self._jit_times()
         usual = _PATIENCE * (first + step * depth)
         return min(usual, self.verify_pass) if usual else self.verify_pass
+
+    @property
+    def _per_draft(self) -> float:
+        """Seconds that a draft adds to a pass like the one that is to come."""
+        return self._pass.per_draft(self._drawn)
 
     @property
     def verify_pass(self) -> float:

@@ -92,7 +92,7 @@ class Speculator:
             self.page.add(counters.QUIET_STEPS)
             self._in_hand_at = time.perf_counter()
             return [[] for _ in rows]
-        worth = min(self._num_speculative_tokens if most is None else most, self.policy.drafts(len(rows)))
+        worth = min(self._num_speculative_tokens if most is None else most, self._worth(rows))
         self.page.set(counters.DRAFTS, worth)
         self._steps += 1
         if self._steps == _TELL_AFTER:
@@ -122,6 +122,10 @@ class Speculator:
         proposed = {turn.row.request_id: list(turn.speculation) for turn in turns}
         return [proposed.get(row.request_id, []) for row in rows]
 
+    def _worth(self, rows: Sequence[Verified]) -> int:
+        """How many drafts of each row are worth verifying."""
+        return self.policy.drafts(len(rows), sum(not row.greedy for row in rows))
+
     def _measure(self, rows: Sequence[Verified], tokens_in: int | None, known_at: float) -> None:
         """Take in what this step was: its time, and what came of its drafts."""
         before, self._known_at = self._known_at, known_at
@@ -129,7 +133,8 @@ class Speculator:
             seconds, tokens_out = known_at - self._in_hand_at, sum(len(row.sampled) for row in rows)
             self.page.observe(counters.VERIFY, seconds)
             drafts = None if tokens_in is None else tokens_in - len(rows)
-            self.policy.observe_step(len(rows), drafts, tokens_out, seconds, known_at - before)
+            drawn = sum(row.verified for row in rows if not row.greedy)
+            self.policy.observe_step(len(rows), drafts, drawn, tokens_out, seconds, known_at - before)
         judged = []
         for row in rows:
             request = self._requests.get(row.request_id)

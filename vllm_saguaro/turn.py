@@ -16,7 +16,7 @@ class Verified:
     `sampled`: the accepted drafts and then the bonus token; empty when the row was a piece of a prompt. `verified`: how
     many drafts were in the pass. `length`: tokens of the request with what was sampled. `tokens` and `sampling` are
     asked for only when the draft side has to learn the request anew, `guess(n)`, at most n tokens that the request's
-    own text suggests, only after a miss.
+    own text suggests, only after a miss. `greedy`: whether the target takes its likeliest tokens.
     """
 
     request_id: str
@@ -26,6 +26,7 @@ class Verified:
     tokens: Callable[[], Sequence[int]]
     sampling: Callable[[], Sampling]
     guess: Callable[[int], Sequence[int]] = lambda _: ()
+    greedy: bool = True
 
 
 @dataclass(slots=True)

@@ -86,7 +86,7 @@ class Bench:
         self.texts[request_id] = list(tokens)
         self.speculator.begin_step([(request_id, tokens, Sampling(temperature))], [])
 
-    def row(self, request_id: str, *sampled: int, verified: int | None = None) -> Verified:
+    def row(self, request_id: str, *sampled: int, verified: int | None = None, greedy: bool = True) -> Verified:
         """One row of the next step; all that was verified was accepted, unless it is said otherwise."""
         text = self.texts[request_id]
         text += sampled
@@ -100,7 +100,8 @@ class Bench:
             return self.guesses.get(request_id, [])[:most]
 
         in_pass = max(len(sampled) - 1, 0) if verified is None else verified
-        return Verified(request_id, list(sampled), in_pass, len(text), tokens, lambda: Sampling(0.25, top_k=7), guess)
+        sampling = Sampling(0.25, top_k=7)
+        return Verified(request_id, list(sampled), in_pass, len(text), tokens, lambda: sampling, guess, greedy)
 
     def propose(self, *rows: Verified, most: int | None = None, tokens_in: int | None = None) -> list[list[int]]:
         return self.speculator.propose(rows, most, tokens_in)

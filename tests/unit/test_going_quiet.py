@@ -26,7 +26,7 @@ class Scripted(Policy):
         self.left -= rests
         return rests
 
-    def drafts(self, rows: int) -> int:
+    def drafts(self, rows: int, sampled: int = 0) -> int:
         if self.in_vain:
             self.in_vain, self.left = False, 2
             return 0
@@ -92,7 +92,7 @@ def test_when_it_wakes_all_are_learnt_anew_with_the_text_of_now() -> None:
 
 def test_steps_with_no_draft_worth_verifying_are_not_quiet_yet() -> None:
     class Doubting(Policy):
-        def drafts(self, rows: int) -> int:
+        def drafts(self, rows: int, sampled: int = 0) -> int:
             return 0
 
     bench = arrived(Doubting(K, "jit"))

@@ -30,7 +30,7 @@ def informed(policy: Policy, steps: int = 400) -> Policy:
     """Let it see passes of many sizes, each with as many tokens out as in."""
     for i in range(steps):
         tokens = 1 + i * 7 % 50
-        policy.observe_step(1, tokens - 1, tokens, seconds_of(tokens), seconds_of(tokens))
+        policy.observe_step(1, tokens - 1, 0, tokens, seconds_of(tokens), seconds_of(tokens))
     return policy
 
 
@@ -38,14 +38,14 @@ def serve(policy: Policy, rows: int, steps: int) -> Iterator[int | None]:
     """Steps of an engine with so many requests: the drafts of each row that hit, or None for a step at rest."""
     for i in range(steps):
         if policy.resting(rows):
-            policy.observe_step(rows, 0, rows, seconds_of(rows), seconds_of(rows))
+            policy.observe_step(rows, 0, 0, rows, seconds_of(rows), seconds_of(rows))
             yield None
             continue
         drafts = policy.drafts(rows)
         hits = rows * (6 + i % 5) // 10  # 8 of 10, more or less: the sizes of passes differ
         tokens = rows + hits * drafts
         out = rows + round(hits * sum(0.7 ** (j + 1) for j in range(drafts)))
-        policy.observe_step(rows, hits * drafts, out, seconds_of(tokens), seconds_of(tokens))
+        policy.observe_step(rows, hits * drafts, 0, out, seconds_of(tokens), seconds_of(tokens))
         yield drafts
 
 
@@ -125,7 +125,7 @@ def test_a_batch_that_changes_does_not_make_drafts_look_dear() -> None:
         hits = rows // 2
         out = rows + round(hits * sum(0.7**j for j in range(1, drafts + 1)))
         seconds = 0.007 + 0.0008 * rows + 0.0003 * hits * drafts
-        policy.observe_step(rows, hits * drafts, out, seconds, seconds)
+        policy.observe_step(rows, hits * drafts, 0, out, seconds, seconds)
         for _ in range(hits if drafts else 0):
             policy.observe_look_up(hit=True)
             policy.observe_look_up(hit=False)
@@ -137,9 +137,9 @@ def test_a_batch_that_changes_does_not_make_drafts_look_dear() -> None:
 def test_the_rate_is_tokens_out_by_the_whole_time_of_a_step() -> None:
     policy = Policy(K, "none")
     for _ in range(500):
-        policy.observe_step(2, 6, 5, 0.01, 0.02)
+        policy.observe_step(2, 6, 0, 5, 0.01, 0.02)
     assert policy.rate == pytest.approx(250, rel=1e-3)
-    policy.observe_step(500, None, 500, 9.0, 9.0)  # with prefill: tells nothing
+    policy.observe_step(500, None, 0, 500, 9.0, 9.0)  # with prefill: tells nothing
     assert policy.rate == pytest.approx(250, rel=1e-3)
 
 
@@ -345,7 +345,7 @@ def test_until_it_has_waited_it_goes_by_the_time_of_a_round() -> None:
 def test_whether_the_rest_of_a_late_branch_is_worth_waiting_for(mode: str, waits: bool) -> None:
     policy = Policy(K, mode)
     for _ in range(200):
-        policy.observe_step(1, 0, 1, 0.1, 0.1)  # 10 tokens a second
+        policy.observe_step(1, 0, 0, 1, 0.1, 0.1)  # 10 tokens a second
     policy.observe_round(K, (K + 1) * 0.04)
     # a further draft takes 0.04 s, 0.4 tokens; reach is 0.7, 0.49, 0.34, 0.24
     assert policy.more_depths(0, K, 1) == (2 if waits else 0)
@@ -360,7 +360,7 @@ def late(gained: float, seconds: float, waits: int = 20) -> Policy:
     """A policy that has waited for one more draft so many times; a step takes 0.1 s and gives a token."""
     policy = Policy(K, "auto")
     for _ in range(200):
-        policy.observe_step(1, 0, 1, 0.1, 0.1)
+        policy.observe_step(1, 0, 0, 1, 0.1, 0.1)
     policy.observe_round(K, (K + 1) * 0.04)
     for _ in range(waits):
         policy.observe_late(1, gained, seconds)
@@ -399,7 +399,7 @@ def test_what_did_not_pay_is_tried_again_now_and_then() -> None:
 def test_patience_is_a_few_times_the_usual_but_no_more_than_a_step() -> None:
     policy = Policy(K, "jit")
     for _ in range(500):
-        policy.observe_step(1, 0, 1, 0.1, 0.1)
+        policy.observe_step(1, 0, 0, 1, 0.1, 0.1)
     for _ in range(100):
         policy.observe_jit(1, 0.002)
         policy.observe_jit(2, 0.003)
@@ -407,7 +407,7 @@ def test_patience_is_a_few_times_the_usual_but_no_more_than_a_step() -> None:
     assert policy.patience(1) < policy.patience(2) < policy.patience(4)
     slow = Policy(K, "jit")
     for depth in (1, 2) * 100:
-        slow.observe_step(1, 0, 1, 0.1, 0.1)
+        slow.observe_step(1, 0, 0, 1, 0.1, 0.1)
         slow.observe_jit(depth, 3.0 * depth)
     assert slow.patience(1) == slow.patience(K) == pytest.approx(0.1, rel=1e-3)
 
@@ -448,7 +448,7 @@ def test_what_is_seen_later_counts_more_than_what_was_measured() -> None:
     for _ in range(600):
         policy.observe_drafts([Judged(Source.CACHE, K, 0)])
         policy.observe_look_up(hit=False)
-        policy.observe_step(1, 0, 1, 0.5, 0.5)
+        policy.observe_step(1, 0, 0, 1, 0.5, 0.5)
     assert policy.reach(Source.CACHE)[0] < 0.05
     assert policy.hit_rate < 0.1
     assert policy.verify_pass == pytest.approx(0.5, rel=0.1)

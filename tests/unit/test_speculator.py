@@ -533,7 +533,7 @@ def test_the_scheduler_says_how_many_drafts_at_most(most: int | None, expected: 
 
 def test_the_policy_says_how_many_drafts_are_worth_it() -> None:
     class Two(Policy):
-        def drafts(self, rows: int) -> int:
+        def drafts(self, rows: int, sampled: int = 0) -> int:
             return 2
 
     bench = arrived(Two(K, "none"))
@@ -618,17 +618,25 @@ def test_the_hit_rate_is_of_the_requests_that_the_draft_side_has() -> None:
 
 
 def test_only_a_step_that_merely_decodes_tells_of_the_time_of_a_pass() -> None:
-    seen: list[tuple[int | None, int]] = []
+    seen: list[tuple[int | None, int, int]] = []
+    sampled_now: list[int] = []
 
     class Listening(Policy):
-        def observe_step(self, rows: int, drafts: int | None, tokens_out: int, seconds: float, whole: float) -> None:
+        def observe_step(
+            self, rows: int, drafts: int | None, drawn: int, tokens_out: int, seconds: float, whole: float
+        ) -> None:
             assert 0 <= seconds <= whole
             assert rows == 2
-            seen.append((drafts, tokens_out))
+            seen.append((drafts, drawn, tokens_out))
+
+        def drafts(self, rows: int, sampled: int = 0) -> int:
+            sampled_now.append(sampled)
+            return K
 
     bench = arrived(Listening(K, "none", adaptive=False), a=PROMPT, b=PROMPT)
     bench.propose(bench.row("a", 31), bench.row("b", 31), tokens_in=10)
     assert seen == [], "nothing before it to measure from"
-    bench.propose(bench.row("a", 32, 33), bench.row("b", 34), tokens_in=3)
-    bench.propose(bench.row("a", 35), bench.row("b"))
-    assert seen == [(1, 3), (None, 1)]
+    bench.propose(bench.row("a", 32, 33, greedy=False), bench.row("b", 34, 35, 36), tokens_in=5)
+    bench.propose(bench.row("a", 37), bench.row("b"))
+    assert seen == [(3, 1, 5), (None, 0, 1)], "of the drafts, those that are tested against q are told apart"
+    assert sampled_now == [0, 1, 0]

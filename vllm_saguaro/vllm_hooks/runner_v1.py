@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from vllm_saguaro.algorithm import ngram
-from vllm_saguaro.messages import Proposals, Sampling
+from vllm_saguaro.messages import GREEDY_BELOW, Proposals, Sampling
 from vllm_saguaro.speculator import Speculator, Verified
 from vllm_saguaro.vllm_hooks.known_noise import RequestKeys
 
@@ -126,6 +126,7 @@ class SaguaroDrafter(SilentDrafter):
                 functools.partial(self._tokens, row),
                 functools.partial(self._sampling, request_id),
                 functools.partial(self._suggest, row),
+                self._is_greedy(request_id),
             )
             for row, (request_id, sampled) in enumerate(zip(batch.req_ids, sampled_token_ids, strict=True))
         ]
@@ -161,6 +162,10 @@ class SaguaroDrafter(SilentDrafter):
     def _sampling(self, request_id: str) -> Sampling:
         request = self.runner.requests[request_id]
         return self._asked(request_id, request.sampling_params, request.num_prompt_tokens)
+
+    def _is_greedy(self, request_id: str) -> bool:
+        params = self.runner.requests[request_id].sampling_params
+        return params is None or (params.temperature or 0.0) < GREEDY_BELOW
 
     def _asked(self, request_id: str, params: SamplingParams | None, prompt_length: int) -> Sampling:
         """How a request samples. It crosses in float32, and beyond a point a temperature is as good as infinite."""

@@ -47,10 +47,10 @@ class TuningProbe:
         self._rows = len(rows)
         self._measure(rows, tokens_in, known_at)
 
-    def _step(self, rows: int, drafts: int | None, tokens_out: int, seconds: float, whole: float) -> None:
+    def _step(self, rows: int, drafts: int | None, drawn: int, tokens_out: int, seconds: float, whole: float) -> None:
         if drafts is not None:
             self._found.add_pass(rows, rows + drafts, seconds)
-        self._observe_step(rows, drafts, tokens_out, seconds, whole)
+        self._observe_step(rows, drafts, drawn, tokens_out, seconds, whole)
 
     def _judged(self, judged: Sequence[Judged]) -> None:
         for row in judged:

@@ -65,7 +65,7 @@ class DrivenPolicy(Policy):
         self._resting -= rests
         return rests
 
-    def drafts(self, rows: int) -> int:
+    def drafts(self, rows: int, sampled: int = 0) -> int:
         self._resting, self.rest_next = self.rest_next, 0
         return super().drafts(rows)
 

@@ -122,6 +122,7 @@ def test_a_row_is_what_the_batch_says_of_its_request() -> None:
     first, second = stage.listener.rows
     assert (first.request_id, first.sampled, first.verified, first.length) == ("a", [2, 3], 3, 8)
     assert (second.request_id, second.sampled, second.verified, second.length) == ("b", [8], 0, 5)
+    assert (first.greedy, second.greedy) == (False, True)
     assert list(first.tokens()) == [1, 2, 3, 9, 8, 1, 2, 3]
     assert list(second.tokens()) == [4, 5, 6, 7, 8]
     assert (list(first.guess(2)), list(first.guess(1)), list(second.guess(2))) == ([9, 8], [9], [])

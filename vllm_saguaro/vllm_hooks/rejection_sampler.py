@@ -8,7 +8,9 @@ What is added is what that rule is given:
    integers are known, so is the target's token at each draft position before the rule is asked: p is made one-hot at
    it, and what comes out is what the ordinary sampler gives, token by token, whatever was drafted. Seeded requests have
    their integers from their generator, which is left after as many draws as tokens came out: they get the text that
-   they get without speculation. Others have them from a key that the draft side knows as well.
+   they get without speculation. Others have them from a key that the draft side knows as well. Where that is so of all
+   rows that sample, nothing is left to chance, and vLLM is told that the step is greedy: no softmax over the
+   vocabulary, no noise for tokens that are never drawn.
 3. `min_p` and `logit_bias` at the draft positions, where vLLM applies neither, in the ordinary sampler's order.
 
 Two faults are mended on the way: `min_tokens` at the bonus position (`BonusMinTokens`), and the generator of a seeded
@@ -82,6 +84,8 @@ class SaguaroRejectionSampler(RejectionSampler):
         """Rows of this step with a key, and the integers of their draft positions."""
         self._states: dict[int, torch.Tensor] = {}
         """Seeded rows of this step, and the state that their generator came with."""
+        self._decides_all = False
+        """Whether in this step the noise of every row with drafts that samples is known."""
         self._true_logits: tuple[torch.Tensor, torch.Tensor] | None = None
         """Positions [R] of the rows that were made one-hot, and what to report logprobs of [R, V]."""
 
@@ -99,9 +103,10 @@ class SaguaroRejectionSampler(RejectionSampler):
         seeded = [row for row in drafted if row in generators] if self._noise is not None else []
         known = self._known_integers(sampling_metadata, random, counts)
         self._keyed = {row: integers[:-1] for row, integers in known.items() if len(integers) > 1}
+        # Where the noise is known p is one-hot, and the outcome does not depend on q; certain drafts are safest.
+        unknown = set(drafted).difference(seeded, known)
+        self._decides_all = bool(drafted) and not unknown
         if draft_probs is None:
-            # Where the noise is known p is one-hot, and the outcome does not depend on q; certain drafts are safest.
-            unknown = set(drafted).difference(seeded, known)
             draft_probs = self._draft_probabilities(metadata, logits.shape[-1], unknown)
         self._states = {row: generators[row].get_state() for row in seeded}
         self._true_logits = None
@@ -112,7 +117,8 @@ class SaguaroRejectionSampler(RejectionSampler):
             counting_drafts(sampling_metadata.logitsprocs, counts),
             self._noise.given(bonus) if self._noise is not None else contextlib.nullcontext(),
         ):
-            output = super().forward(metadata, draft_probs, logits, sampling_metadata)
+            # A copy: `apply_logits_processors` changes it for what comes after it.
+            output = super().forward(metadata, draft_probs, logits, dataclasses.replace(sampling_metadata))
         for row, state in self._states.items():
             generators[row].set_state(state)
             _draw(generators[row], int((output.sampled_token_ids[row] != PLACEHOLDER_TOKEN_ID).sum()))
@@ -143,6 +149,8 @@ class SaguaroRejectionSampler(RejectionSampler):
                         _mask_min_p(logits[spans[row]], sampling_metadata.temperature[row], min_p)
         if self._states or self._keyed:
             self._decide(logits, sampling_metadata, spans)
+        if self._decides_all:  # the likeliest tokens of one-hot logits are the tokens that were drawn
+            sampling_metadata.all_greedy, sampling_metadata.all_random = True, False
         return logits
 
     def _get_logprobs_tensors(

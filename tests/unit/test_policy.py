@@ -134,6 +134,17 @@ def test_a_batch_that_changes_does_not_make_drafts_look_dear() -> None:
     assert statistics.median(chosen) >= 2, chosen
 
 
+def test_drafts_of_requests_that_sample_are_verified_only_where_those_pay() -> None:
+    """A greedy draft costs 0.02 ms and a sampled one 3 ms."""
+    policy = Policy(K, "none")
+    for i in range(1200):
+        drafts, sampled = i % 3, i // 40 % 2 == 1
+        seconds = 0.010 + 16 * drafts * (0.003 if sampled else 0.00002)
+        policy.observe_step(16, 16 * drafts, 16 * drafts * sampled, 16, seconds, seconds)
+    assert (policy.drafts(16, 0), policy.drafts(16, 16)) == (K, 0)
+    assert 0 < policy.drafts(16, 1) < K
+
+
 def test_the_rate_is_tokens_out_by_the_whole_time_of_a_step() -> None:
     policy = Policy(K, "none")
     for _ in range(500):

@@ -638,5 +638,5 @@ def test_only_a_step_that_merely_decodes_tells_of_the_time_of_a_pass() -> None:
     assert seen == [], "nothing before it to measure from"
     bench.propose(bench.row("a", 32, 33, greedy=False), bench.row("b", 34, 35, 36), tokens_in=5)
     bench.propose(bench.row("a", 37), bench.row("b"))
-    assert seen == [(3, 1, 5), (None, 0, 1)], "of the drafts, those that are tested against q are told apart"
+    assert seen == [(3, 1, 5), (None, 0, 1)], "of the drafts, those of requests that sample are told apart"
     assert sampled_now == [0, 1, 0]

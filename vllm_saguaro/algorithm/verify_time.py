@@ -7,8 +7,8 @@ import numpy as np
 _FIRST_DEVIATION = 0.5  # of the first time
 _LEAST_DEVIATION = 0.05  # of the expected time
 _OWN_WEIGHT = 64.0
-"""What a request, or a draft that is tested against q, costs beyond a token is taken to be nothing until passes tell,
-by a spread of about eight."""
+"""What a request, or a draft of one that samples, costs beyond a token is taken to be nothing until passes tell, by a
+spread of about eight."""
 
 
 class VerifyTime:
@@ -17,7 +17,7 @@ class VerifyTime:
     A request in a pass costs more than a draft: its own attention, its sampling, the host's work for it; and a draft of
     a request that samples (`drawn` counts those) more than a greedy one. A line over all tokens would take what
     requests cost for what drafts cost where the number of requests changes, and never verify any again. No part of it
-    is ever negative.
+    is ever negative: slopes that would be are left out, approximately the best fit without them.
 
     Before anything is observed it is the prior, without the last two; that counts like a spread of `prior_weight` (in
     tokens squared) in the observations. Of the slopes only as much is forgotten as an observation tells anew, in its
@@ -69,10 +69,11 @@ class VerifyTime:
             self._learn(sizes - self._means, expected + residual - self._mean_seconds, old / self._count)
         self._solve()
 
-    def _learn(self, d: np.ndarray, seconds: float, share: float) -> None:
+    def _learn(self, d: np.ndarray, dt: float, share: float) -> None:
         """Forget along d, then add it: S' = S - g (S d)(S d)^T / (d^T S d) + share d d^T (Cao, Schwartz 2000).
 
-        `share` = w / (w + 1), the spread of weight w and of one more observation.
+        `d` [3] and `dt`: how far sizes and seconds lie from their means. `share` = w / (w + 1), the spread of weight w
+        and of one more observation.
         """
         along = self._spread @ d
         spread = float(along @ d)
@@ -82,9 +83,9 @@ class VerifyTime:
             self._with_seconds -= gone * float(self._with_seconds @ d) * along
             self._spread -= gone * np.outer(along, along)
         self._spread += share * np.outer(d, d)
-        self._with_seconds += share * seconds * d
+        self._with_seconds += share * dt * d
         self._means = self._means + d / self._count
-        self._mean_seconds += seconds / self._count
+        self._mean_seconds += dt / self._count
 
     def _solve(self) -> None:
         """Least squares with the prior in them; what would be negative is left out."""

@@ -25,6 +25,9 @@ _AUTO_MOST = 48
 _SLACK = 0.95
 """Share of a pass that is planned with, as in `drafting/pace.py`."""
 
+_SHORTEST = 1e-9
+"""Seconds of a pass, at least, where drafts are weighed against it."""
+
 
 def simulate(world: World, plan: Plan) -> Result:
     """Run it to the end. Raises WorldError if acceptance is not known for K drafts, or a pass takes no time."""
@@ -277,7 +280,9 @@ class Simulation:
         if not plan.adaptive:
             return plan.k
         if rows not in self._caps:
-            without, slope = world.target_pass.at(rows), world.target_pass.line(rows, rows * (plan.k + 1))[1]
+            # Lines that fall may reach 0 where they go on beyond the last point.
+            without = max(world.target_pass.at(rows), _SHORTEST)
+            slope = world.target_pass.line(rows, rows * (plan.k + 1))[1]
             hits = rows * self._rate(-(-rows // plan.drafts))
             pays = drafts_worth_verifying(world.reach[: plan.k], hits, rows, without, max(0.0, slope))
             self._caps[rows] = pays

@@ -86,17 +86,22 @@ def further_candidates(found: Tuning) -> Iterator[Candidate]:
 
 
 def most_engines(settings: Settings) -> int:
-    """How many are tried if there is time for all; for the progress bar."""
+    """How many are tried at most; for the progress bar."""
     backups = len(BACKUPS_IN_TURN) if settings.on_host else 0
     drawn = 1 + len(C_CHOICES) if any(settings.temperatures) else 0
     return _FIRST_ENGINES + len(settings.placements) + _SIZES_BESIDE + backups + drawn
 
 
 def _each(found: Tuning, key: str, values: Sequence[Any]) -> Iterator[Candidate]:
-    """The best so far with each value of a key; none where the user has written it."""
+    """The best so far with each value of a key; none where the user has written it.
+
+    N was found for the placement before: another one has its own.
+    """
     if key not in found.settings.fixed:
         for value in values:
-            yield found.chosen.candidate.changed(**{key: value})
+            best = found.chosen.candidate
+            kept = {own: its for own, its in best.keys.items() if own != "branches" or key != "placement"}
+            yield Candidate(best.method, {**kept, key: value})
 
 
 def _effective(found: Tuning, key: str, usual: Any) -> Any:

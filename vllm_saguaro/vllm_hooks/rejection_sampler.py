@@ -9,8 +9,8 @@ What is added is what that rule is given:
    it, and what comes out is what the ordinary sampler gives, token by token, whatever was drafted. Seeded requests have
    their integers from their generator, which is left after as many draws as tokens came out: they get the text that
    they get without speculation. Others have them from a key that the draft side knows as well. Where that is so of all
-   rows that sample, nothing is left to chance, and vLLM is told that the step is greedy: no softmax over the
-   vocabulary, no noise for tokens that are never drawn.
+   rows with drafts that sample, nothing is left to vLLM's rule, and it is told that the step is greedy: it then has
+   no softmax over the vocabulary, and no noise for tokens that are never drawn.
 3. `min_p` and `logit_bias` at the draft positions, where vLLM applies neither, in the ordinary sampler's order.
 
 Two faults are mended on the way: `min_tokens` at the bonus position (`BonusMinTokens`), and the generator of a seeded
@@ -85,7 +85,7 @@ class SaguaroRejectionSampler(RejectionSampler):
         self._states: dict[int, torch.Tensor] = {}
         """Seeded rows of this step, and the state that their generator came with."""
         self._decides_all = False
-        """Whether in this step the noise of every row with drafts that samples is known."""
+        """Whether in this step the noise of all rows with drafts that sample is known; there may be no such row."""
         self._true_logits: tuple[torch.Tensor, torch.Tensor] | None = None
         """Positions [R] of the rows that were made one-hot, and what to report logprobs of [R, V]."""
 
@@ -105,7 +105,7 @@ class SaguaroRejectionSampler(RejectionSampler):
         self._keyed = {row: integers[:-1] for row, integers in known.items() if len(integers) > 1}
         # Where the noise is known p is one-hot, and the outcome does not depend on q; certain drafts are safest.
         unknown = set(drafted).difference(seeded, known)
-        self._decides_all = bool(drafted) and not unknown
+        self._decides_all = not unknown
         if draft_probs is None:
             draft_probs = self._draft_probabilities(metadata, logits.shape[-1], unknown)
         self._states = {row: generators[row].get_state() for row in seeded}
@@ -149,7 +149,9 @@ class SaguaroRejectionSampler(RejectionSampler):
                         _mask_min_p(logits[spans[row]], sampling_metadata.temperature[row], min_p)
         if self._states or self._keyed:
             self._decide(logits, sampling_metadata, spans)
-        if self._decides_all:  # the likeliest tokens of one-hot logits are the tokens that were drawn
+        if self._decides_all:
+            # The likeliest tokens of one-hot logits are the tokens that were drawn, and vLLM has drawn the bonus tokens
+            # before it came here.
             sampling_metadata.all_greedy, sampling_metadata.all_random = True, False
         return logits
 

@@ -141,6 +141,20 @@ def test_drafts_of_requests_that_sample_have_a_cost_of_their_own(steps: int) -> 
     assert time.at(64, 64, 64) == pytest.approx(seconds_of(64, 3 * 64), rel=0.1)
 
 
+def test_what_would_be_negative_is_left_out_and_the_rest_fitted_anew() -> None:
+    """Requests that cost less than drafts cannot be: the best line over all tokens is what is left."""
+    time, draw = VerifyTime(0.0, 0.0, decay=1.0, clip=math.inf), random.Random(4)
+    tokens, times = [], []
+    for _ in range(200):
+        rows, drafts = draw.randint(1, 64), draw.randint(0, 128)
+        seconds = 0.05 + 0.0002 * rows + 0.001 * drafts
+        tokens.append(rows + drafts)
+        times.append(seconds)
+        time.observe(rows, drafts, 0, seconds)
+    slope, base = np.polyfit(tokens, times, 1)
+    assert (time.at(0), time.at(1) - time.at(0), time.per_draft()) == pytest.approx((base, slope, slope), rel=1e-2)
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.tuples(*(st.integers(0, most) for most in (256, 1024, 1024)), st.floats(0, 10)), max_size=40),

@@ -70,7 +70,7 @@ def check_command(words: Sequence[str], serve_parser: ServeParser) -> None:
     words = [word for place, word in enumerate(words) if not _assigns(words[: place + 1])]
     if not words or words[0] in UNCHECKED:
         return
-    program, *rest = words
+    program, *rest = words[3:] if words[:2] == ["taskset", "-c"] else words
     if program.rpartition("/")[2] == "python":
         _check_python(rest)
     elif program == "scripts/demo.sh":

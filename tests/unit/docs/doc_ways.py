@@ -89,6 +89,11 @@ WAYS: tuple[Way, ...] = (
         asks=True,
     ),
     Runs(r"vllm-saguaro bench --target .*", Cost.LONG, SMALL_BENCH, r"== batch 1, T=0"),
+    Cannot(
+        r"(?:taskset -c 1 )?ray start .*|RAY_ADDRESS=\S+ python scripts/bench\.py .*",
+        "two nodes of a Ray cluster, which stay",
+        "tests/e2e/test_ray.py::test_a_draft_on_another_node_gives_the_plain_text_over_the_network",
+    ),
     # the rest of the command
     Runs(r"vllm-saguaro doctor .* -- .*", Cost.LONG, says=r"0 error: it will run"),
     # Without it vLLM wants nearly all memory, and whether so much is free is the machine's affair.

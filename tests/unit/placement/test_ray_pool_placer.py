@@ -88,6 +88,16 @@ def test_it_is_said_once_that_a_pool_waits_for_room_and_when_it_has_some(cluster
     assert cluster.said[:2] == [WAITS, ROOM]
 
 
+def test_what_a_pool_lacks_is_in_the_log_once_it_has_waited_for_long(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ray_pool_placer, "_PATIENCE_SECONDS", 2 * ray_pool_placer.LOOK_SECONDS)
+    cluster.answers, cluster.placed = [SILENT, SILENT, SILENT, PLACED, {"ended": "over"}], [False]
+    cluster.join()
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert line == "Saguaro's draft pool waits for a node of the Ray cluster that has 2 far free."
+
+
 def test_an_answer_says_that_there_is_room(cluster: Cluster) -> None:
     cluster.answers, cluster.placed = [SILENT, PLACED, {"ended": "over"}], [False]
     cluster.join()

@@ -67,7 +67,7 @@ class DrivenPolicy(Policy):
 
     def drafts(self, rows: int, sampled: int = 0) -> int:
         self._resting, self.rest_next = self.rest_next, 0
-        return super().drafts(rows)
+        return super().drafts(rows, sampled)
 
 
 def stamps_of(speculator: Speculator) -> dict[str, Stamp]:

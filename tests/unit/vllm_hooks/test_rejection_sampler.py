@@ -612,11 +612,11 @@ def test_rows_with_a_key_get_the_tokens_of_their_key() -> None:
     assert lengths == {1, 2, 3, 4, 5}
 
 
-@pytest.mark.parametrize("unknown", [False, True])
+@pytest.mark.parametrize(("drafts", "unknown"), [(3, 0), (0, 0), (3, 2), (0, 2)])
 def test_where_all_noise_is_known_nothing_is_drawn_from_probabilities(
-    unknown: bool, monkeypatch: pytest.MonkeyPatch
+    drafts: int, unknown: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step is as cheap as a greedy one, and what vLLM was given of it stays as it was."""
+    """Nor where no row that samples has drafts. What vLLM was given of the step stays as it was."""
     drawn: list[int] = []
     recovered = vllms.sample_recovered_tokens
 
@@ -626,19 +626,22 @@ def test_where_all_noise_is_known_nothing_is_drawn_from_probabilities(
 
     monkeypatch.setattr(vllms, "sample_recovered_tokens", counting)
     rng = np.random.default_rng(5)
-    asked = ((params("min-p, top-k, top-p, bias"), 3), (SamplingParams(temperature=0.0), 2), (params("nothing"), 0))
+    asked = (
+        (params("min-p, top-k, top-p, bias"), drafts),
+        (SamplingParams(temperature=0.0), 2),
+        (params("nothing"), 0),
+        (params("top-k"), unknown),  # has no key
+    )
     rows = [random_row(rng, wanted, count) for wanted, count in asked]
-    if unknown:
-        rows.append(random_row(rng, params("top-k"), 2))
     keys = {0: [11, 12, 13, 14], 2: [21]}
-    sampler = make(lambda *_: None, integers=lambda row, count: keys.get(row, [])[:count])
+    sampler = make(lambda *_: None, ["0", "1", "2", "3"], integers=lambda row, count: keys.get(row, [])[:count])
     metadata = sampling(rows, [row.text for row in rows], [row.drafts for row in rows])
     before = metadata.all_greedy, metadata.all_random
-    logits = torch.cat([row.logits for row in rows])
-    found = tokens_of(sampler(verification(rows), None, logits, metadata))
+    found = tokens_of(sampler(verification(rows), None, torch.cat([row.logits for row in rows]), metadata))
     assert found[0] == by_key(rows[0], keys[0])
     assert found[1] == plain_tokens(rows[1])
-    assert bool(drawn) == unknown
+    assert found[2] == by_key(rows[2], keys[2])
+    assert bool(drawn) == bool(unknown)
     assert (metadata.all_greedy, metadata.all_random) == before
 
 

@@ -121,6 +121,7 @@ def world_of(bench: Bench, told: Measured) -> World:
     rows, batch = deepest.rows_a_step, bench.plain.rows_a_step
     tokens, seconds = told.tokens_a_pass, told.step_seconds
     slope = max(0.0, (seconds - bench.plain.step_seconds) / (tokens - batch)) if tokens > batch else 0.0
+    slope = min(slope, seconds / tokens)  # few tokens more than plain's tell little of one: never less than nothing
     target = PassTime.linear(seconds - slope * tokens, slope)
     verify = deepest.step_seconds - deepest.drafting_seconds
     serial = verify / target.at(rows * (deepest.k + 1))

@@ -97,6 +97,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(
 @pytest.mark.slow
 def test_docs_have_the_tables_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
     results = ROOT / "docs" / "results"
-    names = ("headline_12_4", "headline_12_6", "curve", "batches_1_4", "batches_16_64")
+    names = ("headline_12_4", "headline_12_6", "curve", "batches_1_4", "batches_16_64",
+             "large_batches_after")  # fmt: skip
     assert main(["simulate", "--validate", *(str(results / f"{name}.json") for name in names)]) == 0
     assert capsys.readouterr().out.strip() in (ROOT / "docs" / "simulate.md").read_text(encoding="utf-8")

@@ -103,6 +103,14 @@ def test_n_that_chose_itself_is_taken_for_twelve(tmp_path: Path) -> None:
     assert plan_of(bench.ours[0]).branches == BRANCHES
 
 
+def test_a_pass_of_few_drafts_that_took_long_makes_no_negative_time(tmp_path: Path) -> None:
+    data = report(more={"vllm:spec_decode_num_draft_tokens": 10.0})  # 12 ms for 1.05 tokens, where plain's one took 10
+    (bench,) = read_report(write(tmp_path / "few.json", data))
+    world = world_of(bench, bench.ours[0])
+    assert world.target_pass.at(0) == pytest.approx(0.0)
+    assert world.target_pass.at(bench.ours[0].tokens_a_pass) == pytest.approx(0.012)
+
+
 def test_a_report_without_the_time_of_drafting_makes_no_world(tmp_path: Path) -> None:
     data = report()
     for each in data["runs"][1:3]:

@@ -15,6 +15,7 @@ from tests.e2e.harness import Scenario, tokenize
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 SMALLEST_P = 1e-4
+DRAWN_AGAIN = 8
 VARIANTS = list(plans.VARIANTS)
 
 
@@ -99,20 +100,24 @@ def test_it_would_see_drafts_that_are_always_accepted(inline: Inline) -> None:
 
 
 def test_it_would_see_a_rejected_draft_drawn_again(inline: Inline) -> None:
-    """A verifier that draws from p, not from p without the draft, after a rejection."""
+    """A verifier that draws from p, not from p without the draft, after a rejection.
+
+    Only rows with drafts can show it, and how many those are is the engine's affair: each is drawn for several times.
+    """
     scenario = inline.default["T=0.8"]
-    samples, rng = samples_of(scenario), np.random.default_rng(5)
-    exact = contexts(samples, "T=0.8")
+    rng = np.random.default_rng(5)
+    samples, handed = samples_of(scenario) * DRAWN_AGAIN, handed_over(scenario) * DRAWN_AGAIN
+    exact = contexts(samples_of(scenario), "T=0.8")
     forged = []
-    for sample, drafts in zip(samples, handed_over(scenario), strict=True):
+    for sample, drafts in zip(samples, handed, strict=True):
         p = exact[sample[:1]]
         second = sample[1]
         if drafts:
             accepted = rng.random() < p[drafts[0]]
             second = drafts[0] if accepted else int(rng.choice(len(p), p=p / p.sum()))
         forged.append([sample[0], second])
-    found = all_p(forged, handed_over(scenario), exact)
-    assert min(found.values()) < SMALLEST_P, found
+    found = all_p(forged, handed, exact)
+    assert found["draft taken"] < SMALLEST_P / 100, found
 
 
 # ---- seeds ----------------------------------------------------------------------------------------------------------

@@ -49,7 +49,6 @@ def _leftovers(run: Run) -> list[str]:
     left = {
         "processes": len(run.end.left),
         "names in shared memory": len(run.end.shared_memory),
-        "folders of Rays": len(run.end.ray_folders),
         "Ray actors": run.end.ray_actors + run.actors_left,
         "placement groups": run.groups_left,
         "file descriptors": run.descriptors_left,
@@ -112,14 +111,15 @@ def leftovers_table(runs: Sequence[Run]) -> str:
     rows = []
     for run in runs:
         end = run.end
-        left = [NOTHING] * 3
+        left = [NOTHING] * 4
         if end is not None:
             left = [str(len(end.left)), str(len(end.shared_memory)), str(end.ray_actors + run.actors_left)]
+            left.append(str(len(end.ray_folders)))
         rows.append(
             (_PLACEMENTS[run.placement], str(len(run.told)), str(len(run.lost)), *left, str(run.descriptors_left))
         )
     headers = ("draft in", "requests", "lost", "processes left", "shared memory left", "Ray actors left",
-               "descriptors left")  # fmt: skip
+               "folders of Rays left", "descriptors left")  # fmt: skip
     return markdown(headers, rows)
 
 

@@ -161,7 +161,7 @@ def stretch_failures(stretch: Record) -> list[str]:
     end = stretch.get("end") or {}
     if end.get("status") != 0:
         found.append(f"the server ended with status {end.get('status')}")
-    for what in ("left", "shared_memory", "ray_folders"):
+    for what in ("left", "shared_memory"):
         if end.get(what):
             found.append(f"left afterwards ({what}): {_some(end[what])}")
     if end.get("ray_actors"):

@@ -131,7 +131,6 @@ def unseen(run: Run) -> None:
         (actors, "1 Ray actors were left"),
         (ends(left=["12 a"]), "1 processes were left"),
         (ends(shared_memory=["a", "b"]), "2 names in shared memory were left"),
-        (ends(ray_folders=["/tmp/saguaro-ray-x"]), "1 folders of Rays were left"),
         (ends(status=1), "the server ended with status 1"),
         (unseen, "the server's end was not seen"),
     ],

@@ -258,7 +258,6 @@ def test_a_stretch_that_ends_as_it_began_is_good() -> None:
         ("end", GOOD["end"] | {"status": -9}, "the server ended with status -9"),
         ("end", GOOD["end"] | {"left": ["77 python"]}, "left afterwards (left): 77 python"),
         ("end", GOOD["end"] | {"shared_memory": ["psm_1"]}, "left afterwards (shared_memory): psm_1"),
-        ("end", GOOD["end"] | {"ray_folders": ["saguaro-ray-x"]}, "left afterwards (ray_folders): saguaro-ray-x"),
         ("end", GOOD["end"] | {"ray_actors": 2}, "2 Ray actors were left"),
     ],
 )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Sequence
 
-_FIRST_DEVIATION = 0.5  # of the first time
-_LEAST_DEVIATION = 0.05  # of the expected time
+from vllm_saguaro.algorithm.measured import ClippedTimes, check_prior, not_negative
+
 _OWN_WEIGHT = 64.0
 """What a request, or a draft of one that samples, costs beyond a token is taken to be nothing until passes tell, by a
 spread of about eight."""
@@ -21,8 +21,9 @@ class VerifyTime:
 
     Before anything is observed it is the prior, without the last two; that counts like a spread of `prior_weight` (in
     tokens squared) in the observations. Of the slopes only as much is forgotten as an observation tells anew, in its
-    own direction: passes without drafts do not unlearn what drafts cost, nor those of one batch what requests cost. An
-    observation far from what is expected, by more than `clip` times the mean deviation, is taken as if it lay that far.
+    own direction: passes without drafts do not unlearn what drafts cost, nor those of one batch what requests cost. Of
+    those far from what is expected see `ClippedTimes`. It is observed in each step, between the outcomes and the drafts
+    for them: numpy takes three times as long for sizes of three.
 
     Raises ValueError if `decay` lies outside of (0, 1], the prior is negative or has no weight.
     """
@@ -30,85 +31,85 @@ class VerifyTime:
     def __init__(
         self, base: float, per_token: float, *, prior_weight: float = 1.0, decay: float = 0.98, clip: float = 4.0
     ) -> None:
-        if not 0 < decay <= 1:
-            raise ValueError(f"a decay lies above 0 and not above 1, not at {decay}")
-        if min(base, per_token) < 0:
-            raise ValueError(f"neither part of a prior is negative: {min(base, per_token)}")
-        if prior_weight <= 0:
-            raise ValueError(f"the prior must have some weight, not {prior_weight}")
-        self._decay, self._clip = decay, clip
-        self._weights = np.array([prior_weight, _OWN_WEIGHT, _OWN_WEIGHT])
-        self._weighted_prior = np.array([prior_weight * per_token, 0.0, 0.0])
-        self._count = 0.0
-        self._deviation = 0.0
-        self._means, self._mean_seconds = np.zeros(3), 0.0
-        self._spread, self._with_seconds = np.zeros((3, 3)), np.zeros(3)
-        self._base, self._slopes = base, np.array([per_token, 0.0, 0.0])
+        check_prior(base, per_token, prior_weight)
+        self._decay = decay
+        self._times = ClippedTimes(decay, clip)
+        self._weights = (prior_weight, _OWN_WEIGHT, _OWN_WEIGHT)
+        self._weighted_prior = (prior_weight * per_token, 0.0, 0.0)
+        self._means, self._mean_seconds = [0.0] * 3, 0.0
+        self._spread, self._with_seconds = [[0.0] * 3 for _ in range(3)], [0.0] * 3
+        self._base, self._slopes = base, [per_token, 0.0, 0.0]
 
     def observe(self, rows: float, drafts: float, drawn: float, seconds: float) -> None:
         """Take in that a pass over so many requests with so many drafts, `drawn` of them sampled, took so long.
 
         Raises ValueError if one of them is negative or the time is not finite.
         """
-        if min(rows, drafts, drawn, seconds) < 0:
-            raise ValueError(f"neither times nor sizes are negative: {min(rows, drafts, drawn, seconds)}")
-        if not np.isfinite(seconds):
-            raise ValueError(f"a time must be finite, not {seconds}")
-        sizes = np.array([rows + drafts, rows, drawn], dtype=float)
-        old = self._decay * self._count
-        self._count = old + 1
-        if old == 0:
-            self._means, self._mean_seconds = sizes, seconds
-            self._deviation = seconds * _FIRST_DEVIATION  # nothing is known of the spread: assume much
-        else:
-            expected = self.at(rows, drafts, drawn)
-            # What fits to the last digit would follow no change: the mean deviation counts as some of the time
-            most = self._clip * max(self._deviation, _LEAST_DEVIATION * expected)
-            residual = min(max(seconds - expected, -most), most)
-            self._deviation += (abs(residual) - self._deviation) / self._count
-            self._learn(sizes - self._means, expected + residual - self._mean_seconds, old / self._count)
+        not_negative(rows, drafts, drawn, seconds)
+        dt = self._times.take(seconds, self.at(rows, drafts, drawn)) - self._mean_seconds
+        d = [size - mean for size, mean in zip((rows + drafts, rows, drawn), self._means, strict=True)]
+        self._learn(d, dt)
+        count = self._times.count
+        self._means = [mean + own / count for mean, own in zip(self._means, d, strict=True)]
+        self._mean_seconds += dt / count
         self._solve()
 
-    def _learn(self, d: np.ndarray, dt: float, share: float) -> None:
+    def _learn(self, d: Sequence[float], dt: float) -> None:
         """Forget along d, then add it: S' = S - g (S d)(S d)^T / (d^T S d) + share d d^T (Cao, Schwartz 2000).
 
-        `d` [3] and `dt`: how far sizes and seconds lie from their means. `share` = w / (w + 1), the spread of weight w
-        and of one more observation.
+        `d` [3] and `dt`: how far sizes and seconds lie from their means.
         """
-        along = self._spread @ d
-        spread = float(along @ d)
+        along, gone = [_dot(row, d) for row in self._spread], 0.0
+        spread = _dot(along, d)
         if spread > 0:
             # g grows with how far out the observation lies in its direction: one in the middle tells nothing
-            gone = (1 - self._decay ** min(1.0, float(d @ d) ** 2 * self._count / spread)) / spread
-            self._with_seconds -= gone * float(self._with_seconds @ d) * along
-            self._spread -= gone * np.outer(along, along)
-        self._spread += share * np.outer(d, d)
-        self._with_seconds += share * dt * d
-        self._means = self._means + d / self._count
-        self._mean_seconds += dt / self._count
+            gone = (1 - self._decay ** min(1.0, _dot(d, d) ** 2 * self._times.count / spread)) / spread
+        share, seen = self._times.share, _dot(self._with_seconds, d)
+        for i, row in enumerate(self._spread):
+            for j in range(3):
+                row[j] += share * d[i] * d[j] - gone * along[i] * along[j]
+            self._with_seconds[i] += share * dt * d[i] - gone * seen * along[i]
 
     def _solve(self) -> None:
         """Least squares with the prior in them; what would be negative is left out."""
-        spread = self._spread + np.diag(self._weights)
-        right = self._with_seconds + self._weighted_prior
-        kept = [0, 1, 2]
-        slopes = np.zeros(3)
+        kept, slopes = [0, 1, 2], [0.0] * 3
         while kept:
-            found = np.linalg.solve(spread[np.ix_(kept, kept)], right[kept])
-            if found.min() >= 0:
-                slopes[kept] = found
+            spread = [[self._spread[i][j] + (self._weights[i] if i == j else 0.0) for j in kept] for i in kept]
+            found = _solved(spread, [self._with_seconds[i] + self._weighted_prior[i] for i in kept])
+            least = min(found)
+            if least >= 0:
+                for i, slope in zip(kept, found, strict=True):
+                    slopes[i] = slope
                 break
-            del kept[int(found.argmin())]
-        above = float(slopes @ self._means)
+            del kept[found.index(least)]
+        above = _dot(slopes, self._means)
         if self._mean_seconds < above:  # a negative base: through the origin instead, and through the mean
-            slopes *= self._mean_seconds / above
+            slopes = [slope * self._mean_seconds / above for slope in slopes]
         self._base, self._slopes = max(0.0, self._mean_seconds - above), slopes
 
     def at(self, rows: float, drafts: float = 0.0, drawn: float = 0.0) -> float:
         """The time to expect, in seconds."""
-        per_token, per_row, per_drawn = self._slopes.tolist()
-        return float(self._base + per_token * (rows + drafts) + per_row * rows + per_drawn * drawn)
+        per_token, per_row, per_drawn = self._slopes
+        return self._base + per_token * (rows + drafts) + per_row * rows + per_drawn * drawn
 
     def per_draft(self, drawn: float = 0.0) -> float:
         """Seconds that each draft adds, where this share of them is sampled."""
-        return float(self._slopes[0] + drawn * self._slopes[2])
+        return self._slopes[0] + drawn * self._slopes[2]
+
+
+def _dot(left: Sequence[float], right: Sequence[float]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))
+
+
+def _solved(matrix: list[list[float]], right: list[float]) -> list[float]:
+    """x of matrix x = right, in the place of `right`. The matrix is positive definite, so no pivots are looked for."""
+    size = len(right)
+    for i in range(size):
+        for j in range(i + 1, size):
+            factor = matrix[j][i] / matrix[i][i]
+            for k in range(i, size):
+                matrix[j][k] -= factor * matrix[i][k]
+            right[j] -= factor * right[i]
+    for i in reversed(range(size)):
+        right[i] = (right[i] - sum(matrix[i][k] * right[k] for k in range(i + 1, size))) / matrix[i][i]
+    return right

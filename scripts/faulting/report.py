@@ -113,8 +113,8 @@ def leftovers_table(runs: Sequence[Run]) -> str:
         end = run.end
         left = [NOTHING] * 4
         if end is not None:
-            left = [str(len(end.left)), str(len(end.shared_memory)), str(end.ray_actors + run.actors_left)]
-            left.append(str(len(end.ray_folders)))
+            actors = end.ray_actors + run.actors_left
+            left = [str(n) for n in (len(end.left), len(end.shared_memory), actors, len(end.ray_folders))]
         rows.append(
             (_PLACEMENTS[run.placement], str(len(run.told)), str(len(run.lost)), *left, str(run.descriptors_left))
         )

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_saguaro.placement.ray_folder import PREFIX
+
 _PROC = Path("/proc")
 _SHARED_MEMORY = Path("/dev/shm")
 
@@ -16,7 +18,7 @@ DRAFT = "vllm_saguaro.vllm_hooks.draft_process"
 """What the command line of a draft process names."""
 _OF_RAY_ITSELF = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Workers without work, and the two agents of a node."""
-_RAY_FOLDER = re.compile(r"[^\s\0=:,\"']*/saguaro-ray-[^/\s\0:,\"']+")
+_RAY_FOLDER = re.compile(rf"[^\s\0=:,\"']*/{PREFIX}[^/\s\0:,\"']+")
 """The folder of a Ray of an engine's own, as its processes are told of it."""
 _PLACER = "vllm_saguaro.placement.ray_placer"
 """What that of the process names that speaks to Ray."""

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-_PREFIX = "saguaro-ray-"
+PREFIX = "saguaro-ray-"
 _LOCK = "owner"
 """Folders without this file are none that we have made, or not yet."""
 _BOUND_SECONDS = 2.0
@@ -32,7 +32,7 @@ _LOOK_SECONDS = 0.02
 def make_folder() -> tuple[str, int]:
     """A new folder, with a short path because sockets lie in it, and the descriptor whose lock says that it is ours."""
     while True:
-        folder = tempfile.mkdtemp(prefix=_PREFIX)
+        folder = tempfile.mkdtemp(prefix=PREFIX)
         lock = os.open(os.path.join(folder, _LOCK), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,7 +54,7 @@ def clear_folder(folder: str) -> None:
 
 def clear_abandoned_folders() -> None:
     """Clear the folders of this user whose owner is gone."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # it has an owner, or no lock, or goes at this moment
             if folder.lstat().st_uid != os.getuid():
                 continue

@@ -75,14 +75,14 @@ def further_candidates(found: Tuning) -> Iterator[Candidate]:
     """
     settings = found.settings
     found.left_out |= {f"placement={name}": why for name, why in settings.placements_left_out.items()}
-    yield from _each(found, "placement", [name for name in settings.placements if name != "ray"])
+    yield from _elsewhere(found, [name for name in settings.placements if name != "ray"])
     yield from _each(found, "branches", _other_sizes(found))
     if settings.on_host:
         yield from _each(found, "backup", BACKUPS_IN_TURN)
     if any(settings.temperatures):
         yield from _each(found, "draft_sample_method", [_ways_to_draw(settings)[1]])
         yield from _values_of_c(found)
-    yield from _each(found, "placement", [name for name in settings.placements if name == "ray"])
+    yield from _elsewhere(found, [name for name in settings.placements if name == "ray"])
 
 
 def most_engines(settings: Settings) -> int:
@@ -93,15 +93,16 @@ def most_engines(settings: Settings) -> int:
 
 
 def _each(found: Tuning, key: str, values: Sequence[Any]) -> Iterator[Candidate]:
-    """The best so far with each value of a key; none where the user has written it.
-
-    N was found for the placement before: another one has its own.
-    """
+    """The best so far with each value of a key; none where the user has written it."""
     if key not in found.settings.fixed:
         for value in values:
-            best = found.chosen.candidate
-            kept = {own: its for own, its in best.keys.items() if own != "branches" or key != "placement"}
-            yield Candidate(best.method, {**kept, key: value})
+            yield found.chosen.candidate.changed(**{key: value})
+
+
+def _elsewhere(found: Tuning, placements: Sequence[str]) -> Iterator[Candidate]:
+    """The best so far with each placement, without its N: that was found for the one before."""
+    for candidate in _each(found, "placement", placements):
+        yield Candidate(candidate.method, {key: value for key, value in candidate.keys.items() if key != "branches"})
 
 
 def _effective(found: Tuning, key: str, usual: Any) -> Any:

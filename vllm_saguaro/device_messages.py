@@ -72,6 +72,11 @@ class DeviceDraft(Protocol):
         """C of Saguaro sampling for the rows that are sampled; None: there is none, or it is not known."""
         ...
 
+    @property
+    def branches(self) -> int | None:
+        """Branches of a request in the newest round; None: not known on this side."""
+        ...
+
     def admit(self, slot: int, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
         """A request, new or resumed, holds this slot from now on, with these tokens; replaces what the slot held."""
         ...

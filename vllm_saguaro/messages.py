@@ -47,14 +47,16 @@ class Noise(StrEnum):
     """The generator that vLLM makes from the request's own seed."""
     KEY = "key"
     """A key that the target side gave the request, which had no seed."""
+    POSITION = "position"
+    """The seed that every request has in vLLM's runner V2, and the position (`algorithm/position_noise.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How a request samples, as far as it helps the draft side. It shapes drafts and predictions, never the output.
 
-    `top_k` 0, `top_p` 1 and `min_p` 0 are off. Noise number i belongs to the text position `prompt_length + i`; `seed`
-    is the seed or the key that it comes from.
+    `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` is the seed or the key that the noise comes from; where it is not
+    `POSITION` itself that counts, noise number i belongs to the text position `prompt_length + i`.
     """
 
     temperature: float = 0.0

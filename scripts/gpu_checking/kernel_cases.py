@@ -76,7 +76,7 @@ def disagreement(case: Case, one: Operation, other: Operation, device: torch.dev
     mine, yours = case.copied(device), case.copied()
     got, expected = one(*mine), other(*yours)
     for place, (a, b) in enumerate(zip(mine, yours, strict=True)):
-        if isinstance(a, Tensor) and not torch.equal(_bits(a.cpu()), _bits(b)):
+        if isinstance(a, Tensor) and not _same(case.operation, a.cpu(), b):
             return f"argument {place} is afterwards {a.cpu()}, not {b}"
     if case.operation == "ranked_outcomes":
         return _ranking_disagreement(case, tuple(t.cpu() for t in got))
@@ -204,6 +204,15 @@ def _steps(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     return tokens, positions, tables, sizes.block_size, limit, ids, lengths, slot_mapping
 
 
+def _noise(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    rows, vocabulary = sizes.rows * sizes.branches, sizes.width * sizes.candidates
+    logits = 20 * torch.rand(rows, vocabulary, generator=g) - 10
+    logits[torch.rand(rows, vocabulary, generator=g) < 0.1] = -torch.inf
+    noisy = torch.rand(rows, generator=g) < 0.7
+    temperature = (0.1 + 2 * torch.rand(rows, generator=g)).masked_fill(~noisy, 0.0)
+    return logits, temperature, _integers(0, 2**32, (rows,), g), noisy
+
+
 MAKERS: dict[str, Callable[[Sizes, torch.Generator], tuple[Any, ...]]] = {
     "outcome_lookup": _lookup,
     "ranked_outcomes": _ranking,
@@ -211,6 +220,7 @@ MAKERS: dict[str, Callable[[Sizes, torch.Generator], tuple[Any, ...]]] = {
     "copy_blocks": _copies,
     "adopt": _adoption,
     "branch_step": _steps,
+    "add_noise": _noise,
 }
 """What makes the arguments of each operation."""
 
@@ -235,6 +245,13 @@ def _spread(tensor: Tensor, *, keep_inner: bool) -> Tensor:
         strides[0] += 5 * max(strides)
     copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
     return copy.copy_(tensor)
+
+
+def _same(operation: str, one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal; those with noise, to which each takes logarithms of its own, nearly so."""
+    if operation == "add_noise" and one.is_floating_point():
+        return torch.allclose(one, other, rtol=1e-5, atol=_NEAR)
+    return torch.equal(_bits(one), _bits(other))
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -131,8 +131,9 @@ class Settings:
                 "method": "saguaro" if mode == PROCESS else mode,
                 "model": str(draft),
                 "num_speculative_tokens": self.k,
-                "draft_sample_method": "probabilistic",
             }
+            if mode == "draft_model":
+                speculation["draft_sample_method"] = "probabilistic"  # ours has a default of its own
             if mode == "saguaro":
                 memory = {} if shapes.draft_gpu_memory is None else {"draft_gpu_memory": shapes.draft_gpu_memory}
                 speculation |= {"placement": "stream", **memory, **self.speculation}

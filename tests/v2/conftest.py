@@ -28,7 +28,7 @@ def steady() -> tuple[V2Run, V2Run]:
     both = run_v2(
         [
             {"options": OPTIONS, "scripted": False, "scenarios": plain},
-            {"options": OPTIONS | saguaro(), "start_up": True, "scenarios": ours},
+            {"options": OPTIONS | saguaro(draft_sample_method="probabilistic"), "start_up": True, "scenarios": ours},
         ]
     )
     return both[0], both[1]
@@ -69,7 +69,8 @@ MADE_UP: Json = {"candidates": v2_plans.CANDIDATES}
 
 def run_samples(*scenarios: Json) -> V2Run:
     """Over a small vocabulary; async."""
-    options = OPTIONS | {"max_num_seqs": 32} | saguaro(num_speculative_tokens=3)
+    ours = saguaro(num_speculative_tokens=3, draft_sample_method="probabilistic")
+    options = OPTIONS | {"max_num_seqs": 32} | ours
     return run_v2([{"options": options, "async": True, "scenarios": list(scenarios)}])[0]
 
 

@@ -40,6 +40,7 @@ class ScriptedDraft:
 
     resident_bytes = 0
     sampling_c: float | None = None
+    branches: int | None = None
 
     def __init__(self, slots: int, num_speculative_tokens: int, vocab_size: int, max_length: int) -> None:
         self.script = "none"

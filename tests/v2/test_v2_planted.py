@@ -26,7 +26,7 @@ STALE_SAMPLES = 96
 
 def run(placement: str, *planted: Json) -> V2Run:
     """One engine: samples as they are, and with each error in turn. With K = 1 most outcomes are among the branches."""
-    ours = saguaro(placement=placement, num_speculative_tokens=1, branches=16)
+    ours = saguaro(placement=placement, num_speculative_tokens=1, branches=16, draft_sample_method="probabilistic")
     plan: Json = {"options": OPTIONS | {"max_num_seqs": 16} | ours, "scripted": False, "async": True}
     (found,) = run_v2([plan | {"scenarios": [v2_plans.drawn("samples", SAMPLES), *planted]}])
     return found

@@ -65,6 +65,26 @@ def structured(name: str, **more: Any) -> Json:
     return plans.batches(name, GREEDY[:2], params, 2, **more)
 
 
+def seeded(name: str, **more: Any) -> Json:
+    """Drawn with seeds, and each beside another change of the logits in the same batch; two are greedy."""
+    changes: list[Json] = [
+        {},
+        {"top_k": 5},
+        {"temperature": 0.6, "top_p": 0.8},
+        {"temperature": 0.0},
+        {"temperature": 1.3, "min_p": 0.05, "logprobs": 2},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+        {"temperature": 0.0, "min_tokens": 12, "stop_token_ids": list(range(0, 4096, 33))},
+        {"temperature": 0.8, "structured_outputs": {"regex": "(a|b|c){12,20}"}},
+    ]
+    params = [
+        {"temperature": 1.0, "seed": 1000 + row, "max_tokens": TOKENS, "ignore_eos": True} | change
+        for row, change in enumerate(changes)
+    ]
+    asked = [tokenize(prompt)[:40] for prompt in prompts()[4 : 4 + len(changes)]]
+    return plans.batches(name, asked, params, 4, **more)
+
+
 RAGGED: Json = {
     "max_num_seqs": 6,
     "max_num_batched_tokens": 64,

@@ -56,6 +56,18 @@ def reads_on_the_host(engine: V2Engine) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def vllms_own_test(engine: V2Engine) -> Iterator[None]:
+    """Coupled drafts before vLLM's rejection sampler, which draws what is left with the noise that picked the draft."""
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+    inside = engine.runner.rejection_sampler._sampler
+    own: Any = RejectionSampler.__new__(RejectionSampler)
+    own.__dict__.update(inside.__dict__)
+    with mock.patch.object(engine.runner.rejection_sampler, "_sampler", own):
+        yield
+
+
+@contextlib.contextmanager
 def stream_stale(engine: V2Engine) -> Iterator[None]:
     """The drafts of the last hit in the slot, in the place of those of this one, on a stream."""
     import torch
@@ -112,6 +124,7 @@ PLANTS = {
     "unmarked": unmarked,
     "marked one late": marked_one_late,
     "reads on the host": reads_on_the_host,
+    "vLLM's own test": vllms_own_test,
     "stream: stale": stream_stale,
     "stream: told sharper": stream_told_sharper,
     "process: told sharper": process_told_sharper,

@@ -19,10 +19,16 @@ _DEPTH_BITS, _BRANCH_BITS, _ROUND_BITS, _ADMISSION_BITS = 5, 8, 23, 27
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How X rows draw. `certain` [X] bool: the likeliest token, and a q that is all on it. c: C of Saguaro sampling."""
+    """How X rows draw.
+
+    `certain` [X] bool: the likeliest token, and a q that is all on it. `noisy` [X] bool: what the noise of `seed` [X]
+    int64 picks (`device_coupling.py`), where that is known; nothing is drawn from a q then. c: C of Saguaro sampling.
+    """
 
     rows: SamplingRows
     certain: Tensor
+    noisy: Tensor
+    seed: Tensor
     c: float = 1.0
 
     def repeat(self, times: int) -> Rule:
@@ -34,12 +40,13 @@ class Rule:
         return self._of(x[rows] for x in self._fields())
 
     def _fields(self) -> tuple[Tensor, ...]:
-        return self.rows.temperature, self.rows.top_k, self.rows.top_p, self.rows.min_p, self.certain
+        rows = self.rows
+        return rows.temperature, rows.top_k, rows.top_p, rows.min_p, self.certain, self.noisy, self.seed
 
     def _of(self, fields: Iterable[Tensor]) -> Rule:
-        temperature, top_k, top_p, min_p, certain = fields
+        temperature, top_k, top_p, min_p, certain, noisy, seed = fields
         rows = SamplingRows(temperature, top_k, top_p, min_p, self.rows.nucleus, self.rows.cut)
-        return Rule(rows, certain, self.c)
+        return Rule(rows, certain, noisy, seed, self.c)
 
 
 @dataclass(frozen=True, slots=True)

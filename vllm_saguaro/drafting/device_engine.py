@@ -57,22 +57,24 @@ class DeviceEngine:
     ) -> None:
         """`slots`: requests at once. `branches`: N, at most; a batch of many requests has fewer (`buckets`).
 
-        `mark`: see `LateLengths`. `method`: "greedy" drafts the likeliest token at every temperature, the others draw
-        from q where the temperature is positive. `sampling_c`: C of Saguaro sampling, 1 for none. `seed` of the drafts'
-        noise; None: a secret from the system. ValueError for an unknown method.
+        `mark`: see `LateLengths`. `method`: at a positive temperature "coupled" drafts what the target's noise picks,
+        which must be known of every request (`messages.Noise.POSITION`), "probabilistic" draws from q, "greedy" drafts
+        the likeliest token. `sampling_c`: C of Saguaro sampling where drafts are drawn from q, 1 for none. `seed` of
+        the noise of those; None: a secret from the system. ValueError for an unknown method.
         """
         if method not in METHODS:
             raise ValueError(f"the method {method!r} is none of {', '.join(METHODS)}")
         self.model, self.num_speculative_tokens = model, num_speculative_tokens
         self.buckets = buckets(slots, branches, max_rows)
-        self._max_rows, self._branches, self._certain = max_rows, branches, method == "greedy"
+        self._max_rows, self._branches, self._certain = max_rows, branches, method != "probabilistic"
+        coupled = method == "coupled"
         self.sampling_c = None if self._certain else sampling_c
-        """C of Saguaro sampling; None where nothing is drawn."""
+        """C of Saguaro sampling; None where nothing is drawn from a q."""
         self.ledger = BlockLedger(model.num_blocks, model.block_size, model.max_length, num_speculative_tokens)
         shape = (slots, branches, num_speculative_tokens, self.ledger.width, self.ledger.private_blocks)
-        self.state = SlotState.empty(model, *shape)
+        self.state = SlotState.empty(model, *shape, with_q=not coupled)
         secret = secrets.randbits(63) if seed is None else seed
-        self.round = DeviceRound(model, operations, self.state, slots, secret, sampling_c)
+        self.round = DeviceRound(model, operations, self.state, slots, secret, sampling_c, coupled)
         for bucket in self.buckets:  # now, so that whoever measures memory next finds them all
             self.round.rows(bucket)
         self._readings = Readings(model, self.state)

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from vllm_saguaro.algorithm.outcomes import geometric_fan_out
+from vllm_saguaro.algorithm.position_noise import stems
 from vllm_saguaro.algorithm.sampling import SamplingRows, candidates
 from vllm_saguaro.drafting.buckets import Bucket
+from vllm_saguaro.drafting.device_coupling import believed, pick
 from vllm_saguaro.drafting.device_drawing import Rule, draw, seeds
 from vllm_saguaro.drafting.device_maps import AcceptanceMaps
 from vllm_saguaro.drafting.device_model import NO_PLACE, DecodeRows, DeviceModel
@@ -93,12 +95,15 @@ class DeviceRound:
         batch: int,
         secret: int,
         sampling_c: float = 1.0,
+        coupled: bool = False,
     ) -> None:
-        """`batch`: rows of the largest step. `secret`: 63 bits that the drafts' noise comes from."""
+        """`batch`: rows of the largest step. `secret`: 63 bits that the drafts' noise comes from. `coupled`: the
+        target's noise picks the drafts of all rows that have it, and the others are certain; nobody asks for a q.
+        """
         self.model, self.state = model, state
         self.step = StepBuffers.empty(state, batch)
         self.maps = AcceptanceMaps(model.device)
-        self._do, self._secret, self._c = operations, secret, sampling_c
+        self._do, self._secret, self._c, self._coupled = operations, secret, sampling_c, coupled
         self._num_drafts = state.drafts.shape[2]
         self._rows: dict[Bucket, tuple[DecodeRows, DecodeRows]] = {}
 
@@ -151,6 +156,8 @@ class DeviceRound:
         step.speculation[:size] = tokens
         step.tokens[:size] = tokens
         step.ready[:size] = torch.where(hit, self._num_drafts, 0)
+        if self._coupled:
+            return
         found = at, branch.clamp_min(0)
         known = hit.view(-1, 1, 1)
         step.q_tokens[:size] = torch.where(known, state.q_tokens[found].long(), filler.view(-1, 1, 1))
@@ -174,7 +181,7 @@ class DeviceRound:
 
         states = self._glue(bucket, at, active, branch)
         rule = self._rule(at)
-        tokens, q = self._beliefs(states, rule)
+        tokens, q = self._beliefs(states, rule, lengths)
         speculation = step.speculation[:size]
         is_draft = tokens[:, :-1] == speculation.unsqueeze(-1)
         # What a model says of a row that is nobody's may be no number, and must not be learnt from.
@@ -235,15 +242,31 @@ class DeviceRound:
         state = self.state
         sampling = (state.temperature[at], state.top_k[at], state.top_p[at], state.min_p[at])
         # Top-p counts the mass of the candidates alone: a pass over all logits saved, and a few tokens more at most.
-        return Rule(SamplingRows(*sampling, nucleus=False, cut=True), state.certain[at], self._c)
+        rows = SamplingRows(*sampling, nucleus=False, cut=True)
+        return Rule(rows, state.certain[at], state.noisy[at], state.seed[at], self._c)
 
-    def _beliefs(self, states: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-        """The candidates [B, K + 1, M] int64 after each state [B, K + 1, H], and q [B, K + 1, M] float32 of each."""
+    def _beliefs(self, states: Tensor, rule: Rule, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The candidates [B, K + 1, M] int64 after each state [B, K + 1, H], and how likely each is, float32.
+
+        lengths [B]: of the texts, so that the token after j accepted drafts stands at `lengths` + j.
+        """
         batch, positions, _ = states.shape
         rows, flat = rule.repeat(positions), states.flatten(0, 1)
-        found = [candidates(self.model.logits(flat[piece]), rows.take(piece).rows) for piece in _pieces(flat.shape[0])]
+        place = (lengths.long().unsqueeze(1) + torch.arange(positions, device=lengths.device)).flatten()
+        found = [
+            self._candidates(self.model.logits(flat[piece]), rows.take(piece), place[piece])
+            for piece in _pieces(flat.shape[0])
+        ]
         shape = (batch, positions, -1)
-        return torch.cat([f.tokens for f in found]).view(shape), torch.cat([f.q for f in found]).view(shape)
+        tokens, share = (torch.cat(parts).view(shape) for parts in zip(*found, strict=True))
+        return tokens, share
+
+    def _candidates(self, logits: Tensor, rule: Rule, place: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens [X, M] at the text positions `place` [X], and how likely each is."""
+        if self._coupled:
+            return believed(logits, rule, stems(rule.seed, place), self._do.add_noise)
+        found = candidates(logits, rule.rows)
+        return found.tokens, found.q
 
     def _grow(self, bucket: Bucket, at: Tensor, rule: Rule, k: Tensor, bonus: Tensor) -> None:
         """A branch for each predicted outcome (k [B, N], -1: none; bonus [B, N]), K tokens deep."""
@@ -258,7 +281,6 @@ class DeviceRound:
         rows.positions.copy_(torch.where(real, lengths.unsqueeze(1) + k - 1, -1).flatten())
         token = torch.where(real, bonus, 0).flatten()
         shape = (bucket.batch, n)
-        fan_out = geometric_fan_out(self._num_drafts, n)
         for depth in range(self._num_drafts):
             self._do.branch_step(
                 *(token, rows.positions, rows.tables, model.block_size, model.max_length),
@@ -266,15 +288,36 @@ class DeviceRound:
             )
             hidden = model.decode(rows)
             state.hidden[at, :n, depth] = hidden.view(*shape, -1)
-            seed = seeds(self._secret, state.admission[at], state.rounds[at], n, depth)
-            drawn = [
-                draw(model.logits(hidden[piece]), rules.take(piece), seed[piece], fan_out[depth])
-                for piece in _pieces(bucket.rows)
-            ]
-            token = torch.cat([d.token for d in drawn])
+            draw = self._pick if self._coupled else self._draw
+            token = draw(hidden, rules, at, (lengths.unsqueeze(1) + k).long().flatten(), depth)
             state.drafts[at, :n, depth] = token.view(shape)
-            state.q_tokens[at, :n, depth] = torch.cat([d.tokens for d in drawn]).view(*shape, -1).to(torch.int32)
-            state.log_q[at, :n, depth] = torch.cat([d.log_q for d in drawn]).view(*shape, -1)
+
+    def _pick(self, hidden: Tensor, rules: Rule, at: Tensor, bonus_at: Tensor, depth: int) -> Tensor:
+        """The token [X] that the noise of its text position picks, after the states `hidden` [X, H].
+
+        `bonus_at` [X]: where the bonus tokens of the branches stand; a branch that is none may have any there.
+        """
+        stem = stems(rules.seed, bonus_at + 1 + depth)
+        return torch.cat(
+            [
+                pick(self.model.logits(hidden[piece]), rules.take(piece), stem[piece], self._do.add_noise)
+                for piece in _pieces(hidden.shape[0])
+            ]
+        )
+
+    def _draw(self, hidden: Tensor, rules: Rule, at: Tensor, bonus_at: Tensor, depth: int) -> Tensor:
+        """The token [X] that is drawn after the states `hidden` [X, H]; what it was drawn from is kept in the table."""
+        state, shape = self.state, (at.shape[0], hidden.shape[0] // at.shape[0])
+        n = shape[1]
+        seed = seeds(self._secret, state.admission[at], state.rounds[at], n, depth)
+        fan_out = geometric_fan_out(self._num_drafts, n)[depth]
+        drawn = [
+            draw(self.model.logits(hidden[piece]), rules.take(piece), seed[piece], fan_out)
+            for piece in _pieces(hidden.shape[0])
+        ]
+        state.q_tokens[at, :n, depth] = torch.cat([d.tokens for d in drawn]).view(*shape, -1).to(torch.int32)
+        state.log_q[at, :n, depth] = torch.cat([d.log_q for d in drawn]).view(*shape, -1)
+        return torch.cat([d.token for d in drawn])
 
 
 def _pieces(rows: int) -> list[slice]:

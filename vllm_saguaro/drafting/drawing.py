@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vllm_saguaro.algorithm.noise import gumbel
+from vllm_saguaro.algorithm import noise as noise_of_integers
+from vllm_saguaro.algorithm import position_noise
 from vllm_saguaro.algorithm.sampling import Candidates, SamplingRows, candidates, deflate, draw, race
 from vllm_saguaro.drafting.model import DraftModel
-from vllm_saguaro.drafting.trunk import Deflation, Drawing, DrawRule, Trunk
+from vllm_saguaro.drafting.trunk import Deflation, Drawing, DrawRule, Trunk, positional
+from vllm_saguaro.kernels.operations import operations_for
 from vllm_saguaro.messages import Sampling
 
 METHODS = ("coupled", "probabilistic", "greedy")
@@ -29,6 +31,7 @@ class Drawer:
             raise ValueError(f"the method {method!r} is none of {', '.join(METHODS)}")
         self._greedy = method == "greedy"
         self._model = model
+        self._add_noise = operations_for(model.device).add_noise
         self._generator = torch.Generator(device=model.device)
         if seed is None:
             self._generator.seed()
@@ -62,6 +65,7 @@ class Drawer:
             fan_out=torch.tensor([fan_out] * len(rows), dtype=torch.int64, device=device),
             c=torch.tensor(c, dtype=torch.float32, device=device),
             deflation=deflation,
+            positional=positional(samplings),
         )
 
     def draw(self, logits: torch.Tensor, rule: DrawRule, depth: int) -> tuple[np.ndarray, Candidates | None]:
@@ -88,10 +92,16 @@ class Drawer:
         """argmax_t log q_t + g_t over all tokens, or over those that a request's own cuts leave."""
         assert rule.noise is not None
         seeds = rule.noise[:, depth]
-        picked = self._model.race(logits / rule.temperature.unsqueeze(1), seeds)
+        if rule.positional:
+            raced = logits.clone()
+            self._add_noise(raced, rule.temperature, seeds, rule.kind == Drawing.COUPLED)
+            picked = raced.argmax(-1)
+        else:
+            picked = self._model.race(logits / rule.temperature.unsqueeze(1), seeds)
         if found is None:
             return picked
         # Where a cut falls among the likeliest M, nothing beyond them is left either.
+        gumbel = position_noise.gumbel if rule.positional else noise_of_integers.gumbel
         index = race(found.q, gumbel(seeds, found.tokens)).unsqueeze(1)
         within = found.tokens.gather(1, index).squeeze(1)
         return torch.where((found.q == 0).any(-1), within, picked)

@@ -13,15 +13,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vllm_saguaro.algorithm.noise import KeySeeds, NoiseSeeds
 from vllm_saguaro.drafting.deflations import Deflations
 from vllm_saguaro.drafting.drawing import Drawer
 from vllm_saguaro.drafting.forecast import Forecaster
 from vllm_saguaro.drafting.kv import BlockPool, Blocks, blocks_for, branch_span, pad_blocks
 from vllm_saguaro.drafting.model import Batch, DraftModel
 from vllm_saguaro.drafting.pace import Pace
-from vllm_saguaro.drafting.trunk import PLAIN, Branch, Deflation, Drawing, Tree, Trunk
-from vllm_saguaro.messages import Noise, Proposals, Sampling
+from vllm_saguaro.drafting.trunk import PLAIN, Branch, Deflation, Drawing, Tree, Trunk, noise_of
+from vllm_saguaro.messages import Proposals, Sampling
 
 
 class DraftEngine:
@@ -58,10 +57,7 @@ class DraftEngine:
 
     def admit(self, tokens: list[int], sampling: Sampling) -> Trunk:
         """A request with this text; its KV comes with `extend`."""
-        noise = None
-        if sampling.coupled:
-            noise = KeySeeds(sampling.seed) if sampling.noise is Noise.KEY else NoiseSeeds(sampling.seed)
-        return Trunk(tokens, sampling, noise)
+        return Trunk(tokens, sampling, noise_of(sampling))
 
     def release(self, trunk: Trunk) -> None:
         """Give back every block of a request."""

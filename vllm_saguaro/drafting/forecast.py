@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from vllm_saguaro.algorithm import outcomes
+from vllm_saguaro.algorithm import noise, outcomes, position_noise
 from vllm_saguaro.algorithm.calibration import Calibration, Event, class_of
-from vllm_saguaro.algorithm.noise import gumbel_of_all
 from vllm_saguaro.algorithm.outcomes import Beliefs
 from vllm_saguaro.algorithm.sampling import SUPPORT, SamplingRows, candidates, deflate, top
-from vllm_saguaro.messages import Sampling
+from vllm_saguaro.messages import Noise, Sampling
 
 if TYPE_CHECKING:
     from vllm_saguaro.drafting.trunk import Trunk
@@ -145,14 +144,16 @@ class Forecaster:
             found = candidates(logits, rows)
             return found.tokens, found.q
         seeds = [s for t, count in zip(trunks, counts, strict=True) for s in t.noise_seeds(len(t.tokens), count)]
-        noise = gumbel_of_all(torch.tensor(seeds, dtype=torch.int64, device=device), logits.shape[-1])
-        raced = logits / rows.temperature.unsqueeze(-1) + noise.float()
+        positional = any(t.sampling.noise is Noise.POSITION for t in trunks if t.sampling.coupled)
+        gumbel_of_all = position_noise.gumbel_of_all if positional else noise.gumbel_of_all
+        known = gumbel_of_all(torch.tensor(seeds, dtype=torch.int64, device=device), logits.shape[-1])
+        raced = logits / rows.temperature.unsqueeze(-1) + known.float()
         value, tokens = top(raced, min(SUPPORT, raced.shape[-1]))
         share = torch.softmax(NOISE_SHARPNESS * value, dim=-1)
         if all(coupled):
             return tokens, share
-        found, known = candidates(logits, rows), torch.tensor(coupled, device=device)[index].unsqueeze(-1)
-        return torch.where(known, tokens, found.tokens), torch.where(known, share, found.q)
+        found, noisy = candidates(logits, rows), torch.tensor(coupled, device=device)[index].unsqueeze(-1)
+        return torch.where(noisy, tokens, found.tokens), torch.where(noisy, share, found.q)
 
 
 def _by_trunk(flat: torch.Tensor, counts: Sequence[int], widest: int) -> torch.Tensor:

@@ -34,7 +34,8 @@ class SlotState:
     bool, whether the draft has its KV; admitted [S] int32, tokens when it was told; tail [S, T] int64, tokens since.
 
     How it samples: temperature, top_p, min_p [S] float32, top_k [S] int64, certain [S] bool, cls [S] int64 (of the
-    acceptance maps); admission [S] int64 and rounds [S] int64 number its noise.
+    acceptance maps); noisy [S] bool, whether the target's noise is known, by seed [S] int64; admission [S] int64 and
+    rounds [S] int64 number the noise of what is drawn from q.
 
     The table of the round under way: accepted_keys [S, N] int32, bonus_keys [S, N] int64, drafts [S, N, K] int64,
     depth [S] int32; hidden [S, N, K, H], the state from which each draft was drawn; q_tokens [S, N, K, M] int32 and
@@ -57,6 +58,8 @@ class SlotState:
     top_k: Tensor
     certain: Tensor
     cls: Tensor
+    noisy: Tensor
+    seed: Tensor
     admission: Tensor
     rounds: Tensor
     accepted_keys: Tensor
@@ -71,10 +74,18 @@ class SlotState:
 
     @classmethod
     def empty(
-        cls, model: DeviceModel, slots: int, branches: int, num_speculative_tokens: int, width: int, private_blocks: int
+        cls,
+        model: DeviceModel,
+        slots: int,
+        branches: int,
+        num_speculative_tokens: int,
+        width: int,
+        private_blocks: int,
+        with_q: bool = True,
     ) -> SlotState:
-        """No request in any slot."""
-        device, rows, k, m = model.device, slots + 1, num_speculative_tokens, min(SUPPORT, model.vocab_size)
+        """No request in any slot. `with_q`: whether drafts are drawn from a q that somebody asks for."""
+        device, rows, k = model.device, slots + 1, num_speculative_tokens
+        m = min(SUPPORT, model.vocab_size) if with_q else 1
 
         def filled(*shape: int, value: float = 0, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.full((rows, *shape), value, dtype=dtype, device=device)
@@ -94,6 +105,8 @@ class SlotState:
             top_k=filled(),
             certain=filled(value=1, dtype=torch.bool),
             cls=filled(),
+            noisy=filled(dtype=torch.bool),
+            seed=filled(),
             admission=filled(),
             rounds=filled(),
             accepted_keys=filled(branches, value=-1, dtype=torch.int32),
@@ -131,7 +144,9 @@ class SlotState:
             (self.min_p, plain.min_p),
             (self.top_k, plain.top_k),
             (self.certain, certain),
-            (self.cls, class_of(sampling.temperature, coupled=False, certain=certain, backup=False)),
+            (self.cls, class_of(sampling.temperature, coupled=sampling.coupled, certain=certain, backup=False)),
+            (self.noisy, sampling.coupled),
+            (self.seed, sampling.seed),
             (self.admission, admission),
             (self.rounds, 0),
             (self.depth, 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -9,9 +10,13 @@ import numpy as np
 import torch
 
 from vllm_saguaro.algorithm.noise import KeySeeds, NoiseSeeds
+from vllm_saguaro.algorithm.position_noise import PositionStems
 from vllm_saguaro.algorithm.sampling import Candidates, SamplingRows
 from vllm_saguaro.drafting.forecast import Forecast
-from vllm_saguaro.messages import Sampling
+from vllm_saguaro.messages import Noise, Sampling
+
+NoiseNumbers = NoiseSeeds | KeySeeds | PositionStems
+"""The integers that decide the noise of one request, by the number of the output token."""
 
 
 class Drawing(IntEnum):
@@ -57,7 +62,7 @@ class Trunk:
 
     tokens: list[int]
     sampling: Sampling
-    noise: NoiseSeeds | KeySeeds | None = None
+    noise: NoiseNumbers | None = None
     """The noise that target and draft share, where they do."""
     speculation: list[int] = field(default_factory=list)
     deflation: Deflation = PLAIN
@@ -151,7 +156,7 @@ class DrawRule:
 
     kind [R] int64. noise [R, K] int64: the integers of each depth, for coupled rows. rows: for sampled rows, and for
     coupled ones with cuts. fan_out [R, K] int64 and c [R] float32: the deflation of sampled rows.
-    `kinds` are those that occur.
+    `kinds` are those that occur. `positional`: the integers of the noise are stems (`Noise.POSITION`).
     """
 
     kinds: frozenset[Drawing]
@@ -162,6 +167,7 @@ class DrawRule:
     fan_out: torch.Tensor
     c: torch.Tensor
     deflation: Deflation
+    positional: bool = False
 
     @property
     def all_certain(self) -> bool:
@@ -180,4 +186,19 @@ class DrawRule:
             self.fan_out[at],
             self.c[at],
             self.deflation,
+            self.positional,
         )
+
+
+def noise_of(sampling: Sampling) -> NoiseNumbers | None:
+    """The integers that decide a request's noise, where it is known."""
+    if not sampling.coupled:
+        return None
+    if sampling.noise is Noise.POSITION:
+        return PositionStems(sampling.seed, sampling.prompt_length)
+    return KeySeeds(sampling.seed) if sampling.noise is Noise.KEY else NoiseSeeds(sampling.seed)
+
+
+def positional(samplings: Sequence[Sampling]) -> bool:
+    """Whether the noise that is known of some of these is that of positions: one engine has requests of one runner."""
+    return any(s.coupled and s.noise is Noise.POSITION for s in samplings)

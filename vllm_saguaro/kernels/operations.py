@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_saguaro.algorithm import branch_step, branch_tables, outcome_lookup, outcome_ranking
+from vllm_saguaro.algorithm import branch_step, branch_tables, outcome_lookup, outcome_ranking, position_noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Operations:
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
     adopt: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     branch_step: Callable[[Tensor, Tensor, Tensor, int, int, Tensor, Tensor, Tensor], None]
+    add_noise: Callable[[Tensor, Tensor, Tensor, Tensor], None]
 
 
 TWINS = Operations(
@@ -34,6 +35,7 @@ TWINS = Operations(
     copy_blocks=branch_tables.copy_blocks,
     adopt=branch_tables.adopt,
     branch_step=branch_step.branch_step,
+    add_noise=position_noise.add_noise,
 )
 
 
@@ -49,6 +51,7 @@ def operations_for(device: torch.device) -> Operations:
     from vllm_saguaro.kernels import branch_tables as tables
     from vllm_saguaro.kernels import outcome_lookup as lookup
     from vllm_saguaro.kernels import outcome_ranking as ranking
+    from vllm_saguaro.kernels import position_noise as noise
 
     return Operations(
         outcome_lookup=lookup.outcome_lookup,
@@ -57,4 +60,5 @@ def operations_for(device: torch.device) -> Operations:
         copy_blocks=tables.copy_blocks,
         adopt=tables.adopt,
         branch_step=step.branch_step,
+        add_noise=noise.add_noise,
     )

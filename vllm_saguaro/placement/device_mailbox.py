@@ -123,6 +123,11 @@ class MailboxDraft:
         """C of Saguaro sampling that the draft side chose last."""
         return self._channel.sampling_c
 
+    @property
+    def branches(self) -> int | None:
+        """Not known here: how many there are is read on the device alone."""
+        return None
+
     def rounds(self) -> Sequence[Round]:
         """What the draft side was busy with since the last call. From any one thread."""
         return self._channel.rounds() if isinstance(self._channel, Traced) else []

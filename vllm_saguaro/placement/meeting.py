@@ -25,7 +25,7 @@ from typing import Any
 
 from vllm_saguaro.placement.layout import MailboxShape
 
-VERSION = 4
+VERSION = 5
 """Of the hello and of all frames after it."""
 TOKEN_BYTES = 32
 _MAGIC = b"SGLK"

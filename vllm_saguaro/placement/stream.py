@@ -52,11 +52,17 @@ class StreamDraft:
         self._calls = CapturedCalls(engine.model.device)
         self._requests: dict[int, str] = {}
         self._used = False
+        self._branches = 0
 
     @property
     def sampling_c(self) -> float | None:
         """C of Saguaro sampling, which is fixed here."""
         return self.engine.sampling_c if self.alive else None
+
+    @property
+    def branches(self) -> int | None:
+        """Branches of a request in the newest round."""
+        return self._branches if self.alive else 0
 
     def admit(self, slot: int, request_id: str, token_ids: Sequence[int], sampling: Sampling) -> None:
         """A request, new or resumed, holds this slot from now on, with these tokens; replaces what the slot held."""
@@ -89,6 +95,7 @@ class StreamDraft:
         if not self.alive:
             return self._nothing(outcomes)
         bucket = self.engine.bucket(batch)
+        self._branches = bucket.branches
         try:
             self._stream.follow()
             with self._stream.entered():

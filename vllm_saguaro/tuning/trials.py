@@ -80,7 +80,7 @@ def further_candidates(found: Tuning) -> Iterator[Candidate]:
     if settings.on_host:
         yield from _each(found, "backup", BACKUPS_IN_TURN)
     if any(settings.temperatures):
-        yield from _each(found, "draft_sample_method", [_ways_to_draw(settings)[1]])
+        yield from _each(found, "draft_sample_method", ["probabilistic"])
         yield from _values_of_c(found)
     yield from _elsewhere(found, [name for name in settings.placements if name == "ray"])
 
@@ -125,16 +125,10 @@ def _other_sizes(found: Tuning) -> Sequence[int]:
     return max(1, n // 2), min(2 * n, MAX_BRANCHES)
 
 
-def _ways_to_draw(settings: Settings) -> tuple[str, str]:
-    """The default, and what is tried beside it. The noise that coupled drafts need is known on the host alone."""
-    return ("coupled", "probabilistic") if settings.on_host else ("probabilistic", "greedy")
-
-
 def _values_of_c(found: Tuning) -> Iterator[Candidate]:
     """C, if the best so far draws from the draft's own q: nothing else looks at it."""
-    usual, _ = _ways_to_draw(found.settings)
-    way = _effective(found, "draft_sample_method", usual)
-    if way == "probabilistic" or (way == "coupled" and not found.settings.on_host):
+    way = _effective(found, "draft_sample_method", "coupled")
+    if way == "probabilistic":
         values = C_CHOICES[1:] if _placement(found) == "stream" else C_CHOICES  # a stream's own C is 1
         yield from _each(found, "sampling_c", values)
     elif "sampling_c" not in found.settings.fixed and _both_ways_were_tried(found):

@@ -48,6 +48,12 @@ class DeviceCounters:
         self._arrived.copy_(self._counts, non_blocking=True)
         self.publish()
 
+    def drafted(self, drafts: int, branches: int | None) -> None:
+        """A step: how many drafts a request has to verify, and its branches (None: not known)."""
+        self._page.set(counters.DRAFTS, drafts)
+        if branches is not None:
+            self._page.set(counters.BRANCHES, branches)
+
     def drew(self, c: float | None) -> None:
         """A step with sampled rows: C of Saguaro sampling now."""
         self._page.set(counters.SAMPLING_C, c)
@@ -55,6 +61,8 @@ class DeviceCounters:
     def gave_up(self) -> None:
         """The draft has failed, and is not started again."""
         self._page.set(counters.SAMPLING_C, None)
+        self._page.set(counters.DRAFTS, 0)
+        self._page.set(counters.BRANCHES, 0)
         self._page.set(counters.DRAFT_UP, 0)
         self._page.set(counters.DRAFT_LEFT_OFF, 1)
 

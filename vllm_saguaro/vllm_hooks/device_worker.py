@@ -21,7 +21,7 @@ from vllm_saguaro.device_messages import DeviceDraft
 from vllm_saguaro.placement.channel import Traced
 from vllm_saguaro.trace import Trace, WrittenTrace
 from vllm_saguaro.trace_file import TraceFile
-from vllm_saguaro.vllm_hooks import compatibility, device_ranks, marked_sampler, runner_v2
+from vllm_saguaro.vllm_hooks import compatibility, coupled_sampler, device_ranks, marked_sampler, runner_v2
 from vllm_saguaro.vllm_hooks.device_counters import DeviceCounters
 from vllm_saguaro.vllm_hooks.device_drafts import open_device_draft
 from vllm_saguaro.vllm_hooks.engine_args import OPTIONS_ATTRIBUTE
@@ -29,6 +29,7 @@ from vllm_saguaro.vllm_hooks.metrics import attach_page
 from vllm_saguaro.vllm_hooks.runner_v2 import SaguaroSpeculator
 
 if TYPE_CHECKING:
+    import torch
     from vllm.v1.worker.gpu_worker import Worker as _Worker
 else:
     _Worker = object
@@ -55,6 +56,7 @@ class DeviceDraftWorker(_Worker):
     def init_device(self) -> None:
         """Make the runner, and put our speculator where its own was."""
         super().init_device()
+        self._options = _with_method(self._options, self.vllm_config.model_config, self.device)
         runner, config, group = self.model_runner, SaguaroConfig.from_dict(self._options), get_tp_group()
         self._leads = group.is_first_rank
         counting = None
@@ -68,7 +70,7 @@ class DeviceDraftWorker(_Worker):
             config.num_speculative_tokens,
             longest=config.draft_max_length,
             # What the other ranks sample is replaced by what the first one samples: they need no q.
-            certain=config.draft_sample_method == "greedy" or not self._leads,
+            with_q=config.draft_sample_method == "probabilistic" and self._leads,
             counters=counting,
         )
         runner_v2.install(runner, self._speculator)
@@ -78,7 +80,10 @@ class DeviceDraftWorker(_Worker):
         """Load the target, then the draft, and mark filler in the target's rejection sampler."""
         super().load_model(load_dummy_weights=load_dummy_weights)
         assert self._speculator is not None
-        marked_sampler.install(self.model_runner, self._speculator.ready)
+        coupled = self._options["draft_sample_method"] == "coupled"
+        marked_sampler.install(self.model_runner, self._speculator.ready, coupled)
+        if coupled:
+            self._speculator.know_noise(self.model_runner.sampler.sampling_states.seeds.np)
         if not self._leads:
             return
         draft = self._open_draft()
@@ -125,3 +130,13 @@ class DeviceDraftWorker(_Worker):
     def _open_draft(self) -> DeviceDraft:
         slots, longest = self.model_runner.max_num_reqs, self.model_config.max_model_len
         return open_device_draft(self._options, slots, longest, self.device, self._page)
+
+
+def _with_method(options: dict[str, Any], model_config: Any, device: torch.device) -> dict[str, Any]:
+    """The options with a way to draw that this vLLM has: its noise may be another than the one that we know."""
+    if options["draft_sample_method"] != "coupled" or coupled_sampler.noise_is_known(model_config, device):
+        return options
+    logger.warning(
+        'Saguaro: this vLLM draws with noise that is not known beforehand; draft_sample_method is "probabilistic".'
+    )
+    return options | {"draft_sample_method": "probabilistic"}

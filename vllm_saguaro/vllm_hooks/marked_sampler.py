@@ -4,6 +4,7 @@ Under runner V2 every request verifies as many drafts as were scheduled, whether
 that it had not are filler: valid token ids that nobody drafted. vLLM's sampler has a mask for drafts that must not be
 accepted (it was made for grammars): at the first of them verification stops, and the token is drawn from p itself, not
 from the residual (`_rejection_kernel`, `_resample_kernel`). So filler is exact at every temperature, whatever it is.
+Coupled drafts have a sampler of their own inside (`coupled_sampler.py`), which heeds the same mask.
 
 Row layout: the logits of a request are one row for the last token and one for each draft, `expanded_local_pos` 0, 1, ..
 K. Row i carries the i-th draft (counted from 1) as its input, and the mask is read there.
@@ -14,6 +15,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+
+from vllm_saguaro.vllm_hooks.coupled_sampler import CoupledSampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,9 +50,14 @@ class MarkedSampler:
         return getattr(self._sampler, name)
 
 
-def install(runner: GPUModelRunner, ready: Tensor) -> None:
-    """Put ours around the sampler of a runner that has loaded its target."""
+def install(runner: GPUModelRunner, ready: Tensor, coupled: bool) -> None:
+    """Put ours around the sampler of a runner that has loaded its target.
+
+    `coupled`: drafts are what the target's own noise picks. Then its tokens must be decided by that noise, too: vLLM's
+    test would draw what is left of p with the numbers that a draft came from, and be wrong. Raises RuntimeError for a
+    sampler that is not vLLM's own.
+    """
     sampler = runner.rejection_sampler
-    if not isinstance(sampler, RejectionSampler):
+    if not isinstance(sampler, RejectionSampler) or (coupled and type(sampler) is not RejectionSampler):
         raise RuntimeError(f"vllm_saguaro: expected vLLM's own V2 rejection sampler, found {type(sampler)}")
-    runner.rejection_sampler = MarkedSampler(sampler, ready)
+    runner.rejection_sampler = MarkedSampler(CoupledSampler.of(sampler) if coupled else sampler, ready)

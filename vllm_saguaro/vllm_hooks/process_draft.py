@@ -70,7 +70,9 @@ def open_process_draft(
 
     channel = RestartingChannel(start, config.draft_restarts, page, logger, hits=lambda: page.value(counters.HITS))
     try:
-        draft = MailboxDraft(channel, shape, device, lookup, logger, with_q=config.draft_sample_method != "greedy")
+        draft = MailboxDraft(
+            channel, shape, device, lookup, logger, with_q=config.draft_sample_method == "probabilistic"
+        )
         draft.wait_until_ready()
     except BaseException:
         channel.close()

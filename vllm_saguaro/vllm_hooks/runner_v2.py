@@ -19,7 +19,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator, DraftModelSpeculator
 
 from vllm_saguaro.device_messages import DeviceDraft, DeviceOutcomes
-from vllm_saguaro.messages import Sampling
+from vllm_saguaro.messages import Noise, Sampling
 from vllm_saguaro.vllm_hooks.device_counters import DeviceCounters
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ class SaguaroSpeculator(BaseSpeculator):
 
     Public state: `ready` [R] int32 on the device, how many of a slot's drafts under verification are real;
     `draft_logits` [R, K, V] float32 or None, see `DeviceDraft.logits_into`; it is float32 whatever the model's dtype,
-    because the verifier must be given the very q that was drawn from; `ranks`, where the target has several.
+    because the verifier must be given the very q that was drawn from, and None where drafts have no q that anybody asks
+    for (coupled and certain ones); `ranks`, where the target has several.
     """
 
     supports_mm_inputs = False
@@ -54,12 +55,12 @@ class SaguaroSpeculator(BaseSpeculator):
         req_states: RequestState,
         num_speculative_tokens: int,
         longest: int,
-        certain: bool,
+        with_q: bool,
         counters: DeviceCounters | None = None,
     ) -> None:
-        """`longest`: tokens of a prompt that the draft may hold at most; `certain`: drafts are never drawn."""
+        """`longest`: tokens of a prompt that the draft may hold at most; `with_q`: drafts may be drawn from a q."""
         slots, device, vocab_size = req_states.max_num_reqs, req_states.device, req_states.vocab_size
-        self.draft_logits = None if certain else torch.zeros(slots, num_speculative_tokens, vocab_size, device=device)
+        self.draft_logits = torch.zeros(slots, num_speculative_tokens, vocab_size, device=device) if with_q else None
         self.ready = torch.zeros(slots, dtype=torch.int32, device=device)
         self._draft: DeviceDraft | None = None
         self._req_states = req_states
@@ -77,7 +78,13 @@ class SaguaroSpeculator(BaseSpeculator):
         self._slots: dict[str, int] = {}
         """The slot of each request that the draft has."""
         self._may_capture = False
+        self._seeds: np.ndarray | None = None
+        """Of each slot's request, on the host, where they decide the target's tokens."""
         self.ranks: Ranks | None = None
+
+    def know_noise(self, seeds: np.ndarray) -> None:
+        """The target's tokens are decided by the seeds [R] int64 that the runner gives its slots (a view of them)."""
+        self._seeds = seeds
 
     # ---- who comes and goes ------------------------------------------------------------------------------------------
 
@@ -107,11 +114,14 @@ class SaguaroSpeculator(BaseSpeculator):
 
     def _take_in(self, slot: int, new: NewRequestData) -> None:
         params, token_ids = new.sampling_params, new.prefill_token_ids
-        sampling = _sampling(params, new.prompt_len)
+        seed = None if self._seeds is None else int(self._seeds[slot])
+        sampling = _sampling(params, new.prompt_len, seed)
         structured = params is not None and params.structured_outputs is not None
         self._sampled[slot] = not sampling.greedy
         # Under structured output the grammar ends some speculations early, by what the drafts are: no q is right for
-        # those, but certain drafts are exact under any selection. So the draft side takes the request for greedy.
+        # those, but certain drafts are exact under any selection, and so are coupled ones. So where drafts would have a
+        # q the draft side takes the request for greedy.
+        structured &= self._seeds is None
         self._certain[slot].fill_(structured)
         self.ready[slot].fill_(0)
         # A text of embeddings has no tokens to draft from.
@@ -198,6 +208,7 @@ class SaguaroSpeculator(BaseSpeculator):
             return None
         if self._counters is not None:
             self._counters.count(outcomes.accepted, ready, most)
+            self._counters.drafted(self._most_drafts, draft.branches)
         return ready
 
     def _give_up(self) -> None:
@@ -242,8 +253,8 @@ def _gives_a_token(input_batch: InputBatch) -> bool:
     return bool((~input_batch.is_prefilling_np | (read >= input_batch.prefill_len_np)).any())
 
 
-def _sampling(params: SamplingParams | None, prompt_length: int) -> Sampling:
-    """How a request samples. Beyond a point a temperature is as good as infinite."""
+def _sampling(params: SamplingParams | None, prompt_length: int, seed: int | None) -> Sampling:
+    """How a request samples. `seed`: of its noise, where that is known. Beyond a point a temperature is infinite."""
     if params is None:
         return Sampling(prompt_length=prompt_length)
     return Sampling(
@@ -251,6 +262,8 @@ def _sampling(params: SamplingParams | None, prompt_length: int) -> Sampling:
         top_k=min(max(params.top_k, 0), _MOST_TOP_K),
         top_p=float(params.top_p),
         min_p=float(params.min_p),
+        noise=Noise.UNKNOWN if seed is None else Noise.POSITION,
+        seed=seed or 0,
         prompt_length=prompt_length,
     )
 

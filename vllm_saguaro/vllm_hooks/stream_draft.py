@@ -37,9 +37,8 @@ class StreamOptions:
 
     model: how the draft is loaded. `device` is the worker's, such as "cuda:0"; `kv_cache_bytes` is the draft's KV, 0
     for a default (`default_kv_tokens`); `max_rows` and `graph_rows` are set here. slots: the runner's max_num_seqs.
-    branches: N, or None for `buckets.default_branches`. method: "probabilistic", or "greedy" for drafts without q
-    ("coupled" is the first: under runner V2 no noise is known beforehand). sampling_c: C of Saguaro sampling, 1 for
-    none. seed of the drafts' noise; None: a secret from the system.
+    branches: N, or None for `buckets.default_branches`. method and sampling_c: as `DeviceEngine` has them. seed of the
+    drafts' own noise; None: a secret from the system.
     """
 
     model: DraftModelConfig

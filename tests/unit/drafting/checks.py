@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tests.unit.drafting.fake_model import FakeModel
-from vllm_saguaro.algorithm import outcomes
+from vllm_saguaro.algorithm import outcomes, position_noise
 from vllm_saguaro.algorithm.calibration import class_of
 from vllm_saguaro.algorithm.noise import KeySeeds, NoiseSeeds, gumbel_of_all
 from vllm_saguaro.algorithm.sampling import deflate
@@ -21,6 +21,7 @@ GREEDY = Sampling()
 SAMPLED = Sampling(temperature=0.8)
 COUPLED = Sampling(temperature=0.8, noise=Noise.KEY, seed=1234)
 SEEDED = Sampling(temperature=1.2, noise=Noise.SEED, seed=7)
+POSITIONED = Sampling(temperature=0.9, noise=Noise.POSITION, seed=-99)
 PROMPT = [(7 * i + 3) % 40 for i in range(11)]
 
 
@@ -79,6 +80,9 @@ def check_blocks(engine: DraftEngine, trunks: Sequence[Trunk]) -> None:
 
 def noise_at(sampling: Sampling, position: int, vocabulary: int) -> torch.Tensor:
     """The noise [V] float64 that a coupled request has at a text position."""
+    if sampling.noise is Noise.POSITION:
+        stem = torch.tensor([position_noise.stem_of(sampling.seed, position)])
+        return position_noise.gumbel_of_all(stem, vocabulary)[0]
     seeds = KeySeeds(sampling.seed) if sampling.noise is Noise.KEY else NoiseSeeds(sampling.seed)
     return gumbel_of_all(torch.tensor([seeds.at(position - sampling.prompt_length)]), vocabulary)[0]
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from tests.unit.drafting.fake_device_model import FakeDeviceModel
+from vllm_saguaro.algorithm.position_noise import gumbel_of_all, stem_of
 from vllm_saguaro.algorithm.sampling import SUPPORT
 from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
 from vllm_saguaro.drafting.device_engine import DeviceEngine
@@ -201,6 +202,10 @@ class World:
             assert k == len(request.drafts) or bonus != request.drafts[k], "a rejected draft is no bonus token"
             text = [*request.text, *request.drafts[:k], bonus]
             assert len(text) + self.drafts <= self.model.max_length
+            if request.sampling.coupled:
+                assert bool(state.noisy[slot])
+                assert drafts == self.picked(text, request.sampling), "not what the noise picks"
+                continue
             if bool(state.certain[slot]):
                 assert drafts == self.model.language.greedy_continuation(text, self.drafts), "not what the draft says"
                 continue
@@ -211,8 +216,28 @@ class World:
                 assert q[draft] > 0
                 text.append(draft)
 
+    def picked(self, text: Sequence[int], sampling: Sampling) -> list[int]:
+        """What the noise of each position picks from the draft's logits, one token after the other."""
+        text, drafts = list(text), list[int]()
+        for _ in range(self.drafts):
+            drafts.append(picked(self.model.language.logits_after(text), len(text), sampling))
+            text.append(drafts[-1])
+        return drafts
+
     def q_after(self, text: Sequence[int], sampling: Sampling) -> torch.Tensor:
         """softmax(z / T) over the likeliest M, of a request without cuts."""
         z = self.model.language.logits_after(text) / sampling.temperature
         least = z.topk(min(SUPPORT, len(z))).values[-1]
         return z.masked_fill(z < least, -torch.inf).softmax(-1)
+
+
+def picked(logits: torch.Tensor, position: int, sampling: Sampling) -> int:
+    """argmax_t z_t / T + g_t at a text position, over the tokens that a top-k leaves; the other cuts are not looked at.
+
+    What a target says that samples with this noise.
+    """
+    z = logits.double() / sampling.temperature
+    if sampling.top_k:
+        z = z.masked_fill(z < z.topk(sampling.top_k).values[-1], -torch.inf)
+    noise = gumbel_of_all(torch.tensor([stem_of(sampling.seed, position)]), len(z))[0]
+    return int((z + noise).argmax())

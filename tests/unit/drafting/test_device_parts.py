@@ -153,7 +153,8 @@ def test_logits_that_are_no_numbers_give_a_certain_draft_and_no_other_row_change
     """A q that is none would have the verifier draw from nothing: the text would be the draft's fault."""
     logits = torch.randn(3, 200, generator=torch.Generator().manual_seed(1))
     rows = SamplingRows.of([Sampling(temperature=0.8, top_p=0.9)] * 3, "cpu")
-    rule, seed = Rule(rows, torch.zeros(3, dtype=torch.bool), c), torch.tensor([5, 6, 7])
+    no, seed = torch.zeros(3, dtype=torch.bool), torch.tensor([5, 6, 7])
+    rule = Rule(rows, no, noisy=no, seed=seed, c=c)
     sound = draw(logits, rule, seed, fan_out=2)
     logits[1] = bad
     drawn = draw(logits, rule, seed, fan_out=2)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.unit.drafting.checks import COUPLED, GREEDY, SAMPLED, SEEDED, make_engine, noise_at
+from tests.unit.drafting.checks import COUPLED, GREEDY, POSITIONED, SAMPLED, SEEDED, make_engine, noise_at
 from tests.unit.drafting.fake_model import FakeModel
 from vllm_saguaro.drafting.drawing import Drawer
 from vllm_saguaro.drafting.trunk import PLAIN, Deflation, Drawing, DrawRule, Trunk
@@ -82,7 +82,7 @@ def test_certain_rows_take_the_likeliest_token_at_every_temperature() -> None:
 # ---- coupled --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", [COUPLED, SEEDED])
+@pytest.mark.parametrize("sampling", [COUPLED, SEEDED, POSITIONED])
 def test_coupled_rows_take_what_their_noise_picks_of_the_whole_vocabulary(sampling: Sampling) -> None:
     drawer, rows = drawer_of(), 40
     samplings = [replace(sampling, seed=seed, prompt_length=seed % POSITION) for seed in range(rows)]
@@ -100,11 +100,12 @@ def test_coupled_rows_take_what_their_noise_picks_of_the_whole_vocabulary(sampli
     assert beyond > 10, "no draft shows that the whole vocabulary is in the race"
 
 
+@pytest.mark.parametrize("coupled", [COUPLED, POSITIONED], ids=["integers", "positions"])
 @pytest.mark.parametrize("cuts", CUTS, ids=["top-k", "top-p", "min-p", "all"])
-def test_coupled_rows_stay_within_their_own_cuts(cuts: Sampling) -> None:
+def test_coupled_rows_stay_within_their_own_cuts(cuts: Sampling, coupled: Sampling) -> None:
     drawer, rows = drawer_of(), 60
-    cuts = replace(cuts, temperature=COUPLED.temperature, noise=COUPLED.noise)
-    samplings = [replace(cuts if seed % 2 else COUPLED, seed=seed) for seed in range(rows)]
+    cuts = replace(cuts, temperature=coupled.temperature, noise=coupled.noise)
+    samplings = [replace(cuts if seed % 2 else coupled, seed=seed) for seed in range(rows)]
     logits = random_logits(rows)
     tokens, _ = drawer.draw(logits, rule_of(drawer, samplings), 1)
     other = 0

@@ -10,6 +10,7 @@ import pytest
 from tests.unit.drafting.checks import (
     COUPLED,
     GREEDY,
+    POSITIONED,
     PROMPT,
     SAMPLED,
     SEEDED,
@@ -163,7 +164,7 @@ def test_outcomes_come_likeliest_first_and_none_is_marked() -> None:
         assert all(token >= 0 for _, token in ranked)
 
 
-@pytest.mark.parametrize("sampling", [COUPLED, SEEDED])
+@pytest.mark.parametrize("sampling", [COUPLED, SEEDED, POSITIONED])
 def test_with_known_noise_a_target_that_equals_the_draft_is_foreseen(sampling: Sampling) -> None:
     """All drafts accepted, and then the token that the noise picks; q alone would often say another."""
     engine, surprising = make_engine(FakeModel(num_blocks=256)), 0
@@ -181,7 +182,7 @@ def test_with_known_noise_a_target_that_equals_the_draft_is_foreseen(sampling: S
     assert surprising > 0
 
 
-@pytest.mark.parametrize("sampling", [COUPLED, SEEDED])
+@pytest.mark.parametrize("sampling", [COUPLED, SEEDED, POSITIONED])
 def test_known_noise_sharpens_the_belief(sampling: Sampling) -> None:
     engine = make_engine(FakeModel())
     trunk = awaiting(engine, sampling, 1)

@@ -30,6 +30,7 @@ TYPES = {
     torch.int16: "i16",
     torch.uint8: "u8",
     torch.float32: "fp32",
+    torch.bool: "i1",
 }
 SIZES = (
     Sizes(rows=2, branches=24, drafts=4, candidates=64, width=64, block_size=16),

@@ -28,6 +28,7 @@ MODULES = {
     "copy_blocks": "branch_tables",
     "adopt": "branch_tables",
     "branch_step": "branch_step",
+    "add_noise": "position_noise",
 }
 """Where the kernel of each operation is."""
 

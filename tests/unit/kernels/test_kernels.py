@@ -29,6 +29,7 @@ LARGE = {
     "copy_blocks": Sizes(rows=1, branches=3, candidates=100, block_size=16),
     "adopt": Sizes(slots=4, rows=4, branches=64, drafts=16, width=200, block_size=1),
     "branch_step": Sizes(rows=3, branches=64, width=40, block_size=16),
+    "add_noise": Sizes(rows=2, branches=3, width=50, candidates=50),
 }
 """More than one program or tile wherever a kernel has several."""
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -96,6 +97,12 @@ PLANTED = [
     ("branch_step", "mask=there, other=0) + 1", "mask=there, other=0)"),
     ("branch_step", "(position < limit)", "(position <= limit)"),
     ("branch_step", "tl.minimum(position + 1, limit)", "tl.minimum(position, limit)"),
+    ("add_noise", "(word << 15) | (word >> 17)", "(word << 15) | (word >> 16)"),
+    ("add_noise", "h ^= 16", "h ^= 12"),
+    ("add_noise", "other=0.0) / tl.load(temperature + row * temperature_row)", "other=0.0)"),
+    ("add_noise", "tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)", "tl.arange(0, BLOCK)"),
+    ("add_noise", "if tl.load(noisy + row * noisy_row):", "if row >= 0:"),
+    ("add_noise", "u < 0.0625, series, direct", "u < 2.0, series, direct"),
 ]
 
 

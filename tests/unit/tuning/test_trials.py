@@ -149,28 +149,23 @@ def test_on_a_device_there_are_no_backups() -> None:
         "placement=process",
         "N=10",
         "N=40",
-        "draft_sample_method=greedy",
-        "C=0.5",
-        "C=0.1",
+        "draft_sample_method=probabilistic",
     ]
     assert found.chosen.candidate.keys == FIRST
+    assert found.left_out == {"C 1, 0.5, 0.1": "coupled drafts are not slower, and have no C"}
 
 
-def test_on_a_device_a_draft_with_a_process_chooses_its_n_and_c() -> None:
+@pytest.mark.parametrize(("placement", "values"), [("process", C_CHOICES), ("stream", C_CHOICES[1:])])
+def test_on_a_device_a_c_that_is_one_anyway_is_not_tried(placement: str, values: tuple[float, ...]) -> None:
+    where = {} if placement == "stream" else {"placement": placement}
+    names, _ = follow(sampled(CUDA), favouring(**where, draft_sample_method="probabilistic"))
+    assert [name.rpartition("C=")[2] for name in names if "C=" in name] == [f"{c:g}" for c in values]
+
+
+def test_on_a_device_a_draft_with_a_process_chooses_its_n() -> None:
     names, _ = follow(sampled(CUDA), favouring(placement="process"))
     assert not any("N=" in name for name in names)
-    assert names[2:] == [f"placement=process C={c}" for c in C_CHOICES]
-
-
-def test_greedy_drafts_have_no_c() -> None:
-    names, found = follow(sampled(CUDA), favouring(draft_sample_method="greedy"))
-    assert names[-1] == "draft_sample_method=greedy"
-    assert found.left_out == {"C 1, 0.5, 0.1": "greedy drafts are not slower, and have no C"}
-
-
-def test_coupled_drafts_are_drawn_from_q_on_a_device() -> None:
-    names, _ = follow(sampled(CUDA, draft_sample_method="coupled"), all_alike)
-    assert names[-2:] == ["C=0.5", "C=0.1"]
+    assert names[2:] == ["placement=process draft_sample_method=probabilistic"]
 
 
 @pytest.mark.parametrize("speed", [all_alike, favouring(placement="process"), favouring(placement="inline")])

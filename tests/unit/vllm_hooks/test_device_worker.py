@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,7 +38,9 @@ class FakeWorker:
     def _make_model_runner(self) -> Any:
         states = SimpleNamespace(max_num_reqs=2, vocab_size=8, device=self.device, req_id_to_index={})
         self.happened.append("runner")
-        return SimpleNamespace(req_states=states, device=self.device, max_num_reqs=2, speculator="vLLM's")
+        sampler = SimpleNamespace(sampling_states=SimpleNamespace(seeds=SimpleNamespace(np=np.array([3, 4]))))
+        facts = {"req_states": states, "device": self.device, "max_num_reqs": 2, "sampler": sampler}
+        return SimpleNamespace(speculator="vLLM's", **facts)
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         self.happened.append("target")
@@ -81,11 +84,12 @@ class FakeDraft:
         self.happened.append("draft ends")
 
 
-def config(use_v2: bool = True, trace: str | None = None, placement: str = "stream") -> Any:
-    ours = SaguaroConfig(placement=placement, draft_max_length=16, trace=trace)
+def config(use_v2: bool = True, **ours_alone: Any) -> Any:
+    ours = SaguaroConfig(**{"placement": "stream", "draft_max_length": 16, **ours_alone})
     options = ours.to_dict() | {"draft": {}, "target_vocab_size": 8}
     speculative = SimpleNamespace(**{OPTIONS_ATTRIBUTE: options})
-    return SimpleNamespace(use_v2_model_runner=use_v2, speculative_config=speculative)
+    model = SimpleNamespace(use_fp64_gumbel=False)
+    return SimpleNamespace(use_v2_model_runner=use_v2, speculative_config=speculative, model_config=model)
 
 
 def rank(monkeypatch: pytest.MonkeyPatch, first: bool) -> None:
@@ -106,7 +110,8 @@ def happened(monkeypatch: pytest.MonkeyPatch) -> Happened:
 
     monkeypatch.setattr(device_worker, "open_device_draft", open_draft)
     rank(monkeypatch, first=True)
-    monkeypatch.setattr(device_worker.marked_sampler, "install", lambda runner, ready: found.append("sampler"))
+    monkeypatch.setattr(device_worker.marked_sampler, "install", lambda *_: found.append("sampler"))
+    monkeypatch.setattr(device_worker.coupled_sampler, "noise_is_known", lambda model, device: True)
     monkeypatch.setattr(device_worker.runner_v2, "install", lambda runner, ours: found.append("speculator"))
     return found
 
@@ -200,6 +205,35 @@ def test_a_trace_has_what_the_host_knows(happened: Happened, monkeypatch: pytest
     assert ("round", 2, {"step": 1, "rows": 2, "branches": 5}) in found
 
 
+@pytest.mark.parametrize(
+    ("method", "known", "drawn"),
+    [
+        ("coupled", True, "coupled"),
+        ("coupled", False, "probabilistic"),
+        ("probabilistic", True, "probabilistic"),
+        ("greedy", True, "greedy"),
+    ],
+)
+def test_drafts_are_coupled_where_the_noise_is_known(
+    method: str, known: bool, drawn: str, happened: Happened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[Any] = []
+
+    def open_draft(options: Any, *_: Any) -> FakeDraft:
+        told.append(options["draft_sample_method"])
+        return FakeDraft(happened)
+
+    monkeypatch.setattr(device_worker, "open_device_draft", open_draft)
+    monkeypatch.setattr(device_worker.coupled_sampler, "noise_is_known", lambda model, device: known)
+    monkeypatch.setattr(device_worker.marked_sampler, "install", lambda runner, ready, coupled: told.append(coupled))
+    worker: Any = WorkerUnderTest(config(draft_sample_method=method), happened)
+    worker.init_device()
+    worker.load_model()
+    assert told == [drawn == "coupled", drawn]
+    assert (worker._speculator.draft_logits is None) == (drawn != "probabilistic")
+    assert (worker._speculator._seeds is not None) == (drawn == "coupled")
+
+
 def test_without_a_trace_there_is_none(happened: Happened) -> None:
     worker: Any = WorkerUnderTest(config(), happened)
     worker.init_device()
@@ -209,7 +243,7 @@ def test_without_a_trace_there_is_none(happened: Happened) -> None:
 
 def test_another_rank_than_the_first_has_no_draft_and_no_q(happened: Happened, monkeypatch: pytest.MonkeyPatch) -> None:
     rank(monkeypatch, first=False)
-    worker: Any = WorkerUnderTest(config(), happened)
+    worker: Any = WorkerUnderTest(config(draft_sample_method="probabilistic"), happened)
     worker.init_device()
     worker.load_model()
     assert worker._speculator.draft_logits is None

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
+from vllm_saguaro.vllm_hooks.coupled_sampler import CoupledSampler
 from vllm_saguaro.vllm_hooks.marked_sampler import MarkedSampler, install
 
 
@@ -63,7 +65,29 @@ def test_the_rest_of_the_sampler_is_reached() -> None:
     assert MarkedSampler(NotedSampler(), READY).enable_adaptive_verification is False
 
 
-def test_only_vllms_own_sampler_is_wrapped() -> None:
-    runner: Any = SimpleNamespace(rejection_sampler=None)
+class AnotherSampler(RejectionSampler):
+    """Of a model that verifies in its own way."""
+
+    def __init__(self) -> None:
+        self.num_speculative_steps = 3
+
+
+@pytest.mark.parametrize(("sampler", "coupled"), [(None, False), (None, True), (AnotherSampler(), True)])
+def test_only_vllms_own_sampler_is_wrapped(sampler: Any, coupled: bool) -> None:
+    runner: Any = SimpleNamespace(rejection_sampler=sampler)
     with pytest.raises(RuntimeError, match="expected vLLM's own V2 rejection sampler, found"):
-        install(runner, READY)
+        install(runner, READY, coupled)
+
+
+def test_coupled_drafts_have_a_sampler_that_decides_first() -> None:
+    own = RejectionSampler.__new__(RejectionSampler)
+    own.num_speculative_steps = 3
+    for sampler, coupled, inside in (
+        (own, True, CoupledSampler),
+        (own, False, RejectionSampler),
+        (AnotherSampler(), False, AnotherSampler),
+    ):
+        runner: Any = SimpleNamespace(rejection_sampler=sampler)
+        install(runner, READY, coupled)
+        assert type(runner.rejection_sampler._sampler) is inside
+        assert runner.rejection_sampler.num_speculative_steps == 3

@@ -18,7 +18,7 @@ from vllm.sampling_params import StructuredOutputsParams
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
-from vllm_saguaro.messages import Miss, Sampling
+from vllm_saguaro.messages import Miss, Noise, Sampling
 from vllm_saguaro.vllm_hooks.device_counters import DeviceCounters
 from vllm_saguaro.vllm_hooks.runner_v2 import SaguaroSpeculator, install
 
@@ -36,6 +36,7 @@ class NotedDraft:
     first: int = 11
     resident_bytes: int = 0
     sampling_c: float | None = None
+    branches: int | None = 7
 
     def _note(self, *call: Any) -> None:
         self.calls.append(call)
@@ -71,7 +72,7 @@ class NotedDraft:
 class Runner:
     """The runner's state, and steps of it."""
 
-    def __init__(self, draft: NotedDraft | None, certain: bool = False) -> None:
+    def __init__(self, draft: NotedDraft | None, with_q: bool = True) -> None:
         self.states = SimpleNamespace(
             max_num_reqs=SLOTS,
             vocab_size=VOCAB,
@@ -83,7 +84,7 @@ class Runner:
         self.last_sampled = torch.arange(SLOTS).view(-1, 1) + 1
         self.temperature = torch.zeros(SLOTS)
         counted = DeviceCounters(self.page, SLOTS, self.states.device)
-        self.speculator = SaguaroSpeculator(self.states, K, LONGEST, certain, counted)
+        self.speculator = SaguaroSpeculator(self.states, K, LONGEST, with_q, counted)
         if draft is not None:
             self.speculator.attach(draft)
 
@@ -337,13 +338,44 @@ def test_c_is_told_where_a_request_has_a_temperature() -> None:
     assert math.isnan(runner.page.value(counters.SAMPLING_C)), "it has failed"
 
 
+def test_k_and_n_are_told() -> None:
+    draft = NotedDraft()
+    runner = Runner(draft)
+    runner.step({"a": (1, [5])})
+    runner.propose([1], [1])
+    told = [runner.page.value(gauge) for gauge in (counters.DRAFTS, counters.BRANCHES)]
+    draft.branches = None
+    runner.propose([1], [1])
+    assert told == [K, 7] == [runner.page.value(gauge) for gauge in (counters.DRAFTS, counters.BRANCHES)]
+    draft.fails_at = "exchange"
+    runner.propose([1], [1])
+    assert runner.page.value(counters.DRAFTS) == runner.page.value(counters.BRANCHES) == 0
+
+
 def test_drafts_that_are_never_drawn_have_no_q() -> None:
     draft = NotedDraft()
-    runner = Runner(draft, certain=True)
+    runner = Runner(draft, with_q=False)
     runner.step({"b": (2, [6], SAMPLED)})
     runner.propose([2], [1])
     assert runner.speculator.draft_logits is None
     assert not draft.named("logits_into")
+
+
+def test_the_seed_of_the_slot_is_the_drafts_where_it_decides_the_tokens() -> None:
+    draft = NotedDraft()
+    runner = Runner(draft, with_q=False)
+    seeds = np.zeros(SLOTS, dtype=np.int64)
+    runner.speculator.know_noise(seeds)
+    seeds[2] = -(2**62)
+    structured = SamplingParams(temperature=0.7, structured_outputs=StructuredOutputsParams(choice=["a"]))
+    runner.step({"a": (1, [5]), "b": (2, [6], SAMPLED)})
+    greedy, sampled = (call[-1] for call in draft.calls)
+    assert not greedy.coupled
+    assert sampled.coupled
+    assert (sampled.noise, sampled.seed) == (Noise.POSITION, -(2**62))
+    seeds[2] = 17
+    runner.step({"c": (2, [6], structured)}, finished=["b"])
+    assert draft.calls[-1][-1].seed == 17, "a grammar is no reason to draft without the noise"
 
 
 def test_under_structured_output_the_draft_takes_a_request_for_greedy() -> None:

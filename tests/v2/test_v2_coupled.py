@@ -1,0 +1,119 @@
+"""Coupled drafts under runner V2: with a seed the text is plain V2's, token by token, and drafts are mostly right.
+
+Without one the samples are the target's: every request has a seed there, its own or a random one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.e2e.exact import Contexts, chi_square_p
+from tests.v2 import v2_plans
+from tests.v2.v2_runs import OPTIONS, Scripted, V2Run, run_v2, saguaro
+
+pytestmark = [pytest.mark.slow, pytest.mark.engine]
+
+CHANCE = 1e-3
+"""How unlikely samples must be to be wrong."""
+SAMPLES = 64
+STREAM = {"placement": "stream", "branches": 8}
+Runs = tuple[V2Run, V2Run, V2Run]
+
+
+@pytest.fixture(scope="module")
+def runs() -> Runs:
+    """Plain vLLM; drafts of a script; and a real draft on a stream, the host a step ahead."""
+    plain, scripted, stream = run_v2(
+        [
+            {"options": OPTIONS, "scripted": False, "scenarios": [v2_plans.seeded("plain")]},
+            {
+                "options": OPTIONS | saguaro(),
+                "scenarios": [v2_plans.seeded(script, script=script) for script in ("oracle", "mixed", "none")],
+            },
+            {
+                "options": OPTIONS | {"max_num_seqs": 16} | saguaro(**STREAM),
+                "scripted": False,
+                "async": True,
+                "scenarios": [
+                    v2_plans.seeded("seeded"),
+                    v2_plans.seeded("guarded", guarded=True),
+                    v2_plans.drawn("samples", SAMPLES),
+                    v2_plans.drawn("vLLM's own test", SAMPLES, plant="vLLM's own test"),
+                ],
+            },
+        ]
+    )
+    return plain, scripted, stream
+
+
+@pytest.fixture(scope="module")
+def process() -> V2Run:
+    ours = saguaro(placement="process", branches=8)
+    (found,) = run_v2(
+        [{"options": OPTIONS | ours, "scripted": False, "async": True, "scenarios": [v2_plans.seeded("seeded")]}]
+    )
+    return found
+
+
+def texts(found: Scripted) -> list[tuple[list[int], str]]:
+    return [(r["outputs"][0]["token_ids"], r["outputs"][0]["finish_reason"]) for r in found.results]
+
+
+@pytest.mark.parametrize("script", ["oracle", "mixed", "none"])
+def test_the_text_of_a_seed_is_plain_vllms_whatever_is_drafted(runs: Runs, script: str) -> None:
+    plain, scripted, _ = runs
+    assert texts(scripted[script]) == texts(plain["plain"])
+
+
+def test_a_draft_that_knows_the_text_is_accepted(runs: Runs) -> None:
+    _, scripted, _ = runs
+    tokens = sum(len(text) for text, _ in texts(scripted["oracle"]))
+    assert scripted["oracle"].accepted > 0.5 * tokens
+    assert scripted["none"].accepted == 0
+
+
+def test_the_text_of_a_seed_is_plain_vllms_with_a_real_draft(runs: Runs) -> None:
+    plain, _, stream = runs
+    assert texts(stream["seeded"]) == texts(plain["plain"])
+    assert texts(stream["guarded"]) == texts(plain["plain"])
+    assert stream["seeded"].metrics["vllm:saguaro_hits"] > 20
+    assert stream["seeded"].accepted > 20
+
+
+def test_nothing_waits_on_the_host(runs: Runs) -> None:
+    assert "synchronised" not in runs[2].answer
+    assert runs[2]["guarded"].guard["propose"] > 10
+
+
+def samples_p(found: Scripted) -> float:
+    """Of which of the likeliest tokens each one is, the first left out, which no draft has touched."""
+    contexts = Contexts(v2_plans.SAMPLED_PROMPT, found.tokens, v2_plans.DRAWN)
+    count = v2_plans.DRAWN["top_k"]
+    observed, expected = np.zeros(count + 1), np.zeros(count + 1)  # the last: what cannot be drawn
+    for text in found.tokens:
+        for position in range(1, len(text)):
+            p = contexts[text[:position]]
+            likeliest = np.argsort(-p)[:count]
+            expected[:count] += p[likeliest]
+            at = np.flatnonzero(likeliest == text[position])
+            observed[at[0] if at.size else count] += 1
+    return chi_square_p(observed, expected)
+
+
+def test_samples_without_a_seed_are_the_targets(runs: Runs) -> None:
+    found = runs[2]["samples"]
+    assert samples_p(found) > CHANCE
+    assert found.accepted > SAMPLES
+    assert found.metrics["vllm:saguaro_misses{cause=not_predicted}"] > 0
+
+
+def test_vllms_own_test_of_such_drafts_would_be_seen(runs: Runs) -> None:
+    assert samples_p(runs[2]["vLLM's own test"]) < CHANCE
+
+
+@pytest.mark.long
+def test_the_text_of_a_seed_is_plain_vllms_with_a_draft_process(runs: Runs, process: V2Run) -> None:
+    assert texts(process["seeded"]) == texts(runs[0]["plain"])
+    assert process["seeded"].metrics["vllm:saguaro_hits"] > 0
+    assert process["seeded"].accepted > 0

@@ -126,6 +126,31 @@ def _lookup(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     return keys, bonus_keys, drafts, depth, slots, accepted, _integers(-1, 4, (sizes.rows,), g)
 
 
+def _settling(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    slots, rows, remembered, vocabulary = sizes.slots + 1, sizes.rows, sizes.width, 4
+    alive, read = torch.rand(2, slots, generator=g) < 0.8
+    admitted = _integers(1, 4, (slots,), g).to(torch.int32)
+    length = admitted + _integers(0, remembered + 2, (slots,), g).to(torch.int32)
+    tail = _integers(100, 200, (slots, remembered), g)
+    keys, bonus_keys, drafts, depth, *_ = _lookup(Sizes(slots, 0, sizes.branches, sizes.drafts), g)
+    depth = torch.where(torch.rand(slots, generator=g) < 0.7, sizes.drafts, depth).to(torch.int32)
+    chosen = torch.full((rows,), sizes.slots)
+    real = min(rows, sizes.slots)
+    chosen[:real] = torch.randperm(sizes.slots, generator=g)[:real]
+    accepted = torch.where(torch.rand(rows, generator=g) < 0.3, 0, _integers(-1, sizes.drafts + 1, (rows,), g))
+    predicted = chosen, _integers(0, sizes.branches, (rows,), g)
+    hit = torch.rand(rows, generator=g) < 0.5
+    accepted = torch.where(hit, keys[predicted], accepted).to(torch.int32)
+    bonus = torch.where(hit, bonus_keys[predicted], _integers(-1, vocabulary + 1, (rows,), g))
+    accepted[real:] = -1
+    lengths = length[chosen] + accepted + 1
+    lengths += (torch.rand(rows, generator=g) < 0.1).to(torch.int32)
+    results = torch.full((rows,), 9), *torch.full((2, rows, sizes.drafts), 9), torch.full((rows,), 9, dtype=torch.int32)
+    texts = alive, read, length, admitted, tail
+    step = chosen, accepted, bonus, lengths
+    return *texts, keys, bonus_keys, drafts, depth, *step, 3 + remembered, vocabulary, *results
+
+
 def _ranking(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     rows, positions, per_position = shape = sizes.rows, sizes.drafts + 1, sizes.candidates
     vocabulary = 2 * per_position
@@ -215,6 +240,7 @@ def _noise(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
 
 MAKERS: dict[str, Callable[[Sizes, torch.Generator], tuple[Any, ...]]] = {
     "outcome_lookup": _lookup,
+    "settle_outcomes": _settling,
     "ranked_outcomes": _ranking,
     "fork": _fork,
     "copy_blocks": _copies,

@@ -14,16 +14,25 @@ from typing import Any
 import torch
 
 from scripts.gpu_checking.kernel_cases import MAKERS, Sizes, disagreement, make_case
-from vllm_saguaro.kernels import branch_step, branch_tables, outcome_lookup, outcome_ranking
+from vllm_saguaro.kernels import (
+    branch_step,
+    branch_tables,
+    outcome_lookup,
+    outcome_ranking,
+    outcome_settling,
+    position_noise,
+)
 from vllm_saguaro.kernels.operations import TWINS
 
 KERNELS: dict[str, Callable[..., Any]] = {
     "outcome_lookup": outcome_lookup.outcome_lookup,
+    "settle_outcomes": outcome_settling.settle_outcomes,
     "ranked_outcomes": outcome_ranking.ranked_outcomes,
     "fork": branch_tables.fork,
     "copy_blocks": branch_tables.copy_blocks,
     "adopt": branch_tables.adopt,
     "branch_step": branch_step.branch_step,
+    "add_noise": position_noise.add_noise,
 }
 
 SMALL = (Sizes(), Sizes(rows=1, branches=24, drafts=5, candidates=9, width=70, block_size=16), Sizes(rows=7, width=3))

@@ -29,7 +29,7 @@ from tests.v2.v2_plants import PLANTS
 
 Json = dict[str, Any]
 
-TIMEOUT_SECONDS = 900
+TIMEOUT_SECONDS = 1800
 
 
 class V2Engine(Engine):

@@ -128,39 +128,19 @@ class DeviceRound:
     def look_up(self, bucket: Bucket) -> None:
         """Find the drafts of the outcomes in `step`, and take in what the outcomes say of the texts."""
         state, step, size = self.state, self.step, bucket.batch
-        slots, accepted, bonus, lengths = (x[:size] for x in (step.slots, step.accepted, step.bonus, step.lengths))
-        token = accepted >= 0
-        # Where this does not hold the two sides no longer talk of the same text, or the draft cannot hold it.
-        agrees = (lengths == state.length[slots] + accepted + 1) & (lengths <= self.model.max_length)
-        agrees &= (bonus >= 0) & (bonus < self.model.vocab_size)
-        alive = state.alive[slots] & (agrees | ~token)
-        waiting = token & alive & ~state.ready[slots]
-        behind = lengths - 1 - state.admitted[slots]
-        # While its text is read a request has no drafts, so each step brings it one token: those are kept.
-        alive &= ~waiting | ((accepted == 0) & (behind >= 0) & (behind < state.tail.shape[1]))
-        state.alive[slots] = alive
-        state.length[slots] = torch.where(token, lengths, state.length[slots])
-        noted = torch.where(waiting & alive, slots, state.nobody)
-        state.tail[noted, behind.clamp(0, state.tail.shape[1] - 1).long()] = bonus
-
-        active = token & alive & state.ready[slots]
-        at = torch.where(active, slots, state.nobody)
-        filler = torch.where(token, bonus, 0)
-        branch, tokens, ready = self._do.outcome_lookup(
+        self._do.settle_outcomes(
+            *(state.alive, state.ready, state.length, state.admitted, state.tail),
             *(state.accepted_keys, state.bonus_keys, state.drafts, state.depth),
-            *(at, torch.where(active, accepted, -1), filler),
+            *(step.slots[:size], step.accepted[:size], step.bonus[:size], step.lengths[:size]),
+            *(self.model.max_length, self.model.vocab_size),
+            *(step.branch[:size], step.speculation[:size], step.tokens[:size], step.ready[:size]),
         )
-        hit = active & (ready == self._num_drafts)
-        tokens = torch.where(hit.unsqueeze(1), tokens, filler.unsqueeze(1))
-        step.branch[:size] = torch.where(hit, branch, -1)
-        step.speculation[:size] = tokens
-        step.tokens[:size] = tokens
-        step.ready[:size] = torch.where(hit, self._num_drafts, 0)
         if self._coupled:
             return
-        found = at, branch.clamp_min(0)
-        known = hit.view(-1, 1, 1)
-        step.q_tokens[:size] = torch.where(known, state.q_tokens[found].long(), filler.view(-1, 1, 1))
+        branch = step.branch[:size]
+        known = (branch >= 0).view(-1, 1, 1)
+        found = step.slots[:size], branch.clamp_min(0)
+        step.q_tokens[:size] = torch.where(known, state.q_tokens[found].long(), step.tokens[:size].unsqueeze(-1))
         step.log_q[:size] = torch.where(known, state.log_q[found], 0.0)
 
     # ---- the round ---------------------------------------------------------------------------------------------

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_saguaro.algorithm import branch_step, branch_tables, outcome_lookup, outcome_ranking, position_noise
+from vllm_saguaro.algorithm import (
+    branch_step,
+    branch_tables,
+    outcome_lookup,
+    outcome_ranking,
+    outcome_settling,
+    position_noise,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +27,7 @@ class Operations:
     """
 
     outcome_lookup: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    settle_outcomes: Callable[..., None]
     ranked_outcomes: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor, Tensor]]
     fork: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
     copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
@@ -30,6 +38,7 @@ class Operations:
 
 TWINS = Operations(
     outcome_lookup=outcome_lookup.outcome_lookup,
+    settle_outcomes=outcome_settling.settle_outcomes,
     ranked_outcomes=outcome_ranking.ranked_outcomes,
     fork=branch_tables.fork,
     copy_blocks=branch_tables.copy_blocks,
@@ -51,10 +60,12 @@ def operations_for(device: torch.device) -> Operations:
     from vllm_saguaro.kernels import branch_tables as tables
     from vllm_saguaro.kernels import outcome_lookup as lookup
     from vllm_saguaro.kernels import outcome_ranking as ranking
+    from vllm_saguaro.kernels import outcome_settling as settling
     from vllm_saguaro.kernels import position_noise as noise
 
     return Operations(
         outcome_lookup=lookup.outcome_lookup,
+        settle_outcomes=settling.settle_outcomes,
         ranked_outcomes=ranking.ranked_outcomes,
         fork=tables.fork,
         copy_blocks=tables.copy_blocks,

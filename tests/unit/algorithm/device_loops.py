@@ -33,6 +33,50 @@ def outcome_lookup(
     return branch, tokens, ready
 
 
+def settle_outcomes(
+    alive: Tensor,
+    read: Tensor,
+    length: Tensor,
+    admitted: Tensor,
+    tail: Tensor,
+    accepted_keys: Tensor,
+    bonus_keys: Tensor,
+    drafts: Tensor,
+    depth: Tensor,
+    slots: Tensor,
+    accepted: Tensor,
+    bonus: Tensor,
+    lengths: Tensor,
+    max_length: int,
+    vocab_size: int,
+    branch: Tensor,
+    speculation: Tensor,
+    tokens: Tensor,
+    ready: Tensor,
+) -> None:
+    num_drafts = drafts.shape[2]
+    for row, slot in enumerate(slots.tolist()):
+        k, token, now = int(accepted[row]), int(bonus[row]), int(lengths[row])
+        branch[row], ready[row] = -1, 0
+        speculation[row] = tokens[row] = token if k >= 0 else 0
+        if k < 0:
+            continue
+        if now != length[slot] + k + 1 or now > max_length or not 0 <= token < vocab_size:
+            alive[slot] = False
+        length[slot] = now
+        if alive[slot] and not read[slot]:
+            place = now - 1 - int(admitted[slot])
+            if k == 0 and 0 <= place < tail.shape[1]:
+                tail[slot, place] = token
+            else:
+                alive[slot] = False
+        elif alive[slot] and depth[slot] == num_drafts:
+            keys = list(zip(accepted_keys[slot].tolist(), bonus_keys[slot].tolist(), strict=True))
+            if (k, token) in keys:
+                branch[row], ready[row] = keys.index((k, token)), num_drafts
+                speculation[row] = tokens[row] = drafts[slot, branch[row]]
+
+
 def outcomes_in_order(
     candidates: Tensor, log_q: Tensor, drafts: Tensor, n: Tensor, accept: Tensor, room: Tensor
 ) -> list[list[tuple[int, int, float]]]:

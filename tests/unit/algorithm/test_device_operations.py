@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scripts.gpu_checking.kernel_cases import MAKERS, Case, Sizes, disagreement, make_case
 from tests.unit.algorithm import device_loops
-from vllm_saguaro.algorithm import branch_step, branch_tables, outcome_lookup, outcome_ranking
+from vllm_saguaro.algorithm import branch_step, branch_tables, outcome_lookup, outcome_ranking, outcome_settling
 from vllm_saguaro.algorithm.outcomes import Beliefs, outcome_log_probabilities, ranked, scores
 from vllm_saguaro.kernels.operations import TWINS
 
@@ -28,7 +28,7 @@ SIZES = st.builds(
     block_size=st.sampled_from([1, 3, 4, 16]),
 )
 MANY = settings(max_examples=60, deadline=None)
-IN_PLACE = ("copy_blocks", "adopt", "branch_step")
+IN_PLACE = ("settle_outcomes", "copy_blocks", "adopt", "branch_step")
 
 
 @MANY
@@ -114,6 +114,13 @@ PLANTED = [
     (outcome_lookup, "outcome_lookup", ".amin(1)", ".amax(1)"),
     (outcome_lookup, "outcome_lookup", "torch.where(hit, depth[slots], 0)", "depth[slots]"),
     (outcome_lookup, "outcome_lookup", "torch.where(given, found, bonus.unsqueeze(1))", "found"),
+    (outcome_settling, "settle_outcomes", "& (lengths <= max_length)", ""),
+    (outcome_settling, "settle_outcomes", "(agrees | ~token)", "agrees"),
+    (outcome_settling, "settle_outcomes", "(accepted == 0) & ", ""),
+    (outcome_settling, "settle_outcomes", "& (behind < tail.shape[1])", ""),
+    (outcome_settling, "settle_outcomes", "torch.where(token, lengths, length[slots])", "lengths"),
+    (outcome_settling, "settle_outcomes", "active & (count == num_drafts)", "active & (count > 0)"),
+    (outcome_settling, "settle_outcomes", "token & right & read[slots]", "token & read[slots]"),
     (outcome_ranking, "ranked_outcomes", "& (k < room.unsqueeze(1))", ""),
     (outcome_ranking, "ranked_outcomes", "& (k[:-1] < n).unsqueeze(-1)", ""),
     (outcome_ranking, "ranked_outcomes", "- left.logsumexp(-1, keepdim=True)", ""),

@@ -23,6 +23,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[3]
 MODULES = {
     "outcome_lookup": "outcome_lookup",
+    "settle_outcomes": "outcome_settling",
     "ranked_outcomes": "outcome_ranking",
     "fork": "branch_tables",
     "copy_blocks": "branch_tables",

@@ -51,9 +51,7 @@ def on_device(config: SaguaroConfig, written: Container[str], default_placement:
         )
     if placement != "stream":
         _refuse_gpu_memory(written)
-    # The target's noise is not known beforehand there, so that coupled drafts are drawn from the draft's own q.
-    method = "probabilistic" if config.draft_sample_method == "coupled" else config.draft_sample_method
-    return dataclasses.replace(config, placement=placement, backup="none", adaptive=False, draft_sample_method=method)
+    return dataclasses.replace(config, placement=placement, backup="none", adaptive=False)
 
 
 def on_host(config: SaguaroConfig, written: Container[str]) -> SaguaroConfig:

@@ -23,9 +23,8 @@ def refusal(where: Any, **written: Any) -> str:
 
 def test_the_defaults_on_a_device() -> None:
     config = on_v2()
-    assert config == SaguaroConfig(
-        placement="stream", backup="none", adaptive=False, draft_sample_method="probabilistic"
-    )
+    assert config == SaguaroConfig(placement="stream", backup="none", adaptive=False)
+    assert config.draft_sample_method == "coupled"
     assert not config.chooses_itself
 
 

@@ -16,7 +16,8 @@ REQUESTS = st.lists(
 
 
 def ran(requests: list[tuple[list[int], list[int]]]) -> tuple[list[list[int]], list[int]]:
-    drawn, drafts, begins, places = [], [], [0], []
+    drawn, drafts, begins = list[int](), list[int](), [0]
+    places = list[int]()
     for says, fed in requests:
         drawn += says[: len(fed) + 1]
         drafts += [99, *fed]  # the first row is fed the last token of the text

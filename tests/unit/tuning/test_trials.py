@@ -159,13 +159,12 @@ def test_on_a_device_there_are_no_backups() -> None:
 def test_on_a_device_a_c_that_is_one_anyway_is_not_tried(placement: str, values: tuple[float, ...]) -> None:
     where = {} if placement == "stream" else {"placement": placement}
     names, _ = follow(sampled(CUDA), favouring(**where, draft_sample_method="probabilistic"))
-    assert [name.rpartition("C=")[2] for name in names if "C=" in name] == [f"{c:g}" for c in values]
+    assert [name.rpartition("C=")[2] for name in names if "C=" in name] == [f"{c}" for c in values]
 
 
 def test_on_a_device_a_draft_with_a_process_chooses_its_n() -> None:
     names, _ = follow(sampled(CUDA), favouring(placement="process"))
-    assert not any("N=" in name for name in names)
-    assert names[2:] == ["placement=process draft_sample_method=probabilistic"]
+    assert names == ["placement=process", "placement=process draft_sample_method=probabilistic"]
 
 
 @pytest.mark.parametrize("speed", [all_alike, favouring(placement="process"), favouring(placement="inline")])

@@ -33,8 +33,13 @@ _PREFIX = struct.Struct(f"<4sH{TOKEN_BYTES}s")
 _SHAPE = struct.Struct(f"<{len(dataclasses.fields(MailboxShape))}q")
 _ANSWER_BYTES = _PREFIX.size
 _HELLO_SECONDS = 5.0
-"""Nobody may keep others waiting longer than this."""
+"""Nobody without the token may keep others waiting longer than this."""
+PATIENCE_SECONDS = 60.0
+"""So long does either side wait for the other that has the token: strangers may be before it in the queue, and a busy
+machine may let either stand still."""
 _LOOK_SECONDS = 0.1
+_LAST_LOOK_SECONDS = 0.001
+"""At what has come already, after a time in which this process itself stood still."""
 _BACKLOG = 16
 
 
@@ -134,11 +139,14 @@ class Listener:
         """Let `accept` return. May be called twice."""
         self._stopped = True
 
+    def close(self) -> None:
+        """Shut a door at which nobody was listened to."""
+        self._socket.close()
+
     def _greet(self, connection: socket.socket) -> None:
         """Read the hello, and answer it. Raises `Stranger`, `Refused` or `OSError`."""
-        deadline = time.monotonic() + _HELLO_SECONDS
-        expected = self.invitation
-        magic, version, token = _PREFIX.unpack(_receive(connection, _PREFIX.size, deadline))
+        began, expected = time.monotonic(), self.invitation
+        magic, version, token = _PREFIX.unpack(_receive(connection, _PREFIX.size, began + _HELLO_SECONDS))
         if magic != _MAGIC or not hmac.compare_digest(token, expected.token):
             raise Stranger
         if version != VERSION:
@@ -146,25 +154,25 @@ class Listener:
                 f"the draft side speaks version {version} of the link, this side version {VERSION}: "
                 "install the same vllm_saguaro on all nodes"
             )
-        sizes = _SHAPE.unpack(_receive(connection, _SHAPE.size, deadline))
+        sizes = _SHAPE.unpack(_receive(connection, _SHAPE.size, began + PATIENCE_SECONDS))
         if sizes != dataclasses.astuple(expected.shape):
             raise Refused(f"the draft side expects a mailbox of the sizes {sizes}, this side {expected.shape}")
         if connection.family == socket.AF_UNIX and peer(connection)[1] not in (0, os.geteuid()):
             raise Refused("the draft side runs as another user: start it as the one that this process runs as")
+        connection.settimeout(PATIENCE_SECONDS)
         connection.sendall(_PREFIX.pack(_MAGIC, VERSION, _answer_to(expected.token)))
 
 
 def knock(invitation: Invitation) -> socket.socket:
     """Draft side: connect and say hello. Raises `Refused` or `OSError` where we are not let in."""
-    deadline = time.monotonic() + _HELLO_SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     if invitation.port:
-        connection = socket.create_connection((invitation.address, invitation.port), _HELLO_SECONDS)
+        connection = socket.create_connection((invitation.address, invitation.port), PATIENCE_SECONDS)
     else:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if not invitation.port:
-            connection.settimeout(_HELLO_SECONDS)
-            connection.connect("\0" + invitation.address)
+            _connect_here(connection, invitation.address, deadline)
         shape = _SHAPE.pack(*dataclasses.astuple(invitation.shape))
         connection.sendall(_PREFIX.pack(_MAGIC, VERSION, invitation.token) + shape)
         magic, version, digest = _PREFIX.unpack(_receive(connection, _ANSWER_BYTES, deadline))
@@ -177,7 +185,21 @@ def knock(invitation: Invitation) -> socket.socket:
     except BaseException:
         connection.close()
         raise
+    connection.settimeout(PATIENCE_SECONDS)
     return connection
+
+
+def _connect_here(connection: socket.socket, name: str, deadline: float) -> None:
+    """Where the queue at a door of this machine is full nobody waits at it: one is told so at once."""
+    connection.settimeout(PATIENCE_SECONDS)
+    while True:
+        try:
+            connection.connect("\0" + name)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_SECONDS)
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:
@@ -194,10 +216,7 @@ def _receive(connection: socket.socket, size: int, deadline: float) -> bytes:
     """So many bytes, in time. Raises `Stranger` otherwise."""
     data = b""
     while len(data) < size:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise Stranger
-        connection.settimeout(left)
+        connection.settimeout(max(deadline - time.monotonic(), _LAST_LOOK_SECONDS))
         try:
             piece = connection.recv(size - len(data))
         except TimeoutError:

@@ -22,3 +22,12 @@ def sealed_memfd(name: str, size: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def keeps_its_size(fd: int) -> bool:
+    """Whether nobody can make this memory smaller."""
+    try:
+        seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:  # a file of a kind that has no seals
+        return False
+    return bool(seals & fcntl.F_SEAL_SHRINK)

@@ -55,7 +55,8 @@ class NetworkChannel(MailboxChannel):
     def __init__(self, address: str, shape: MailboxShape) -> None:
         """`address`: the IP address of this node to listen on.
 
-        Raises `ValueError` for an address that is none of one node, `OSError` where the system refuses it.
+        Raises `ValueError` for an address that is none of one node, `OSError` where the system refuses it,
+        `RuntimeError` where it has no thread left.
         """
         self._listener = Listener(shape, address)
         self._shape = shape
@@ -75,7 +76,11 @@ class NetworkChannel(MailboxChannel):
             threading.Thread(target=self._receive, name="saguaro-link-receiver", daemon=True),
             threading.Thread(target=self._send, name="saguaro-link-sender", daemon=True),
         ]
-        self._threads[0].start()
+        try:
+            self._threads[0].start()
+        except BaseException:
+            self._listener.close()
+            raise
 
     @property
     def invitation(self) -> Invitation:
@@ -157,6 +162,8 @@ class NetworkChannel(MailboxChannel):
             trouble = str(error)
         except OSError as error:
             trouble = f"the connection broke: {error}"
+        except RuntimeError as error:
+            trouble = f"nobody can send over it: {error}"
         finally:
             self.hang_up(trouble)
             if self._connection is not None:

@@ -16,6 +16,7 @@ import threading
 from vllm_saguaro.placement.draft_end import TargetGone
 from vllm_saguaro.placement.layout import MailboxShape
 from vllm_saguaro.placement.meeting import Invitation, Listener, Refused, knock, peer
+from vllm_saguaro.placement.memfd import keeps_its_size
 from vllm_saguaro.placement.shared_memory import SharedMemoryChannel, SharedMemoryEnd
 
 _JOIN_SECONDS = 2.0
@@ -26,18 +27,20 @@ class PassedMemoryChannel(SharedMemoryChannel):
     """The target side. It listens on this machine only; the draft side comes with the `invitation`."""
 
     def __init__(self, shape: MailboxShape) -> None:
-        """Raises `OSError` where the system has no memory or no descriptor left."""
+        """Raises `OSError` where the system has no memory or no descriptor left, `RuntimeError` where it has no
+        thread.
+        """
         super().__init__(shape)
-        try:
-            self._listener = Listener(shape)
-        except BaseException:
-            self._let_go()
-            raise
         self._connection: socket.socket | None = None
         self._pid = 0
-        self._trouble = "the draft side never connected"
-        self._thread = threading.Thread(target=self._follow, name="saguaro-draft-watch", daemon=True)
-        self._thread.start()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._let_go)
+            self._listener = Listener(shape)
+            undo.callback(self._listener.close)
+            self._trouble = "the draft side never connected"
+            self._thread = threading.Thread(target=self._follow, name="saguaro-draft-watch", daemon=True)
+            self._thread.start()
+            undo.pop_all()
 
     @property
     def invitation(self) -> Invitation:
@@ -102,26 +105,27 @@ class PassedMemoryEnd(SharedMemoryEnd):
 
     def __init__(self, invitation: Invitation) -> None:
         """Raises `Refused` or `OSError` where the target side does not let us in, `LayoutError` where what it hands
-        over is no mailbox of this shape.
+        over is no mailbox of this shape, `RuntimeError` where the system has no thread left.
         """
         self._connection = knock(invitation)
-        descriptors: list[int] = []
-        try:
+        self._ended = False
+        with contextlib.ExitStack() as undo:  # a pool lives on after it
+            undo.callback(self._connection.close)
             _, descriptors, _, _ = socket.recv_fds(self._connection, 1, 2)
+            for descriptor in descriptors:
+                undo.callback(os.close, descriptor)
             if len(descriptors) != 2:
                 raise Refused("the target side handed over no memory")
             memory_fd, bell_fd = descriptors
+            if not keeps_its_size(memory_fd):
+                raise Refused("the target side handed over memory that it could make smaller")
             super().__init__(memory_fd, bell_fd, invitation.shape)
-        except BaseException:  # a pool lives on after it
-            for descriptor in descriptors:
-                os.close(descriptor)
-            self._connection.close()
-            raise
-        self._connection.settimeout(None)
+            undo.callback(self._unmap)
+            self._connection.settimeout(None)
+            self._thread = threading.Thread(target=self._follow, name="saguaro-target-watch", daemon=True)
+            self._thread.start()
+            undo.pop_all()
         os.close(memory_fd)  # the mapping stays
-        self._ended = False
-        self._thread = threading.Thread(target=self._follow, name="saguaro-target-watch", daemon=True)
-        self._thread.start()
 
     def idle(self, since: float, may_sleep: bool = True) -> None:
         """Wait a little for the next step: at first by yielding, later asleep until the bell rings."""
@@ -140,6 +144,9 @@ class PassedMemoryEnd(SharedMemoryEnd):
         self._thread.join(_JOIN_SECONDS)
         self._connection.close()
         os.close(self._bell_fd)
+        self._unmap()
+
+    def _unmap(self) -> None:
         self.mailbox.close()
         self._memory.close()
 

@@ -36,7 +36,7 @@ class ProcessChannel(SharedMemoryChannel):
         input.
 
         `environment` is the child's whole environment. Raises `OSError` where the system has no memory, no descriptor
-        or no process left.
+        or no process left, `RuntimeError` where it has no thread.
         """
         super().__init__(shape)
         try:
@@ -57,14 +57,18 @@ class ProcessChannel(SharedMemoryChannel):
             "options": dict(options),
         }
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it ended at once: `wait_until_ready` says so
-            self._process.stdin.write(json.dumps(start).encode() + b"\n")
-            self._process.stdin.flush()
         # Should this object be dropped without `close`, the end of the pipe still ends the child.
         self._finalizer = weakref.finalize(self, _close_quietly, self._process.stdin)
-        threading.Thread(
-            target=_watch, args=(self._process, weakref.ref(self)), name="saguaro-draft-watch", daemon=True
-        ).start()
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it ended at once: `wait_until_ready` says so
+                self._process.stdin.write(json.dumps(start).encode() + b"\n")
+                self._process.stdin.flush()
+            threading.Thread(
+                target=_watch, args=(self._process, weakref.ref(self)), name="saguaro-draft-watch", daemon=True
+            ).start()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def pid(self) -> int:

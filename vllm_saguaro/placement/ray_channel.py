@@ -85,7 +85,9 @@ class RayChannel:
     """Starts the placer at once; `wait_until_ready` returns when the draft's model is loaded."""
 
     def __init__(self, draft: RayDraft, shape: MailboxShape, environment: Mapping[str, str] | None = None) -> None:
-        """`environment`: the placer's (None: ours). Raises `OSError` where the system has no process left."""
+        """`environment`: the placer's (None: ours). Raises `OSError` where the system has no process left,
+        `RuntimeError` where it has no thread.
+        """
         self._shape = shape
         self._link: NetworkChannel | PassedMemoryChannel | None = None
         self._pid = 0
@@ -119,14 +121,18 @@ class RayChannel:
             _close_descriptor(lock)
             raise
         assert self._placer.stdin is not None
-        self._say({"parent": os.getpid(), "folder": self._folder, "draft": asdict(draft)})
         # Should this object be dropped without `close`, the end of the pipe still ends the placer.
         self._finalizer = weakref.finalize(self, _close_quietly, self._placer.stdin)
         self._give_up_folder = weakref.finalize(self, _close_descriptor, lock)
         self._thread = threading.Thread(
             target=_follow, args=(self._placer, weakref.ref(self)), name="saguaro-ray-watch", daemon=True
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+            self._say({"parent": os.getpid(), "folder": self._folder, "draft": asdict(draft)})
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def alive(self) -> bool:
@@ -232,7 +238,10 @@ class RayChannel:
         except subprocess.TimeoutExpired:
             self._placer.kill()  # what it owns in a cluster ends with it, and so does a Ray of its own
             self._placer.wait()
-        self._thread.join(_REASON_SECONDS)
+        if self._thread.ident is not None:
+            self._thread.join(_REASON_SECONDS)
+        elif self._placer.stdout is not None:
+            self._placer.stdout.close()  # the thread would have done it
         if self._folder is not None:
             clear_folder(self._folder)
         self._give_up_folder()
@@ -271,7 +280,7 @@ class RayChannel:
                     if said["beside"]
                     else NetworkChannel(str(said["address"]), self._shape)
                 )
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RuntimeError) as error:  # the last one: no thread is left
                 self._end(f"no link can be opened: {error}")
                 self._finalizer()
                 return

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import stat
@@ -67,21 +68,29 @@ def clear_abandoned_folders() -> None:
 
 
 def processes_in(folder: str) -> list[int]:
-    """Processes of this user, but for this one, that were started with the folder's path or write into its session.
+    """Processes of this user, but for this one, that were told of the folder as Ray's are, or write into its session.
 
-    Workers and agents of Ray overwrite their command line; their logs are open. Who merely reads a log is left alone.
+    Workers and agents of Ray overwrite their command line; their logs are open. Who merely reads a log is left alone,
+    whether or not its path is in the command line.
     """
-    found = []
+    found, real = [], os.path.realpath(folder)  # as it was told to Ray, and as the system knows it
+    told = _as_told(folder, real)
     for process in Path("/proc").iterdir():
         if process.name.isdecimal() and int(process.name) != os.getpid():
             with contextlib.suppress(OSError):  # it has ended
-                if process.stat().st_uid == os.getuid() and (_was_told(process, folder) or _writes(process, folder)):
+                if process.stat().st_uid == os.getuid() and (_was_told(process, told) or _writes(process, real)):
                     found.append(int(process.name))
     return found
 
 
-def _was_told(process: Path, folder: str) -> bool:
-    return os.fsencode(folder) in (process / "cmdline").read_bytes()
+def _as_told(*paths: str) -> re.Pattern[bytes]:
+    """The options of all of Ray's processes that name the folder: `--temp-dir=`, `--session_dir=`, `--log_dir=` .."""
+    path = b"|".join(re.escape(os.fsencode(path)) for path in paths)
+    return re.compile(rb"(?:^|[\0 ])--[a-z_-]+[_-]dir=(?:" + path + rb")(?:[/\0 ]|$)")
+
+
+def _was_told(process: Path, told: re.Pattern[bytes]) -> bool:
+    return told.search((process / "cmdline").read_bytes()) is not None
 
 
 def _writes(process: Path, folder: str) -> bool:

@@ -41,6 +41,8 @@ _GIVEN_UP_SECONDS = 120.0
 _PATIENCE_SECONDS = 20.0
 _KILLED = "ray.kill"
 """What Ray's message of an actor's end has where somebody asked for that end."""
+_NOBODY = "Failed to look up actor"
+"""What Ray's message has where an actor had the name when we asked for it, and not any more."""
 
 
 class Room:
@@ -88,8 +90,8 @@ def _find(wanted: Mapping[str, Any], parent: Parent, room: Room) -> tuple[Any, s
     troubled_at: float | None = None
     silent_at: float | None = None
     while True:
-        actor = _named(wanted)
         try:
+            actor = _named(wanted)
             node, pid = _whereabouts(actor, wanted, parent, room)
             return actor, node, pid
         except Ended:
@@ -110,6 +112,10 @@ def _find(wanted: Mapping[str, Any], parent: Parent, room: Room) -> tuple[Any, s
             now, trouble, silent_at = time.monotonic(), ending, None
             if room.waits and _KILLED in str(ending):  # by an engine that ended: there was no trouble with the pool
                 troubled_at = now
+        except ValueError as nobody:
+            if _NOBODY not in str(nobody):
+                raise
+            now, trouble, silent_at = time.monotonic(), nobody, None
         troubled_at = now if troubled_at is None else troubled_at
         if now - troubled_at > _GIVEN_UP_SECONDS:
             raise trouble

@@ -36,7 +36,8 @@ class Care:
     hang: float = 10.0
     """A step that waits unread for so long means a hang. Compiling is done before a life counts as begun; but one
     forward over a piece of a prompt may take a large draft on a slow core longer than this. So each hang doubles it, up
-    to `longest_hang`: a draft that is merely slow finds a bound that it can keep."""
+    to `longest_hang`: a draft that is merely slow finds a bound that it can keep. A good life that ends otherwise makes
+    up for the hangs before it."""
     longest_hang: float = 160.0
 
 
@@ -89,7 +90,7 @@ class RestartingChannel:
         """By slot, until the present life has been of use."""
         self._left_off = False
         self._first_waits = False
-        """Whether there is no room yet for the first life, whose start is no restart."""
+        """Whether there is no room yet for the first life, or no place in a pool: its start is no restart."""
         self._refused_for = ""
         self._said_up = False
         self._hung_for = 0.0
@@ -177,7 +178,7 @@ class RestartingChannel:
             if refusal.disagrees:
                 raise
             with self._lock:
-                self._present = None
+                self._present, self._first_waits = None, True
             self._close(present)
             self._ask_again(refusal)
         except NoRoom as lack:
@@ -241,26 +242,21 @@ class RestartingChannel:
         gap, self._looked_at = now - self._looked_at, now
         present = self._present
         if present is not None:
-            trouble = self._trouble(present, gap)
-            if trouble:
-                self._end(present, trouble)
+            if not present.alive:
+                self._end(present, "has ended")
+            elif self._hangs(present, gap):
+                self._end(present, f"has not read a step for {self._hung_for:.1f} s and was ended", hung=True)
         elif not self._left_off and now >= self._again_at:
             self._start_again()
         return not self._left_off
 
-    def _trouble(self, present: Channel, gap: float) -> str:
-        """What is wrong with the present life, if anything."""
-        if not present.alive:
-            return "has ended"
+    def _hangs(self, present: Channel, gap: float) -> bool:
+        """Whether the present life has left a step unread for too long."""
         stalled, watched = present.stalled_seconds, min(gap, _LONGEST_GAP)
         self._hung_for = min(stalled, watched) if stalled <= gap else self._hung_for + watched
-        if self._hung_for < self._hang:
-            return ""
-        trouble = f"has not read a step for {self._hung_for:.1f} s and was ended"
-        self._hang = min(2 * self._hang, max(self._care.longest_hang, self._care.hang))
-        return trouble
+        return self._hung_for >= self._hang
 
-    def _end(self, present: Channel, trouble: str) -> None:
+    def _end(self, present: Channel, trouble: str, hung: bool = False) -> None:
         with self._lock:
             if self._present is None:  # `close` has it
                 return
@@ -272,6 +268,10 @@ class RestartingChannel:
             self._failures = 0
         if good:
             self._ends = 0
+        if hung:
+            self._hang = min(2 * self._hang, max(self._care.longest_hang, self._care.hang))
+        elif good:
+            self._hang = self._care.hang
         self._plan(trouble)
 
     def _plan(self, trouble: str) -> None:

@@ -307,6 +307,19 @@ def test_a_draft_side_that_finds_no_mailbox_leaves_nothing_open(monkeypatch: pyt
         assert until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
+def test_a_draft_side_that_gets_no_thread_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with contextlib.closing(PassedMemoryChannel(SHAPE)) as channel:
+        before = len(os.listdir("/proc/self/fd"))
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            PassedMemoryEnd(channel.invitation)
+        assert until(lambda: not channel.alive)
+        assert until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
 @pytest.mark.parametrize("network", [True, False])
 def test_nothing_is_left(network: bool) -> None:
     names, files, threads = held_names(), open_files(), set(threading.enumerate())

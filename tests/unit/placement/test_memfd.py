@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from vllm_saguaro.placement import memfd
-from vllm_saguaro.placement.memfd import sealed_memfd
+from vllm_saguaro.placement.memfd import keeps_its_size, sealed_memfd
 
 
 @pytest.fixture
@@ -37,6 +37,14 @@ def test_nobody_can_change_its_size(fd: int, size: int) -> None:
     """Memory that gets smaller ends the process that touches it, and no handler can help."""
     with pytest.raises(PermissionError):
         os.ftruncate(fd, size)
+
+
+def test_whether_it_keeps_its_size_is_seen_by_whom_it_is_handed_to(fd: int) -> None:
+    assert keeps_its_size(fd)
+    others = [os.memfd_create("saguaro-test", os.MFD_ALLOW_SEALING), os.eventfd(0), *os.pipe()]
+    assert [keeps_its_size(other) for other in others] == [False] * 4
+    for other in others:
+        os.close(other)
 
 
 def test_a_failure_leaves_no_descriptor_open(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,13 +144,10 @@ def test_a_door_that_cannot_open_does_not_keep_a_core_busy(monkeypatch: pytest.M
 def test_a_visitor_who_says_nothing_keeps_nobody_waiting_for_long(
     channel: NetworkChannel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(meeting, "_HELLO_SECONDS", 0.3)
-    with connect(channel.invitation):
-        time.sleep(0.05)
-        monkeypatch.setattr(meeting, "_HELLO_SECONDS", 5.0)  # of the draft side
-        with drafting(channel.invitation):
-            channel.wait_until_ready()
-            channel.close()
+    monkeypatch.setattr(meeting, "_HELLO_SECONDS", 1.0)
+    with connect(channel.invitation), drafting(channel.invitation):
+        channel.wait_until_ready()
+        channel.close()
 
 
 def test_a_draft_side_of_another_version_is_refused_with_a_reason(channel: NetworkChannel) -> None:
@@ -328,6 +325,15 @@ def test_a_lost_node_is_looked_for_within_seconds(channel: NetworkChannel, peer:
     assert idle + interval * count <= 6
     assert milliseconds <= 6000
     assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_link_whose_sender_cannot_be_started_ends(channel: NetworkChannel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(channel._threads[1], "start", refuse)
+    with knock(channel.invitation), pytest.raises(DraftFailed, match="can't start new thread"):
+        channel.wait_until_ready()
 
 
 # ---- rounds, for a trace --------------------------------------------------------------------------------------------

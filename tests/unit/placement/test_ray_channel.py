@@ -343,6 +343,18 @@ def test_c_is_that_of_the_link(silent: RayChannel) -> None:
     assert silent.sampling_c is None
 
 
+def test_a_link_that_gets_no_thread_is_a_failed_draft_at_once(
+    silent: RayChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ray_channel, "PassedMemoryChannel", refuse)
+    silent._hear({"event": "placed", "pid": os.getpid(), "beside": True})
+    with pytest.raises(DraftFailed, match="no link can be opened: can't start new thread"):
+        silent.wait_until_ready()
+
+
 def test_a_draft_that_has_not_been_placed_in_time_has_failed(
     silent: RayChannel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

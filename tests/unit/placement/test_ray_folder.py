@@ -72,6 +72,45 @@ def test_what_was_told_of_the_folder_is_ended_and_then_it_goes() -> None:
         assert not os.path.exists(folder)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "gcs_server\0--log_dir={0}/session_1/logs\0--config_list=x",
+        "raylet\0--store_socket_name=x\0--temp_dir={0}\0--head",
+        "python\0-u\0log_monitor.py\0--session-dir={0}/session_1",
+        "bash\0-c\0exec python default_worker.py --temp-dir={0} --webui=",
+    ],
+)
+def test_ray_tells_its_processes_of_the_folder_in_such_lines(line: str) -> None:
+    told = ray_folder._as_told("/tmp/saguaro-ray-ab+c")
+    assert told.search(line.format("/tmp/saguaro-ray-ab+c").encode())
+    assert not told.search(line.format("/tmp/saguaro-ray-ab+cd").encode()), "that is another one"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "tail\0-f\0{0}/session_1/logs/raylet.out",
+        "bash\0-c\0cd {0}; ls",
+        "tensorboard\0--logdir={0}/session_1",
+        "tar\0--directory={0}\0-c\0.",
+        "grep\0--file={0}/patterns",
+    ],
+)
+def test_others_name_it_in_other_lines(line: str) -> None:
+    assert not ray_folder._as_told("/tmp/saguaro-ray-ab").search(line.format("/tmp/saguaro-ray-ab").encode())
+
+
+def test_what_runs_in_a_folder_behind_a_link_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where TMPDIR is a link to another place, the system names open files by that one."""
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to("place")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "link"))
+    with made() as (folder, _), running(AGENT, SESSION=session(folder)) as agent:
+        assert folder.startswith(str(tmp_path / "link"))
+        assert processes_in(folder) == [agent.pid]
+
+
 def test_what_makes_the_folder_anew_without_naming_it_is_ended_before_it_is_removed() -> None:
     with made() as (folder, _), running(AGENT, SESSION=session(folder)) as agent:
         clear_folder(folder)
@@ -87,7 +126,7 @@ def test_who_reads_a_log_and_the_owners_children_are_left_alone() -> None:
         log = Path(session(folder), "raylet.out")
         log.touch()
         os.set_inheritable(lock, True)
-        with running(reads, LOG=str(log)), running(holds, close_fds=False) as child:
+        with running(reads, str(log), LOG=str(log)), running(holds, close_fds=False) as child:
             assert os.path.join(folder, "owner") in map(os.readlink, Path(f"/proc/{child.pid}/fd").iterdir())
             assert processes_in(folder) == []
 

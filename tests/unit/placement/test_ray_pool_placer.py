@@ -31,6 +31,8 @@ class Cluster:
         self.now = 0.0
         self.killed = 0
         self.asked_for = 0
+        self.nobody: list[Exception] = []
+        """What Ray says of the name, at first."""
         self.said: list[dict[str, Any]] = []
 
     def answer(self, *_: Any) -> Any:
@@ -46,6 +48,9 @@ class Cluster:
 
     def named(self, _: Any) -> MagicMock:
         self.asked_for += 1
+        if self.nobody:
+            self.now += 1.0
+            raise self.nobody.pop(0)
         return MagicMock()
 
     def kill(self, *_: Any, **__: Any) -> None:
@@ -141,3 +146,29 @@ def test_a_pool_that_dies_again_and_again_before_it_is_placed_is_given_up(cluste
     with pytest.raises(RayActorError, match="runtime environment"):
         cluster.join()
     assert cluster.asked_for == 2
+
+
+NOBODY = "Failed to look up actor with name 'saguaro-pool-drafts'. This could because 1. You are trying to look up ..."
+
+
+def test_a_pool_that_ended_as_it_was_to_be_joined_is_asked_for_anew(cluster: Cluster) -> None:
+    """It had the name when we wanted to have it, and not any more when Ray looked who has it."""
+    cluster.nobody = [ValueError(NOBODY), ValueError(NOBODY)]
+    cluster.answers, cluster.placed = [PLACED, {"ended": "over"}], [True]
+    cluster.join()
+    assert cluster.asked_for == 3
+    assert [said["event"] for said in cluster.said] == ["placed", "ended"]
+
+
+def test_a_name_that_nobody_can_have_is_given_up(cluster: Cluster) -> None:
+    cluster.nobody = [ValueError(NOBODY) for _ in range(1000)]
+    with pytest.raises(ValueError, match="look up actor"):
+        cluster.join()
+    assert ray_pool_placer._GIVEN_UP_SECONDS < cluster.now < ray_pool_placer._GIVEN_UP_SECONDS + 5
+
+
+def test_options_that_ray_does_not_take_are_an_error_at_once(cluster: Cluster) -> None:
+    cluster.nobody = [ValueError("num_cpus must be at least 0")]
+    with pytest.raises(ValueError, match="num_cpus"):
+        cluster.join()
+    assert cluster.asked_for == 1

@@ -362,10 +362,18 @@ def test_an_engine_without_a_place_in_the_pool_starts_and_asks_again(
     ward.run(6)
     assert ward.channel.alive
     assert ward.channel.max_length == 40
-    assert ward.up() == (1, 1, 0)
+    assert ward.up() == (1, 0, 0), "it is the first life"
     assert all(life.closed == 1 for _, life in ward.started[:9])
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "does not take this engine: it is full. Decoding goes on without drafts, and it is asked again" in line
+
+
+def test_after_a_place_was_had_a_start_is_a_restart(watched: Watched) -> None:
+    ward = watched(refused(), Life(), Life())
+    ward.run(7)
+    ward.newest.alive = False
+    ward.run(5)
+    assert ward.up() == (1, 1, 0)
 
 
 def test_a_place_that_is_not_had_again_is_asked_for_as_long_as_it_takes(
@@ -528,6 +536,28 @@ def test_a_draft_that_is_merely_slow_finds_a_bound_that_it_can_keep(ward: Ward) 
             ward.run(3)
     assert len(ward.started) == 3
     assert ward.channel.alive
+
+
+@pytest.mark.parametrize(("seconds", "how", "bound"), [(301, "ends", 10), (299, "ends", 20), (301, "hangs", 40)])
+def test_a_good_life_that_did_not_hang_makes_up_for_the_hangs_before_it(
+    ward: Ward, seconds: float, how: str, bound: float
+) -> None:
+    def hang(bound: float) -> None:
+        ward.run(bound - 0.2, stalls=True)
+        assert ward.channel.alive
+        ward.run(0.4, stalls=True)
+        assert not ward.channel.alive
+        ward.run(6)
+        assert ward.channel.alive
+
+    hang(10)
+    ward.run(seconds - 6)
+    if how == "hangs":
+        hang(20)
+    else:
+        ward.newest.alive = False
+        ward.run(6)
+    hang(bound)
 
 
 def test_the_bound_of_a_hang_has_its_own_bound(ward: Ward) -> None:

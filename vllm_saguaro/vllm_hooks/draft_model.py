@@ -58,7 +58,8 @@ class DraftModelConfig:
     Lengths count tokens, `max_rows` the branches of all requests together. `kv_cache_bytes` is raised to what one text
     needs; `kv_cache_tokens`, where it is not 0, is the tokens that the KV is wanted for, as far as the bytes go.
     `vocab_size` is the target's: families pad it differently, and every draft must be a token of the target.
-    `graph_rows`: rows of the forwards that will be captured as CUDA graphs.
+    `graph_rows`: rows of the forwards that will be captured as CUDA graphs. `compilation_mode`: vLLM's, as written for
+    the target; None: vLLM's default.
     """
 
     model: str
@@ -72,6 +73,7 @@ class DraftModelConfig:
     dtype: str = "auto"
     device: str = "cpu"
     enforce_eager: bool = False
+    compilation_mode: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
     revision: str | None = None
@@ -276,7 +278,7 @@ def _engine_config(config: DraftModelConfig) -> VllmConfig:
         max_num_seqs=config.max_rows,
         max_num_batched_tokens=max(config.max_tokens, config.max_rows),
         block_size=32 if config.device == "cpu" else None,  # CPU_ATTN takes multiples of 32 alone (AMX layout)
-        **({"compilation_config": _graph_config(config)} if config.graph_rows and config.device != "cpu" else {}),
+        compilation_config=_compilation_config(config),
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         # Sliding-window layers then keep their whole past like the others: one KV group, one block table a row.
@@ -285,6 +287,12 @@ def _engine_config(config: DraftModelConfig) -> VllmConfig:
     if vllm_config.model_config.uses_mrope:
         raise ValueError(f"{config.model} cannot draft: its rotary positions have several dimensions.")
     return vllm_config
+
+
+def _compilation_config(config: DraftModelConfig) -> dict[str, Any]:
+    """The target's mode, as vLLM's own `draft_model` has it, unless the draft is eager: vLLM then knows what to do."""
+    mode = {} if config.enforce_eager or config.compilation_mode is None else {"mode": config.compilation_mode}
+    return mode | (_graph_config(config) if config.graph_rows and config.device != "cpu" else {})
 
 
 def _graph_config(config: DraftModelConfig) -> dict[str, Any]:

@@ -210,7 +210,8 @@ class DeviceEngine:
             draft_logits.fill_(-torch.inf)
             self._written_into = draft_logits.data_ptr()
         batch, step = outcomes.slots.shape[0], self.round.step
-        tokens, log_q = step.q_tokens[:batch], step.log_q[:batch]
+        # Filler is whatever was sampled: an id that is none would be an illegal access, on the target's own stream.
+        tokens, log_q = step.q_tokens[:batch].clamp(0, draft_logits.shape[-1] - 1), step.log_q[:batch]
         temperature = torch.where(outcomes.temperature > 0, outcomes.temperature, 1.0)  # a greedy row asks for no q
         slots = outcomes.slots.view(-1, 1, 1)
         depth = torch.arange(self.num_speculative_tokens, device=slots.device).view(1, -1, 1)

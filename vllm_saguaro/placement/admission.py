@@ -9,7 +9,9 @@ from typing import Any
 from vllm_saguaro.drafting.kv import blocks_for
 from vllm_saguaro.placement.channel import NotAdmitted
 
-_OWN_OF_THE_MODEL = ("max_rows", "kv_cache_bytes", "max_length", "max_tokens", "seed", "enforce_eager")
+_OWN_OF_THE_MODEL = (
+    *("max_rows", "kv_cache_bytes", "max_length", "max_tokens", "seed", "enforce_eager", "compilation_mode"),
+)
 """What an engine says of the draft model that the pool has from the first one: sizes, and what no token depends on."""
 _AGREED = ("num_speculative_tokens", "draft_sample_method")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 _PORTABLE_AND_MAPPED = 1 | 2
@@ -15,25 +17,54 @@ class RegisteredMemory:
     """
 
     def __init__(self, memory: memoryview, device: torch.device) -> None:
-        """`memory`: writable, a multiple of 8 bytes. Raises `RuntimeError` when CUDA cannot register it."""
+        """`memory`: writable, a multiple of 8 bytes. Raises `RuntimeError` when CUDA cannot register it.
+
+        Nothing is left behind then, not even the error in CUDA's own books.
+        """
         self.host = torch.frombuffer(memory, dtype=torch.int64)
         self._registered = 0
         if device.type == "cpu":
             self.seen = self.host
             return
-        size = self.host.numel() * self.host.element_size()
-        error = int(torch.cuda.cudart().cudaHostRegister(self.host.data_ptr(), size, _PORTABLE_AND_MAPPED))
-        if error:
-            raise RuntimeError(f"CUDA cannot register the {size} bytes of the draft's mailbox: error {error}")
-        self._registered = self.host.data_ptr()
-        # With unified addressing registered memory has the same address on the device.
-        self.seen = torch.as_tensor(_Address(self._registered, self.host.numel()), device=device)
+        self._device = device
+        address, size = self.host.data_ptr(), self.host.numel() * self.host.element_size()
+        with torch.cuda.device(device):  # CUDA counts registered memory to the device that is current
+            error = int(torch.cuda.cudart().cudaHostRegister(address, size, _PORTABLE_AND_MAPPED))
+            if error:
+                _take_error_back(device)
+                raise RuntimeError(f"CUDA cannot register the {size} bytes of the draft's mailbox: error {error}")
+            self._registered = address
+            try:
+                self.seen = _seen(address, self.host.numel(), device)
+            except BaseException:
+                self.close()
+                raise
 
     def close(self) -> None:
         """Undo the registration."""
         if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._registered)
+            error = int(torch.cuda.cudart().cudaHostUnregister(self._registered))
             self._registered = 0
+            if error:
+                _take_error_back(self._device)
+
+
+def _seen(address: int, words: int, device: torch.device) -> torch.Tensor:
+    """Registered memory as a tensor of the device. With unified addressing it has the same address there."""
+    seen = torch.as_tensor(_Address(address, words), device=device)
+    if seen.data_ptr() != address:  # where torch takes the memory for another device's, it makes a copy
+        raise RuntimeError(f"{device} sees a copy of the draft's mailbox, which would never change")
+    return seen
+
+
+def _take_error_back(device: torch.device) -> None:
+    """CUDA keeps the error of a call until somebody asks for it: that would be a launch of the target's."""
+    runtime = torch.cuda.cudart()
+    if hasattr(runtime, "cudaGetLastError"):
+        runtime.cudaGetLastError()
+        return
+    with contextlib.suppress(RuntimeError):  # torch asks after each launch, and throws what it finds
+        torch.ones(1, device=device).add_(1)
 
 
 class _Address:

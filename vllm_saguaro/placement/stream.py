@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
-from vllm_saguaro.drafting.buckets import Bucket
+from vllm_saguaro.drafting.buckets import Bucket, most_rows_first
 from vllm_saguaro.drafting.device_engine import DeviceEngine
 from vllm_saguaro.drafting.graphs import CapturedCalls
 from vllm_saguaro.messages import Sampling
@@ -121,7 +121,7 @@ class StreamDraft:
             self.engine.logits_into(outcomes, draft_logits)
 
     def capture(self) -> None:
-        """Capture a look-up and a round for each bucket, the largest first. On a CPU there is nothing to capture.
+        """Capture a look-up and a round for each bucket, the most rows first. On a CPU there is nothing to capture.
 
         Where it is asked for again the graphs stay as they are: they hold nothing that is vLLM's.
         """
@@ -133,7 +133,7 @@ class StreamDraft:
         engine = self.engine
         with torch.cuda.stream(stream):
             engine.idle()
-        for bucket in reversed(engine.buckets):
+        for bucket in most_rows_first(engine.buckets):
             self._calls.capture(("look up", bucket), partial(engine.look_up, bucket), lambda: None, stream)
             self._calls.capture(("work", bucket), partial(engine.work, bucket), partial(engine.prepare, bucket), stream)
         torch.cuda.current_stream(stream.device).wait_stream(stream)

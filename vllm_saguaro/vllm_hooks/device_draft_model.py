@@ -151,7 +151,10 @@ class VllmDeviceModel(VllmDraftModel):
 
     @contextlib.contextmanager
     def _apart(self) -> Iterator[None]:
-        """Whatever vLLM keeps as scratch for the whole process is another while inside."""
+        """Whatever vLLM keeps as scratch for the whole process is another while inside.
+
+        Builders reserve the most that they will need in it (TRITON_MLA), so they are made inside, too.
+        """
         lane = WORKSPACE_LANE if workspace.is_workspace_manager_initialized() else 0
         with workspace.use_workspace_lane(lane), self._own_flashinfer_scratch():
             yield

@@ -3,7 +3,8 @@
 Taken from inside vLLM 0.32 (0.33 was read, not run: the same, except where said): `get_model`; `get_kv_cache_spec`,
 `init_attn_backend`, `init_kv_cache`; `get_kv_cache_configs`, which 0.33 moved; `get_supported_kv_cache_layouts`,
 `resolve_kv_cache_layout`; `CommonAttentionMetadata`; `create_forward_context`, `override_forward_context`;
-`init_worker_distributed_environment`; `_set_torch_accelerator_to_noop`; the switches of `vllm.ir`.
+`init_worker_distributed_environment`; `update_block_size_for_backend` (of 0.33 not read);
+`_set_torch_accelerator_to_noop`; the switches of `vllm.ir`.
 
 The model is made under a VllmConfig of its own. One derived from the target's (`vllm.config.utils.replace`) would share
 its `compilation_config`, and the draft's layers would become KV layers of the target.
@@ -16,6 +17,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,7 @@ from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, res
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig
 from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec, init_attn_backend, init_kv_cache
 from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+from vllm.v1.worker.utils import AttentionGroup
 from vllm.v1.worker.workspace import init_workspace_manager
 
 from vllm_saguaro.algorithm.noise import gumbel_of_all
@@ -58,7 +61,8 @@ class DraftModelConfig:
     Lengths count tokens, `max_rows` the branches of all requests together. `kv_cache_bytes` is raised to what one text
     needs; `kv_cache_tokens`, where it is not 0, is the tokens that the KV is wanted for, as far as the bytes go.
     `vocab_size` is the target's: families pad it differently, and every draft must be a token of the target.
-    `graph_rows`: rows of the forwards that will be captured as CUDA graphs.
+    `graph_rows`: rows of the forwards that will be captured as CUDA graphs. `compilation_mode`: vLLM's, as written for
+    the target; None: vLLM's default.
     """
 
     model: str
@@ -72,6 +76,7 @@ class DraftModelConfig:
     dtype: str = "auto"
     device: str = "cpu"
     enforce_eager: bool = False
+    compilation_mode: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
     revision: str | None = None
@@ -96,9 +101,11 @@ class VllmDraftModel:
         with _environment(kept=not self._owns_process):
             self.vllm_config = _engine_config(config)
         self._prepare_process()
-        with set_current_vllm_config(self.vllm_config), undivided():
+        self._attn_groups: list[AttentionGroup] = []
+        with set_current_vllm_config(self.vllm_config), undivided(), self._apart():
             with set_model_tag("saguaro_draft"):
                 self.model = get_model(vllm_config=self.vllm_config)
+            current_platform.update_block_size_for_backend(self.vllm_config)  # as vLLM's executors do at this point
             kv_config = _plan_kv_cache(self.vllm_config, config)
             attn_groups, _, kernel_block_sizes = init_attn_backend(kv_config, self.vllm_config, self.device)
             layers = self.vllm_config.compilation_config.static_forward_context
@@ -109,7 +116,11 @@ class VllmDraftModel:
         self.hidden_size = model_config.get_hidden_size()
         self.block_size, self.num_blocks = self.vllm_config.cache_config.block_size, kv_config.num_blocks
         self.max_length, self.max_tokens, self.max_rows = config.max_length, config.max_tokens, config.max_rows
-        assert kernel_block_sizes == [self.block_size], f"kernel blocks {kernel_block_sizes}, not {self.block_size}"
+        if kernel_block_sizes != [self.block_size]:
+            raise ValueError(
+                f"{config.model} cannot draft: its attention has blocks of {kernel_block_sizes} tokens in KV blocks of "
+                f"{self.block_size}."
+            )
         self._attn_groups, self._pages = attn_groups[0], _pages(kv_config, kv_caches)
         self._context = create_forward_context(None, self.vllm_config)
         self._is_warm = False
@@ -168,6 +179,7 @@ class VllmDraftModel:
             torch.inference_mode(),
             _environment(kept=not self._owns_process),
             set_current_vllm_config(self.vllm_config),
+            self._apart(),
             vllm.ir.enable_torch_wrap(self.vllm_config.compilation_config.ir_enable_torch_wrap),
             # Inductor's compile workers are processes: forbidden in a daemonic one, and not worth it for one graph.
             torch._inductor.config.patch(compile_threads=1),
@@ -185,6 +197,10 @@ class VllmDraftModel:
         if self._owns_process and parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
             parallel_state.destroy_distributed_environment()
+
+    def _apart(self) -> AbstractContextManager[None]:
+        """Where scratch that vLLM keeps for the whole process may be asked for. Here nobody else needs it."""
+        return contextlib.nullcontext()
 
     def _prepare_process(self) -> None:
         """What a vLLM worker does before it loads a model."""
@@ -276,7 +292,7 @@ def _engine_config(config: DraftModelConfig) -> VllmConfig:
         max_num_seqs=config.max_rows,
         max_num_batched_tokens=max(config.max_tokens, config.max_rows),
         block_size=32 if config.device == "cpu" else None,  # CPU_ATTN takes multiples of 32 alone (AMX layout)
-        **({"compilation_config": _graph_config(config)} if config.graph_rows and config.device != "cpu" else {}),
+        compilation_config=_compilation_config(config),
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
         # Sliding-window layers then keep their whole past like the others: one KV group, one block table a row.
@@ -285,6 +301,12 @@ def _engine_config(config: DraftModelConfig) -> VllmConfig:
     if vllm_config.model_config.uses_mrope:
         raise ValueError(f"{config.model} cannot draft: its rotary positions have several dimensions.")
     return vllm_config
+
+
+def _compilation_config(config: DraftModelConfig) -> dict[str, Any]:
+    """The target's mode, as vLLM's own `draft_model` has it, unless the draft is eager: vLLM then knows what to do."""
+    mode = {} if config.enforce_eager or config.compilation_mode is None else {"mode": config.compilation_mode}
+    return mode | (_graph_config(config) if config.graph_rows and config.device != "cpu" else {})
 
 
 def _graph_config(config: DraftModelConfig) -> dict[str, Any]:

@@ -378,9 +378,21 @@ def _draft_options(engine_args: Any, speculative: Any, passed: dict[str, Any], m
         "max_model_len": max_model_len,
         "seed": draft.seed,
         "enforce_eager": bool(draft.enforce_eager if eager is None else eager),
+        "compilation_mode": _compilation_mode(engine_args),
         "attention_backend": getattr(backend, "name", None),
         "kv_cache_dtype": str(cache_dtype or engine_args.kv_cache_dtype),
         "moe_backend": passed.get("moe_backend"),
         "load_format": str(load.load_format if load else engine_args.load_format),
         "download_dir": load.download_dir if load else engine_args.download_dir,
     }
+
+
+def _compilation_mode(engine_args: Any) -> int | None:
+    """The mode that the user wrote for the target, or None: vLLM compiles its own `draft_model` as it does the target.
+
+    What `enforce_eager` makes of the target's is not meant: the draft has an `enforce_eager` of its own.
+    """
+    mode = engine_args.compilation_config.mode
+    if mode is None and engine_args.optimization_level == 0:
+        return 0
+    return None if mode is None else int(mode)

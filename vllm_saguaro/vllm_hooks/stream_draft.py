@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from vllm.logger import init_logger
 
-from vllm_saguaro.drafting.buckets import Bucket, branches_for, buckets, default_branches
+from vllm_saguaro.drafting.buckets import Bucket, branches_for, buckets, default_branches, most_rows_first
 from vllm_saguaro.drafting.device_blocks import private_blocks
 from vllm_saguaro.drafting.device_engine import DeviceEngine
 from vllm_saguaro.drafting.device_model import NO_PLACE, Piece
@@ -25,6 +26,12 @@ USUAL_LENGTH = 2048
 
 MOST_OF_DEVICE = 0.1
 """Of the device's memory, what the draft's KV takes at most, where its size is left to us."""
+
+A_GRAPH = 1 << 20
+"""Bytes that CUDA takes for a graph at least: what vLLM reckons with (`v1/worker/gpu/cudagraph_utils.py`)."""
+
+A_FORWARD_IN_A_GRAPH = 3 << 20
+"""Bytes that CUDA takes for a forward in it: 8 KiB for each of some 400 kernels. Assumed; no GPU has measured it."""
 
 _KV_BYTES_ON_CPU = 1 << 30
 _LARGEST_BLOCK = 32
@@ -68,7 +75,7 @@ def make_stream_draft(options: StreamOptions, gave_up: Callable[[], None] = _not
     stream = side_stream(device)
     with stream.entered():
         model = VllmDeviceModel(_model_config(options, branches, found))
-        model.warm_up(rows=(found[-1].rows,))
+        model.warm_up(rows=(most_rows_first(found)[0].rows,))
         engine = DeviceEngine(
             model,
             operations_for(device),
@@ -111,26 +118,45 @@ def _model_config(options: StreamOptions, branches: int, found: list[Bucket]) ->
 
 
 def _hold_back(engine: DeviceEngine, stream: SideStream) -> Callable[[], None]:
-    """Hold as much memory as the largest round and the longest piece of a prompt take; the call that lets it go.
+    """Hold as much memory as the draft's work takes for a while, and its graphs; the call that lets it go.
 
     vLLM empties torch's cache before it measures, and would give this memory to the target's KV. It is held for the
     draft's stream, whose work then finds it in the cache.
+
+    Without graphs that is what the largest round takes, or the longest piece of a prompt: one is after the other.
+    Graphs keep what a round takes in a pool of their own for good, and prompts are read beside it; and CUDA has memory
+    for the graphs themselves. (torch empties its cache before each capture, so CUDA finds what is held for those.)
     """
-    device, model = engine.model.device, engine.model
+    model, device = engine.model, engine.model.device
     assert stream.cuda is not None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    engine.idle()
-    for bucket in (engine.buckets[0], engine.buckets[-1]):
-        engine.look_up(bucket)
-        engine.work(bucket)
     longest = min(model.max_tokens, model.max_length)
     nowhere = torch.full((longest,), NO_PLACE, dtype=torch.int64, device=device)
-    model.read(Piece(torch.zeros_like(nowhere), 0, engine.state.main[engine.state.nobody], nowhere))
-    torch.cuda.synchronize(device)
-    kept = torch.cuda.memory_allocated(device) - before
-    peak = torch.cuda.max_memory_allocated(device) - before - kept
+    piece = Piece(torch.zeros_like(nowhere), 0, engine.state.main[engine.state.nobody], nowhere)
+    engine.idle()
+    work = _taken(partial(_all_rounds, engine), device)
+    read = _taken(partial(model.read, piece), device)
+    held_for = work + read + graph_bytes(engine) if model.captures else max(work, read)
     torch.cuda.empty_cache()
-    held = [torch.empty(max(peak, 1), dtype=torch.uint8, device=device)]
+    held = [torch.empty(max(held_for, 1), dtype=torch.uint8, device=device)]
     return held.clear
+
+
+def graph_bytes(engine: DeviceEngine) -> int:
+    """What CUDA may take for the graphs beside their pool: of a look-up and a round for each bucket."""
+    a_round = A_GRAPH + (engine.num_speculative_tokens + 1) * A_FORWARD_IN_A_GRAPH
+    return len(engine.buckets) * (A_GRAPH + a_round)
+
+
+def _all_rounds(engine: DeviceEngine) -> None:
+    for bucket in most_rows_first(engine.buckets):
+        engine.look_up(bucket)
+        engine.work(bucket)
+
+
+def _taken(work: Callable[[], None], device: torch.device) -> int:
+    """The bytes that the work takes for a while: without those that stay."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)

@@ -243,6 +243,22 @@ def test_drafts_are_drawn_from_what_is_told_of_them_and_told_by_slot() -> None:
         assert (logits[0, depth] > -torch.inf).sum() == 1
 
 
+@pytest.mark.parametrize(("sampled", "told"), [(-1, 0), (1 << 40, 39)])
+def test_a_sampled_id_that_is_none_writes_nowhere_else(sampled: int, told: int) -> None:
+    """On a GPU it would be an illegal access, and the end of the target."""
+    world = World(FakeDeviceModel(), slots=3)
+    world.admit(0, PROMPT, SAMPLED)
+    logits = torch.zeros(3, 3, 40)
+    outcomes = world.outcomes({0: (0, 5)})
+    outcomes.bonus.fill_(sampled)
+    engine = world.engine
+    engine.take_in(outcomes, engine.bucket(1))
+    engine.look_up(engine.bucket(1))
+    for _ in range(2):  # the second time it is taken back
+        engine.logits_into(outcomes, logits)
+        assert (logits > -torch.inf).nonzero().tolist() == [[0, depth, told] for depth in range(3)]
+
+
 def test_q_of_the_step_before_is_taken_back_and_that_of_others_is_kept() -> None:
     world = World(FakeDeviceModel(vocab_size=100), slots=2)
     world.admit(0, PROMPT, SAMPLED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +16,14 @@ from hypothesis import strategies as st
 
 from vllm_saguaro.algorithm.calibration import BINS, Calibration, Event, class_of
 from vllm_saguaro.algorithm.sampling import SamplingRows
-from vllm_saguaro.drafting.buckets import Bucket, branches_for, bucket_of, buckets, default_branches
+from vllm_saguaro.drafting.buckets import (
+    Bucket,
+    branches_for,
+    bucket_of,
+    buckets,
+    default_branches,
+    most_rows_first,
+)
 from vllm_saguaro.drafting.device_blocks import BlockLedger, private_blocks
 from vllm_saguaro.drafting.device_drawing import Rule, draw, seeds
 from vllm_saguaro.drafting.device_maps import AcceptanceMaps
@@ -46,6 +54,19 @@ def test_a_request_that_is_alone_has_all_branches_and_many_have_one_each() -> No
     assert branches_for(64, 20) == 4
     assert branches_for(1000, 20) == 1
     assert buckets(6, 20) == [Bucket(1, 20), Bucket(2, 20), Bucket(4, 20), Bucket(6, 20)]
+
+
+@given(st.integers(1, 1024), st.integers(1, 64))
+def test_the_most_rows_are_seen_first_and_no_bucket_is_left_out(slots: int, branches: int) -> None:
+    found = buckets(slots, branches)
+    ordered = most_rows_first(found)
+    assert sorted(ordered, key=lambda b: b.batch) == found
+    assert all(one.rows >= other.rows for one, other in itertools.pairwise(ordered))
+
+
+def test_the_largest_batch_need_not_have_the_most_rows() -> None:
+    assert most_rows_first(buckets(20, 20))[:2] == [Bucket(16, 16), Bucket(20, 12)]
+    assert most_rows_first(buckets(96, 20))[0].rows == 256 > buckets(96, 20)[-1].rows
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------

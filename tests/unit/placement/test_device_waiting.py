@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -112,45 +115,102 @@ def test_a_copy_from_the_host_is_seen(step: str, monkeypatch: pytest.MonkeyPatch
 # ---- the memory -----------------------------------------------------------------------------------------------------
 
 
-class Cudart:
-    """Stands in for CUDA's runtime."""
+GPU = torch.device("cuda", 1)
 
-    def __init__(self, error: int = 0) -> None:
+
+class Cudart:
+    """Stands in for CUDA's runtime, with the error that it keeps until somebody asks, and for the device in force."""
+
+    def __init__(self, refused: int = 0, kept: int = 0, *, exported: bool = False) -> None:
         self.calls: list[tuple[Any, ...]] = []
-        self._error = error
+        self.current, self.pending = 0, 0
+        self._refused, self._kept = refused, kept
+        if exported:
+            self.cudaGetLastError = self.asked
+
+    def asked(self) -> int:
+        found, self.pending = self.pending, 0
+        return found
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
-        self.calls.append(("register", address, size, flags))
-        return self._error
+        self.calls.append(("register", address, size, flags, self.current))
+        self.pending = self._refused
+        return self._refused
 
     def cudaHostUnregister(self, address: int) -> int:
         self.calls.append(("unregister", address))
-        return 0
+        self.pending = self._kept
+        return self._kept
+
+    @contextlib.contextmanager
+    def device(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, device.index
+        yield
+        self.current = before
 
 
-def test_memory_is_registered_once_and_given_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = Cudart()
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    seen = []
+@pytest.fixture
+def runs_on(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Cudart]:
+    """Put a runtime in the place of CUDA's; torch looks through a pointer, or copies what is there."""
 
-    def as_tensor(what: Any, device: torch.device) -> torch.Tensor:
-        seen.append(what.__cuda_array_interface__)
-        return torch.zeros(what.__cuda_array_interface__["shape"], dtype=torch.int64)
+    def installed(runtime: Cudart, *, copies: bool = False) -> Cudart:
+        def as_tensor(what: Any, device: torch.device) -> torch.Tensor:
+            said = what.__cuda_array_interface__
+            assert (said["typestr"], said["data"][1], device, runtime.current) == ("<i8", False, GPU, GPU.index)
+            words = (ctypes.c_int64 * said["shape"][0]).from_address(said["data"][0])
+            found = torch.frombuffer(words, dtype=torch.int64)
+            return found.clone() if copies else found
 
-    monkeypatch.setattr(torch, "as_tensor", as_tensor)
-    memory = RegisteredMemory(memoryview(bytearray(64)), torch.device("cuda", 0))
+        def launched(*shape: int, device: torch.device) -> torch.Tensor:
+            if error := runtime.asked():
+                raise RuntimeError(f"CUDA error {error}")
+            return torch.zeros(*shape)
+
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+        monkeypatch.setattr(torch.cuda, "device", runtime.device)
+        monkeypatch.setattr(torch, "as_tensor", as_tensor)
+        monkeypatch.setattr(torch, "ones", launched)
+        return runtime
+
+    return installed
+
+
+def test_memory_is_registered_once_and_given_back_once(runs_on: Callable[..., Cudart]) -> None:
+    runtime = runs_on(Cudart())
+    memory = RegisteredMemory(memoryview(bytearray(64)), GPU)
     address = memory.host.data_ptr()
-    assert runtime.calls == [("register", address, 64, 3)]
-    assert [(s["data"], s["shape"], s["typestr"]) for s in seen] == [((address, False), (8,), "<i8")]
+    assert runtime.calls == [("register", address, 64, 3, 1)], "under the device that will look at it"
+    assert runtime.current == 0
+    memory.host[3] = 7
+    assert memory.seen.tolist() == [0, 0, 0, 7, 0, 0, 0, 0]
     memory.close()
     memory.close()
     assert runtime.calls[1:] == [("unregister", address)]
 
 
-def test_memory_that_cuda_refuses_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart(error=2))
+@pytest.mark.parametrize("exported", [False, True], ids=["a launch asks", "the runtime is asked"])
+def test_memory_that_cuda_refuses_is_an_error_that_says_so_and_none_of_the_targets(
+    exported: bool, runs_on: Callable[..., Cudart]
+) -> None:
+    runtime = runs_on(Cudart(refused=2, exported=exported))
     with pytest.raises(RuntimeError, match="64 bytes of the draft's mailbox: error 2"):
-        RegisteredMemory(memoryview(bytearray(64)), torch.device("cuda", 0))
+        RegisteredMemory(memoryview(bytearray(64)), GPU)
+    assert runtime.pending == 0, "the target's next launch would throw it"
+    assert [call[0] for call in runtime.calls] == ["register"]
+
+
+def test_an_error_at_the_end_is_none_of_the_targets_either(runs_on: Callable[..., Cudart]) -> None:
+    runtime = runs_on(Cudart(kept=7))
+    RegisteredMemory(memoryview(bytearray(64)), GPU).close()
+    assert runtime.pending == 0
+
+
+def test_a_copy_in_the_place_of_the_memory_is_refused(runs_on: Callable[..., Cudart]) -> None:
+    """It would never change: every outcome would be a miss, and nobody would know why."""
+    runtime = runs_on(Cudart(), copies=True)
+    with pytest.raises(RuntimeError, match="sees a copy of the draft's mailbox"):
+        RegisteredMemory(memoryview(bytearray(64)), GPU)
+    assert [call[0] for call in runtime.calls] == ["register", "unregister"]
 
 
 def test_on_the_cpu_both_are_the_memory_itself() -> None:

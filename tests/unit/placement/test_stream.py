@@ -200,6 +200,26 @@ def test_a_graph_is_captured_for_each_batch_and_replayed(monkeypatch: pytest.Mon
     assert sorted(graph.replays for graph in made) == [0, 0, 0, 0, 4, 4]
 
 
+def test_scratch_that_a_graph_writes_to_does_not_grow_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's scratch is exchanged for a larger one by a forward with more rows than any before."""
+    monkeypatch.setattr(FakeDeviceModel, "captures", True)
+    world = World(FakeDeviceModel(), slots=20, branches=20)
+    stream = InlineStream()
+    monkeypatch.setattr(stream, "cuda", mock.Mock())
+    draft = StreamDraft(world.engine, stream)
+    captured: list[Any] = []
+    monkeypatch.setattr(draft._calls, "capture", lambda name, *rest: captured.append(name))
+    cuda: dict[str, Any] = {
+        "stream": lambda s: contextlib.nullcontext(),
+        "current_stream": lambda device: mock.Mock(),
+    }
+    with mock.patch.multiple(torch.cuda, **cuda):
+        draft.capture()
+    rows = [bucket.rows for what, bucket in captured if what == "work"]
+    assert rows == [256, 240, 160, 80, 40, 20]
+    assert [what for what, _ in captured] == ["look up", "work"] * 6
+
+
 def test_cuda_events_go_from_the_target_to_the_draft_and_back() -> None:
     """Against stand-ins for CUDA: which stream records, and which waits."""
     done: list[tuple[str, str]] = []

@@ -5,8 +5,9 @@ Against stand-ins for attention groups, model and FlashInfer's module.
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,7 +21,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker import workspace
 
 from vllm_saguaro.drafting.device_model import DecodeRows, Piece
-from vllm_saguaro.vllm_hooks import device_draft_model
+from vllm_saguaro.vllm_hooks import device_draft_model, draft_model
 from vllm_saguaro.vllm_hooks.device_draft_model import WORKSPACE_LANE, VllmDeviceModel
 from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig, VllmDraftModel
 
@@ -175,6 +176,84 @@ def test_forwards_and_metadata_are_in_a_lane_of_their_own() -> None:
         assert [metadata["a"].lane, lane] == [WORKSPACE_LANE] * 2
         assert workspace._workspace_lane.get() == 0
         assert manager._num_lanes == WORKSPACE_LANE + 1
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[VllmDeviceModel, list[tuple[str, int]]]]:
+    """A model that is really made, of stand-ins for vLLM's parts; what was done, each with the lane of scratch."""
+    done: list[tuple[str, int]] = []
+    vllm_config = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=16),
+        compilation_config=SimpleNamespace(
+            static_forward_context={}, cudagraph_mode=CUDAGraphMode.NONE, ir_enable_torch_wrap=False
+        ),
+        model_config=SimpleNamespace(
+            dtype=torch.float32, use_mla=False, get_vocab_size=lambda: 40, get_hidden_size=lambda: 8
+        ),
+    )
+
+    def noted(what: str, result: Any = None) -> Any:
+        done.append((what, workspace._workspace_lane.get()))
+        return result
+
+    def wants_64(config: Any) -> None:
+        noted("block size")
+        config.cache_config.block_size = 64
+
+    def backend(kv_config: Any, config: Any, device: Any) -> Any:
+        assert kv_config.block_size == 64
+        return noted("builders", ([[Group("a")]], None, [kv_config.block_size]))
+
+    def plan(config: Any, _: Any) -> Any:
+        return noted("KV", SimpleNamespace(num_blocks=3, block_size=config.cache_config.block_size))
+
+    for name, stand_in in {
+        "_engine_config": lambda config: vllm_config,
+        "set_current_vllm_config": lambda config: contextlib.nullcontext(),
+        "get_model": lambda vllm_config: noted("weights", Network()),
+        "current_platform": SimpleNamespace(update_block_size_for_backend=wants_64),
+        "_plan_kv_cache": plan,
+        "init_attn_backend": backend,
+        "init_kv_cache": lambda *told: {},
+        "_pages": lambda *told: [torch.zeros(2, 3, 4)],
+        "create_forward_context": lambda *told: SimpleNamespace(),
+    }.items():
+        monkeypatch.setattr(draft_model, name, stand_in)
+    monkeypatch.setattr(draft_model.parallel_state, "model_parallel_is_initialized", lambda: True)
+    monkeypatch.setattr(VllmDraftModel, "_prepare_process", lambda self: None)
+    monkeypatch.setattr(VllmDraftModel, "_forward", lambda self, batch: noted(f"forward of {len(batch.lengths)}"))
+    monkeypatch.setattr(VllmDraftModel, "logits", lambda self, hidden: None)
+    manager = workspace.WorkspaceManager(torch.device("cpu"))
+    with mock.patch.object(workspace, "_manager", manager):
+        yield VllmDeviceModel(CONFIG), done
+
+
+def test_what_attention_reserves_and_a_first_forward_takes_is_in_the_drafts_lane(
+    loaded: tuple[VllmDeviceModel, list[tuple[str, int]]],
+) -> None:
+    """TRITON_MLA's builder reserves the most that it will need: elsewhere the draft's lane would grow later."""
+    model, done = loaded
+    assert ("builders", WORKSPACE_LANE) in done
+    done.clear()
+    model.warm_up(rows=(4,))
+    assert done == [(f"forward of {count}", WORKSPACE_LANE) for count in (1, 4, 2, 1)]
+    assert workspace._workspace_lane.get() == 0
+
+
+def test_blocks_are_of_the_size_that_the_attention_wants(
+    loaded: tuple[VllmDeviceModel, list[tuple[str, int]]],
+) -> None:
+    model, done = loaded
+    assert [what for what, _ in done] == ["weights", "block size", "KV", "builders"]
+    assert model.block_size == 64
+
+
+def test_blocks_that_the_attention_divides_are_refused_in_one_line(
+    loaded: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draft_model, "init_attn_backend", lambda *told: ([[Group("a")]], None, [32]))
+    with pytest.raises(ValueError, match=r"draft cannot draft: its attention has blocks of \[32\] .* blocks of 64"):
+        VllmDeviceModel(CONFIG)
 
 
 @pytest.fixture

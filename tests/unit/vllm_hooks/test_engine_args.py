@@ -111,6 +111,7 @@ def test_the_word_alone_takes_the_targets_own_draft(pair: Path, word: Any, plann
         "max_model_len": 256,
         "seed": 0,
         "enforce_eager": False,
+        "compilation_mode": None,
         "attention_backend": None,
         "kv_cache_dtype": "auto",
         "moe_backend": None,
@@ -253,6 +254,17 @@ def test_the_draft_may_hold_a_little_more_than_the_target_where_it_can(pair: Pat
 def test_eager_falls_back_to_the_targets(pair: Path) -> None:
     config = engine(pair, speculative_config="saguaro", enforce_eager=True).create_engine_config()
     assert options_of(config)["draft"]["enforce_eager"]
+
+
+@pytest.mark.parametrize(
+    ("written", "mode"),
+    [({"compilation_config": {"mode": 0}}, 0), ({"optimization_level": 0}, 0), ({"enforce_eager": True}, None)],
+    ids=["a mode", "no optimisation", "eager, which is another key"],
+)
+def test_the_draft_is_compiled_as_the_target_is(pair: Path, written: dict[str, Any], mode: int | None) -> None:
+    options = options_of(engine(pair, speculative_config="saguaro", **written).create_engine_config())
+    assert options["draft"]["compilation_mode"] == mode
+    assert json.loads(json.dumps(options)) == options
 
 
 # Vocabularies

@@ -107,12 +107,34 @@ def test_the_most_that_any_work_takes_for_a_while_is_held(max_tokens: int, expec
     let_go, done = held_back(model, World(model, slots=3, branches=4))
     (held,) = let_go.__self__
     assert held.nbytes == expected, "neither less, nor what stays anyway"
-    # The smallest round and the largest: the sizes between them take no more than the largest.
-    rounds = [*(["decode 1", *["decode 4"] * 3]), *(["decode 3", *["decode 12"] * 3])]
+    rounds = [each for batch in (3, 2, 1) for each in (f"decode {batch}", *[f"decode {4 * batch}"] * 3)]
     assert done == [
-        *("synchronised", "reset", *rounds, f"read {min(max_tokens, 64)}"),
-        *("synchronised", "cache emptied", "held"),  # emptied first: what was taken must not be counted twice
+        *("synchronised", "reset", *rounds, "synchronised"),
+        *("synchronised", "reset", f"read {min(max_tokens, 64)}", "synchronised"),
+        *("cache emptied", "held"),  # emptied first: what was taken must not be counted twice
     ]
+
+
+def test_the_largest_round_is_the_one_with_the_most_rows() -> None:
+    """With 20 requests that is not the one of all: 16 have 16 branches each, 20 have 12."""
+    model = Hungry(max_tokens=2, num_blocks=1024)
+    let_go, done = held_back(model, World(model, slots=20, branches=20))
+    (held,) = let_go.__self__
+    assert held.nbytes == 256 * A_ROW
+    rows = [int(each.split()[1]) for each in done if each.startswith("decode")]
+    assert rows[0] == 16
+    assert rows[1] == max(rows) == 256, "first, before anything that a graph will hold is made for fewer rows"
+
+
+def test_graphs_keep_a_round_and_prompts_are_read_beside_it() -> None:
+    from vllm_saguaro.vllm_hooks.stream_draft import A_FORWARD_IN_A_GRAPH, A_GRAPH
+
+    model = Hungry(max_length=64)
+    model.captures = True
+    let_go, _ = held_back(model, World(model, slots=3, branches=4))
+    (held,) = let_go.__self__
+    graphs = 3 * (2 * A_GRAPH + 4 * A_FORWARD_IN_A_GRAPH)  # three batches, three drafts and the token that is glued
+    assert held.nbytes == 12 * A_ROW + 64 * A_TOKEN + graphs
 
 
 def test_it_leaves_every_slot_as_it_was_and_the_draft_drafts() -> None:
@@ -147,7 +169,10 @@ def test_it_is_let_go_before_the_first_request() -> None:
     assert there == [False, False]
 
 
-def test_on_a_gpu_it_is_held_on_the_drafts_stream_once_all_else_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("slots", "branches", "most"), [(3, 4, 12), (20, 20, 256)])
+def test_on_a_gpu_it_is_held_on_the_drafts_stream_once_all_else_is_there(
+    slots: int, branches: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What `make_stream_draft` does, and what the draft that it makes does with what is held."""
     from vllm_saguaro.vllm_hooks import stream_draft
     from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig
@@ -164,7 +189,7 @@ def test_on_a_gpu_it_is_held_on_the_drafts_stream_once_all_else_is_there(monkeyp
     class Loaded(FakeDeviceModel):
         def __init__(self, config: DraftModelConfig) -> None:
             super().__init__()
-            assert config.max_rows == 12
+            assert config.max_rows == most
             done.append("loaded")
 
         def warm_up(self, rows: Any) -> None:
@@ -185,8 +210,8 @@ def test_on_a_gpu_it_is_held_on_the_drafts_stream_once_all_else_is_there(monkeyp
     }.items():
         monkeypatch.setattr(stream_draft, name, stand_in)
     config = DraftModelConfig(model="d", max_length=64, max_rows=1, kv_cache_bytes=1 << 20, device="cuda:0")
-    draft = stream_draft.make_stream_draft(stream_draft.StreamOptions(config, 3, 3, branches=4))
-    assert done == ["(", "loaded", "warm for 12 rows", "held", ")"]
+    draft = stream_draft.make_stream_draft(stream_draft.StreamOptions(config, slots, 3, branches=branches))
+    assert done == ["(", "loaded", f"warm for {most} rows", "held", ")"]
     done.clear()
     for slot in (0, 1):
         draft.admit(slot, f"request {slot}", PROMPT, Sampling())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -36,6 +38,25 @@ def test_graphs_are_configured_by_the_rows_that_are_captured() -> None:
 
     config = DraftModelConfig(model="draft", max_length=512, max_rows=8, kv_cache_bytes=0, graph_rows=[8, 2, 8])
     assert _graph_config(config) == {"cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [2, 8]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {}),
+        ({"compilation_mode": 0}, {"mode": 0}),
+        ({"compilation_mode": 3, "enforce_eager": True}, {}),
+        (
+            {"compilation_mode": 0, "device": "cuda:0", "graph_rows": [4]},
+            {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [4]},
+        ),
+    ],
+)
+def test_the_draft_is_compiled_as_it_is_told(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig, _compilation_config
+
+    config = DraftModelConfig(model="draft", max_length=512, max_rows=8, kv_cache_bytes=0, **changes)
+    assert _compilation_config(config) == expected
 
 
 def test_a_second_lane_is_added_and_what_is_in_use_stays() -> None:

@@ -56,14 +56,18 @@ def reads_on_the_host(engine: V2Engine) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def vllms_own_test(engine: V2Engine) -> Iterator[None]:
-    """Coupled drafts before vLLM's rejection sampler, which draws what is left with the noise that picked the draft."""
-    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
+def first_draft_believed(engine: V2Engine) -> Iterator[None]:
+    """Of coupled drafts the first counts as what the target says."""
+    from vllm_saguaro.algorithm.agreement import agreed
+    from vllm_saguaro.vllm_hooks import coupled_sampler
 
-    inside = engine.runner.rejection_sampler._sampler
-    own: Any = RejectionSampler.__new__(RejectionSampler)
-    own.__dict__.update(inside.__dict__)
-    with mock.patch.object(engine.runner.rejection_sampler, "_sampler", own):
+    def believing(drawn: Any, drafts: Any, begins: Any, places: Any, count: int) -> Any:
+        drawn = drawn.clone()
+        first = ((places == 1) & (drafts >= 0)).nonzero().squeeze(1)
+        drawn[first - 1] = drafts[first].to(drawn.dtype)
+        return agreed(drawn, drafts, begins, places, count)
+
+    with mock.patch.object(coupled_sampler, "agreed", believing):
         yield
 
 
@@ -124,7 +128,7 @@ PLANTS = {
     "unmarked": unmarked,
     "marked one late": marked_one_late,
     "reads on the host": reads_on_the_host,
-    "vLLM's own test": vllms_own_test,
+    "first draft believed": first_draft_believed,
     "stream: stale": stream_stale,
     "stream: told sharper": stream_told_sharper,
     "process: told sharper": process_told_sharper,

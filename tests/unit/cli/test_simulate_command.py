@@ -13,6 +13,8 @@ from vllm_saguaro.cli.main import main
 from vllm_saguaro.simulation import comparison, plan, plots, published
 from vllm_saguaro.simulation.world import World
 
+RESULTS = ROOT / "docs" / "results"
+SIMULATE_PAGE = (ROOT / "docs" / "simulate.md").read_text(encoding="utf-8")
 SMALL = ("--requests", "2", "--tokens", "40")
 
 
@@ -124,8 +126,14 @@ def test_the_tables_are_printed_where_the_picture_cannot_be_written_after_all(
 
 @pytest.mark.slow
 def test_docs_have_the_tables_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    results = ROOT / "docs" / "results"
-    names = ("headline_12_4", "headline_12_6", "curve", "batches_1_4", "batches_16_64",
-             "large_batches_after")  # fmt: skip
-    assert main(["simulate", "--validate", *(str(results / f"{name}.json") for name in names)]) == 0
-    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "simulate.md").read_text(encoding="utf-8")
+    names = ("headline_12_4", "headline_12_6", "curve", "batches_1_4", "large_batches_after")
+    assert main(["simulate", "--validate", *(str(RESULTS / f"{name}.json") for name in names)]) == 0
+    assert capsys.readouterr().out.strip() in SIMULATE_PAGE
+
+
+@pytest.mark.slow
+def test_docs_have_the_tables_by_which_a_fault_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--validate", str(RESULTS / "batches_16_64.json")]) == 0
+    tables = capsys.readouterr().out.partition("\n\n| paper")[0]
+    assert tables.count("| batches_16_64: ") == 4
+    assert tables in SIMULATE_PAGE

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The draft on another node of a Ray cluster. vLLM and vllm-saguaro[ray], in the same versions, must be on both nodes.
+# The draft on another node of a Ray cluster. vLLM and this package with Ray (pip install ".[ray]"),
+# in the same versions, must be on both nodes.
 #   on the node of the target:   examples/ray_cluster.sh head
 #   on the node of the draft:    examples/ray_cluster.sh draft HEAD_ADDRESS
 #   on the node of the target:   MODEL=TARGET DRAFT=DRAFT examples/ray_cluster.sh serve

@@ -79,7 +79,7 @@ class Settings(PairSettings):
                 possible = ", ".join(KINDS_OF[placement])
                 raise SettingsError(f"--only {' '.join(self.only)}: of --placement {placement} there are {possible}")
         if set(self.placements) != {"process"} and importlib.util.find_spec("ray") is None:
-            raise SettingsError("there is no Ray here: install vllm-saguaro[ray], or write --placement process")
+            raise SettingsError('there is no Ray here: pip install ".[ray]", or write --placement process')
 
     def to_json(self) -> dict[str, Any]:
         """Plain values only."""

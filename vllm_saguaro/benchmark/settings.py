@@ -131,13 +131,16 @@ class Settings:
         self._check_sweep()
         self._check_forecasts()
         if self.tokens + max(self.k) + 2 > MAX_MODEL_LENGTH:
-            raise SettingsError(f"--tokens {self.tokens} does not fit into {MAX_MODEL_LENGTH} positions")
+            raise SettingsError(f"--tokens {self.tokens} does not fit into {MAX_MODEL_LENGTH} positions: write fewer")
         available = len(self.read_prompts())
         if self.prompts > available:
-            raise SettingsError(f"--prompts {self.prompts}: {self.prompt_path} holds {available}")
-        beyond = set(self.cores) - set(range(os.cpu_count() or 1))
+            raise SettingsError(f"--prompts {self.prompts}: {self.prompt_path} holds {available}: write fewer")
+        count = os.cpu_count() or 1
+        beyond = set(self.cores) - set(range(count))
         if beyond:
-            raise SettingsError(f"there is no processor core {min(beyond)} on this machine")
+            raise SettingsError(
+                f"there is no processor core {min(beyond)} on this machine: write cores from 0 to {count - 1}"
+            )
 
     def _check_sweep(self) -> None:
         keys = [key for key, _ in self.sweep]

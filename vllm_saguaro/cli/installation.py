@@ -41,7 +41,7 @@ def versions() -> Finding:
         return error(
             "versions",
             f"{text}; vLLM is not installed for this Python",
-            'pip install "vllm-saguaro[cpu]", or run this with the Python that vLLM is installed for',
+            "run scripts/install.sh of a checkout (docs/cpu_setup.md), or this command with the Python that has vLLM",
         )
     return ok("versions", text)
 
@@ -54,7 +54,8 @@ def plugin(environment: Mapping[str, str] = os.environ) -> list[Finding]:
             error(
                 "plugin",
                 f'no entry point "{PLUGIN}" in the group {ENTRY_POINT_GROUP}: vLLM will not know the method',
-                "install the package into vLLM's environment (pip install vllm-saguaro); a copied folder is not enough",
+                "install the package into vLLM's environment (pip install . in a checkout); a copied folder is not "
+                "enough",
             )
         ]
     findings = [ok("plugin", f"entry point {PLUGIN} = {next(iter(points)).value}")]

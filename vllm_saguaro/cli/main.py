@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None) -> int:
     # What follows "--" is for vLLM's own parser: argparse itself would take it for further positionals.
     own, beyond = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     try:
-        arguments = parser().parse_args(completed(own))
+        arguments, left = parser().parse_known_args(completed(own))
     except SystemExit as stop:  # argparse has said what was wrong, or printed the help
         return int(stop.code or 0)
     if beyond and arguments.command not in ("doctor", "tune"):
@@ -69,14 +69,34 @@ def main(words: Sequence[str] | None = None) -> int:
         return BAD_QUESTION
     arguments.vllm_words, arguments.words = beyond, given
     try:
+        _refuse(left, arguments)
         code: int = arguments.run(arguments)
         sys.stdout.flush()
         return code
     except UsageError as error:
         print(f"vllm-saguaro: {error}", file=sys.stderr)
         return BAD_QUESTION
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == __name__.partition(".")[0]:
+            raise
+        print(
+            f"vllm-saguaro: {arguments.command} needs {error.name}, which is not installed for this Python: see "
+            "vllm-saguaro doctor",
+            file=sys.stderr,
+        )
+        return BAD_QUESTION
     except KeyboardInterrupt:
         return STOPPED
     except BrokenPipeError:  # `| head` has seen enough; Python would complain once more when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _refuse(left: Sequence[str], arguments: argparse.Namespace) -> None:
+    """Raises UsageError where there are words that nobody asked for: argparse would show the usage of all commands."""
+    if not left:
+        return
+    command = " ".join(filter(None, (arguments.command, getattr(arguments, "named_part", None))))
+    options = [word.partition("=")[0] for word in left if word.startswith("-")]
+    what = f"unknown option {options[0]}" if options else f"one word too many, {left[0]!r}"
+    raise UsageError(f"{command}: {what}: see vllm-saguaro {command} --help")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_saguaro.cli.usage import UsageError
+from vllm_saguaro.cli.writing import check_picture
 
 if TYPE_CHECKING:
     from vllm_saguaro.simulation.comparison import Compared
@@ -30,7 +32,7 @@ AR: plain decoding; SD: ordinary speculation; SSD: the engine of the paper; ours
 K: drafts a round; N: predicted outcomes that get drafts.
 What the numbers are fed with, and how far they can be trusted: docs/simulate.md.
 
-exit codes: 0 it was simulated; 2 the question was wrong"""
+exit codes: 0 it was simulated; 1 the picture was not written; 2 the question was wrong"""
 
 
 def add_to(commands: Any) -> None:
@@ -105,15 +107,14 @@ def _simulate(arguments: argparse.Namespace) -> int:
         print(json.dumps(world.to_json(), indent=1))
         return 0
     plan = _plan(arguments)
-    compared = compare(world, plan, arguments.k, arguments.engine)
     names = SWEEPS if "all" in arguments.sweep else tuple(dict.fromkeys(arguments.sweep))
-    if arguments.plot is not None and not names:
-        raise UsageError("simulate: --plot shows sweeps: write --sweep too, with what is to be varied")
-    sweeps = {name: list(sweep(world, plan, arguments.k, name, arguments.engine)) for name in names}
     if arguments.plot is not None:
-        from vllm_saguaro.simulation.plots import plot_sweeps
-
-        plot_sweeps(sweeps, world.name, arguments.plot)
+        if not names:
+            raise UsageError("simulate: --plot shows sweeps: write --sweep too, with what is to be varied")
+        check_picture("simulate", "--plot", arguments.plot)
+    compared = compare(world, plan, arguments.k, arguments.engine)
+    sweeps = {name: list(sweep(world, plan, arguments.k, name, arguments.engine)) for name in names}
+    drawn = arguments.plot is None or _draw(sweeps, world.name, arguments.plot)
     if arguments.json:
         answer = {
             "world": world.to_json(),
@@ -121,14 +122,26 @@ def _simulate(arguments: argparse.Namespace) -> int:
             "sweeps": {name: [found.to_json() for found in line] for name, line in sweeps.items()},
         }
         print(json.dumps(answer, indent=1))
-        return 0
+        return int(not drawn)
     load = f"batch {plan.batch}" + (f", {plan.drafts} drafts" if plan.drafts > 1 else "")
     print(f"{world.name}, {load}, {plan.requests} requests of {plan.tokens} tokens\n\n{table(compared)}")
     for name, line in sweeps.items():
         print(f"\n{sweep_table(name, line)}")
-    if arguments.plot is not None:
+    if arguments.plot is not None and drawn:
         print(f"\nwritten to {arguments.plot}")
-    return 0
+    return int(not drawn)
+
+
+def _draw(sweeps: Mapping[str, Sequence[Compared]], title: str, path: Path) -> bool:
+    """Whether the picture could be written. What was simulated is printed all the same."""
+    from vllm_saguaro.simulation.plots import plot_sweeps
+
+    try:
+        plot_sweeps(sweeps, title, path)
+    except OSError as error:
+        print(f"vllm-saguaro: simulate: the picture was not written: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def _world(arguments: argparse.Namespace) -> World:

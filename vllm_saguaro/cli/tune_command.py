@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_saguaro.cli.doctor_command import platform, stdout_kept
 from vllm_saguaro.cli.other_placements import other_placements
 from vllm_saguaro.cli.usage import UsageError
+from vllm_saguaro.cli.writing import check_file, check_picture
 
 if TYPE_CHECKING:
     from vllm_saguaro.tuned import MadeFor
@@ -27,7 +28,7 @@ SPECULATION = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "
 """Options of vLLM, each with a value; the first also with dots."""
 EXAMPLES = """examples:
   vllm-saguaro tune assets/pair/target --quick -- --dtype float32 --kv-cache-memory-bytes 1073741824
-  vllm-saguaro tune TARGET DRAFT --prompts PROMPTS.jsonl --picture tuned.png -- --max-num-seqs 64
+  vllm-saguaro tune TARGET DRAFT --prompt-file PROMPTS.jsonl --picture tuned.png -- --max-num-seqs 64
   vllm-saguaro tune TARGET DRAFT --batch 1 8 --temperature 0.7 --k 3 4 5 6
   vllm-saguaro tune TARGET -- --speculative-config '{"method": "saguaro", "draft_cpus": "6-7"}'
   vllm serve TARGET --speculative-config '{"method": "saguaro", "tuned": "saguaro-tuned.json"}'
@@ -35,7 +36,7 @@ EXAMPLES = """examples:
 After -- stands what `vllm serve` would get; keys of a speculative config there stay as they are. Each engine runs in a
 process of its own, one after the other, with nothing else beside it: leave the machine alone meanwhile. Of placements
 those are tried that this machine allows, "ray" where RAY_ADDRESS names a cluster. What was not tried is named.
-exit codes: 0 measured and written; 1 an engine could not be started or the file not written; 2 the question was wrong;
+exit codes: 0 measured and written; 1 an engine could not be started or a file not written; 2 the question was wrong;
 130 stopped"""
 
 
@@ -54,7 +55,9 @@ def add_to(commands: Any) -> None:
     load.add_argument("--batch", nargs="+", type=int, help="requests at once (default: 1 4 16; see --max-num-seqs)")
     load.add_argument("--temperature", nargs="+", type=float, default=[0.0, 1.0], help="(default: 0 1)")
     load.add_argument(
+        "--prompt-file",
         "--prompts",
+        dest="prompts",
         type=Path,
         metavar="JSONL",
         help='lines of {"prompt": "..."} (default: prompts.jsonl beside the target\'s folder, else eight built in)',
@@ -89,10 +92,10 @@ def run(arguments: argparse.Namespace) -> int:
     from vllm_saguaro.tuning.session import tune
     from vllm_saguaro.tuning.settings import TuningError
 
+    if arguments.picture is not None:
+        check_picture("tune", "--picture", arguments.picture)
+    check_file("tune", "--output", arguments.output)
     try:
-        if arguments.picture is not None:
-            plots.check_plotting(arguments.picture)
-        _check_output(arguments.output)
         with environment_kept(), stdout_kept():
             question = ask(arguments)
         about = provenance.collect(question.settings.cores)
@@ -111,10 +114,15 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"vllm-saguaro: tune: the file was not written, here is what it would hold: {error}", file=sys.stderr)
         print(json.dumps(data, indent=1))
         return 1
+    code = 0
     if arguments.picture is not None:
-        plots.plot(found, arguments.picture)
+        try:
+            plots.plot(found, arguments.picture)
+        except OSError as error:
+            print(f"vllm-saguaro: tune: the picture was not written: {error}", file=sys.stderr)
+            arguments.picture, code = None, 1
     print(json.dumps(data, indent=1) if arguments.json else as_text(found, data, arguments))
-    return 0
+    return code
 
 
 def ask(arguments: argparse.Namespace) -> Question:
@@ -234,17 +242,3 @@ def _gains(data: Mapping[str, Any]) -> str:
     for each in data["measured"]:
         best[each["method"]] = max(best.get(each["method"], 0.0), each["gain_over_plain"])
     return ", ".join(f"{method} {value:.2f}" for method, value in best.items()) + " times plain"
-
-
-def _check_output(path: Path) -> None:
-    """Before minutes are spent: a folder to write into."""
-    place = path if path.exists() else _nearest(path.absolute().parent)
-    if path.is_dir() or not (place.is_dir() or place == path) or not os.access(place, os.W_OK):
-        raise UsageError(f"tune: {path} cannot be written: write another file with --output")
-
-
-def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder

@@ -6,15 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm_saguaro.simulation.comparison import NAMES, SWEEPS, Compared
-from vllm_saguaro.simulation.world import WorldError
 
 
 def plot_sweeps(sweeps: Mapping[str, Sequence[Compared]], title: str, path: Path) -> None:
-    """A panel a sweep: speed over AR by what is varied, a line an engine. Raises WorldError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise WorldError("a picture needs matplotlib: pip install matplotlib, or leave --plot out") from None
+    """A panel a sweep: speed over AR by what is varied, a line an engine."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -7,19 +7,8 @@ from typing import Any
 
 from vllm_saguaro.tuning.candidates import SAGUARO, Tried
 from vllm_saguaro.tuning.found import Tuning
-from vllm_saguaro.tuning.settings import TuningError
 
 _COLOURS = {"plain": "0.5", "draft_model": "tab:orange"}
-
-
-def check_plotting(path: Path) -> None:
-    """Raises TuningError where no picture could be made, before anything is measured."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise TuningError("a picture needs matplotlib: pip install matplotlib, or leave --picture out") from None
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise TuningError(f"--picture {path}: write a name that ends in .png, .svg or .pdf")
 
 
 def plot(found: Tuning, path: Path) -> None:

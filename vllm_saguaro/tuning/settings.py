@@ -121,9 +121,9 @@ def read_prompts(path: Path | None, target: str) -> tuple[str, ...]:
     try:
         found = tuple(prompts.read_prompts(path))
     except (OSError, ValueError) as error:
-        raise TuningError(f"--prompts: {error}") from None
+        raise TuningError(f"--prompt-file: {error}") from None
     if not all(found) or not found:
-        raise TuningError(f'--prompts: {path} has no text in it: write lines of {{"prompt": "..."}}')
+        raise TuningError(f'--prompt-file: {path} has no text in it: write lines of {{"prompt": "..."}}')
     return found
 
 

@@ -284,14 +284,15 @@ def check_placement(placement: str) -> None:
         found = importlib.metadata.version("ray")
     except importlib.metadata.PackageNotFoundError:
         raise SaguaroConfigError(
-            'placement "ray" needs Ray, which is not installed here: pip install "vllm-saguaro[ray]", or write '
-            '"placement": "process"'
+            'placement "ray" needs Ray, which is not installed here: pip install ".[ray]" in a checkout of '
+            'vllm_saguaro, or write "placement": "process"'
         ) from None
     match = re.match(r"(\d+)\.(\d+)", found)
     if match is None or (int(match[1]), int(match[2])) < OLDEST_RAY:
         oldest = ".".join(map(str, OLDEST_RAY))
         raise SaguaroConfigError(
-            f'placement "ray" works with Ray {oldest} or newer, this is {found}: pip install "vllm-saguaro[ray]"'
+            f'placement "ray" works with Ray {oldest} or newer, this is {found}: pip install ".[ray]" in a checkout of '
+            "vllm_saguaro"
         )
 
 

@@ -129,10 +129,10 @@ def test_what_an_engine_is_told(pair: Path) -> None:
     ("change", "complaint"),
     [
         ({"target": Path("/nowhere")}, "does not exist"),
-        ({"prompts": 31}, "holds 30"),
+        ({"prompts": 31}, "holds 30: write fewer"),
         ({"prompts": 0}, "--prompts must be at least 1"),
-        ({"tokens": 1023}, "does not fit"),
-        ({"core_draft": (7,)}, "no processor core 7"),
+        ({"tokens": 1023}, "does not fit into .* positions: write fewer"),
+        ({"core_draft": (7,)}, "no processor core 7 on this machine: write cores from 0 to "),
         ({"top_p": (1.0, 0.0)}, "--top-p must be above 0 and at most 1, not 0"),
         ({"top_p": (1.5,)}, "not 1.5"),
         ({"sweep": (("x", (1,)),), "options": {"x": 2}}, "x is given with --option and with --sweep"),

@@ -92,7 +92,7 @@ def test_an_engine_that_fails_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsy
     [
         ("--target nothing", "nothing/config.json does not exist: name the pair with --target"),
         ("--against-server http://x --prompts 0", "--prompts must be at least 1"),
-        ("--against-server http://x --modes plain", "unrecognized arguments: --modes plain"),
+        ("--against-server http://x --modes plain", "bench servers: unknown option --modes: see"),
         ("--against-server ftp://x", "no address of a server"),
         ("compare nothing.json nothing.json", "No such file"),
     ],

@@ -27,10 +27,49 @@ def test_help_has_examples_for_every_command(capsys: pytest.CaptureFixture[str])
         assert "exit codes: 0 " in own
 
 
-@pytest.mark.parametrize("words", [[], ["no-such-command"], ["doctor", "--no-such-option"]])
+@pytest.mark.parametrize("words", [[], ["no-such-command"], ["simulate", "--k", "many"]])
 def test_a_wrong_question_ends_with_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(words) == 2
     assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("simulate --wrld x", "simulate: unknown option --wrld: see vllm-saguaro simulate --help"),
+        ("doctor --kk=3", "doctor: unknown option --kk: see vllm-saguaro doctor --help"),
+        ("doctor a b c", "doctor: one word too many, 'c': see vllm-saguaro doctor --help"),
+        ("bench --kk 3", "bench run: unknown option --kk: see vllm-saguaro bench run --help"),
+    ],
+)
+def test_what_nobody_asked_for_is_named_with_the_help_that_has_the_options(
+    words: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(words.split()) == 2
+    assert capsys.readouterr().err == f"vllm-saguaro: {says}\n"
+
+
+@pytest.mark.parametrize(("command", "package"), [("simulate", "numpy"), ("watch x", "numpy")])
+def test_a_package_that_is_missing_is_one_line(command: str, package: str) -> None:
+    code = (
+        "import sys\nfrom vllm_saguaro.cli.main import main\n"
+        f"sys.modules[{package!r}] = None\nsys.exit(main({command.split()!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"vllm-saguaro: {command.split()[0]} needs {package}, which is not installed for this Python: "
+        "see vllm-saguaro doctor\n"
+    )
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def miss(_: object) -> int:
+        raise ModuleNotFoundError("No module named 'vllm_saguaro.x'", name="vllm_saguaro.x")
+
+    monkeypatch.setattr(watch_command, "run", miss)
+    with pytest.raises(ModuleNotFoundError):
+        main.main(["watch", "http://localhost"])
 
 
 def test_a_usage_error_is_one_line_and_ends_with_2(

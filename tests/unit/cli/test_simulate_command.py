@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,11 @@ import pytest
 from scripts.repository import ROOT
 from vllm_saguaro.cli import simulate_command
 from vllm_saguaro.cli.main import main
-from vllm_saguaro.simulation import comparison, plan, published
+from vllm_saguaro.simulation import comparison, plan, plots, published
 from vllm_saguaro.simulation.world import World
 
+RESULTS = ROOT / "docs" / "results"
+SIMULATE_PAGE = (ROOT / "docs" / "simulate.md").read_text(encoding="utf-8")
 SMALL = ("--requests", "2", "--tokens", "40")
 
 
@@ -82,6 +86,8 @@ def test_a_sweep_is_a_table_of_its_values(capsys: pytest.CaptureFixture[str]) ->
         (["--batch", "0"], "batch"),
         (["--hit-rate", "2"], "between 0 and 1"),
         (["--plot", "x.png"], "--sweep"),
+        (["--sweep", "k", "--plot", "x.foo"], "write a name that ends in .png, .svg or .pdf"),
+        (["--sweep", "k", "--plot", "/dev/null/x.png"], "cannot be written: write another file with --plot"),
         (["--validate", "nowhere.json"], "no report"),
     ],
 )
@@ -94,10 +100,40 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(
     assert said.count("\n") == 1
 
 
+@pytest.mark.parametrize("path", ["x.foo", "/dev/null/x.png", "no-matplotlib.png"])
+def test_a_picture_is_refused_before_anything_is_simulated(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "compare", lambda *_: pytest.fail("it was too late"))
+    if path.startswith("no-"):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["simulate", "--sweep", "k", "--plot", path]) == 2
+
+
+def test_the_tables_are_printed_where_the_picture_cannot_be_written_after_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x.png")
+
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plots, "plot_sweeps", full)
+    words = ["--sweep", "k", "--engine", "ours", "--plot", str(tmp_path / "x.png")]
+    assert main(["simulate", *SMALL, *words]) == 1
+    said = capsys.readouterr()
+    assert said.err.endswith("the picture was not written: [Errno 28] No space left on device: 'x.png'\n")
+    assert "ours / AR" in said.out
+    assert "written to" not in said.out
+
+
 @pytest.mark.slow
 def test_docs_have_the_tables_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    results = ROOT / "docs" / "results"
-    names = ("headline_12_4", "headline_12_6", "curve", "batches_1_4", "batches_16_64",
-             "large_batches_after")  # fmt: skip
-    assert main(["simulate", "--validate", *(str(results / f"{name}.json") for name in names)]) == 0
-    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "simulate.md").read_text(encoding="utf-8")
+    names = ("headline_12_4", "headline_12_6", "curve", "batches_1_4", "large_batches_after")
+    assert main(["simulate", "--validate", *(str(RESULTS / f"{name}.json") for name in names)]) == 0
+    assert capsys.readouterr().out.strip() in SIMULATE_PAGE
+
+
+@pytest.mark.slow
+def test_docs_have_the_tables_by_which_a_fault_was_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--validate", str(RESULTS / "batches_16_64.json")]) == 0
+    tables = capsys.readouterr().out.partition("\n\n| paper")[0]
+    assert tables.count("| batches_16_64: ") == 4
+    assert tables in SIMULATE_PAGE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import errno
 import json
@@ -20,7 +21,7 @@ from vllm_saguaro.cli import tune_command
 from vllm_saguaro.cli.main import main
 from vllm_saguaro.cli.tune_command import Question
 from vllm_saguaro.cli.usage import UsageError
-from vllm_saguaro.tuning import document, session
+from vllm_saguaro.tuning import document, plots, session
 from vllm_saguaro.tuning.settings import Settings, TuningError
 
 SETTINGS = Settings("target", "draft", batches=(1,), temperatures=(0.0,), ks=(1, 4))
@@ -94,6 +95,45 @@ def test_a_picture_has_every_candidate(here: Path, capsys: pytest.CaptureFixture
 def test_a_picture_needs_a_kind(here: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["tune", "target", "--picture", name]) == 2
     assert "write a name that ends in .png, .svg or .pdf" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_written_is_refused_first(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    (here / "file").touch()
+    monkeypatch.setattr(tune_command, "ask", lambda _: pytest.fail("it was too late"))
+    assert main(["tune", "target", "--picture", "file/p.png"]) == 2
+    assert capsys.readouterr().err == (
+        "vllm-saguaro: tune: file/p.png cannot be written: write another file with --picture\n"
+    )
+
+
+def test_what_was_measured_is_kept_where_the_picture_cannot_be_written_after_all(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "p.png")
+
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(plots, "plot", full)
+    assert main(["tune", "target", "--picture", "p.png"]) == 1
+    said = capsys.readouterr()
+    assert said.err.endswith("the picture was not written: [Errno 28] No space left on device: 'p.png'\n")
+    assert "written to saguaro-tuned.json\n" in said.out
+
+
+def test_the_prompts_are_named_as_in_bench(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Path] = []
+
+    def note(arguments: argparse.Namespace) -> Question:
+        seen.append(arguments.prompts)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(tune_command, "ask", note)
+    assert main(["tune", "target", "--prompt-file", "a.jsonl"]) == 2
+    assert main(["tune", "target", "--prompts", "a.jsonl"]) == 2
+    assert seen == [Path("a.jsonl"), Path("a.jsonl")]
 
 
 def test_without_matplotlib_a_picture_is_refused_before_anything_is_measured(

@@ -71,7 +71,7 @@ def messages_in(source: str, where: str) -> Iterator[Message]:
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             texts = _raised(node.exc, where, functions)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in LEVELS:
-            logs = ast.unparse(node.func.value).lower().endswith(("logger", "_log", "log"))
+            logs = _is_log(node.func.value)
             texts = [_PERCENT.sub("\0", text) for text in _texts(node.args[0], {})] if logs else []
         elif isinstance(node, ast.Call) and _prints_an_error(node):
             texts = _texts(node.args[0], {})
@@ -91,6 +91,12 @@ def texts_of(package: Path) -> Iterator[Message]:
                     text = _FIELD.sub("\0", _PERCENT.sub("\0", text))
                     if len(text.replace("\0", "")) >= 2 * LEAST_LITERAL:
                         yield _message(f"{path.name}:{node.lineno}", text)
+
+
+def _is_log(receiver: ast.expr) -> bool:
+    """Something with the name of a log, or a call that makes one."""
+    named = receiver.func if isinstance(receiver, ast.Call) else receiver
+    return ast.unparse(named).lower().endswith(("logger", "_log", "log"))
 
 
 def _prints_an_error(call: ast.Call) -> bool:

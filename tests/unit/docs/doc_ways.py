@@ -128,7 +128,16 @@ WAYS: tuple[Way, ...] = (
     # servers and those who ask them
     Serves(r"scripts/demo\.sh --serve", "--port {port}"),
     Serves(r"examples/server\.sh", SMALL_SERVER),
-    Cannot(r"vllm serve MODEL .*(?:draft_pool|draft_node|\"address\").*", "a Ray cluster with resources of that name"),
+    Cannot(
+        r"vllm serve MODEL .*draft_pool.*",
+        "a Ray cluster",
+        "tests/e2e/test_draft_pool.py::test_both_have_the_plain_text_and_hits",
+    ),
+    Cannot(
+        r"vllm serve MODEL .*(?:draft_node|\"address\").*",
+        "a Ray cluster with resources of that name",
+        "tests/e2e/test_ray.py::test_a_draft_on_another_node_gives_the_plain_text_over_the_network",
+    ),
     Serves(r"vllm serve MODEL(?: --port 8000)?", SMALL_SERVER, speculates=False),
     Serves(r"vllm serve MODEL .*--speculative-config .*", SMALL_SERVER),
     Runs(r"curl -s http://localhost:8000/metrics \| grep .*", Cost.LONG, says=r"vllm:saguaro_hits_total", asks=True),
@@ -140,7 +149,7 @@ WAYS: tuple[Way, ...] = (
         asks=True,
     ),
     Runs(r"\.venv/bin/python examples/offline\.py", Cost.LONG),
-    Cannot(r".*Qwen/.*", NO_MODEL),
+    Cannot(r".*Qwen/.*", NO_MODEL, f"{EXAMPLES}::test_the_server_is_started_as_asked"),
     Cannot(
         r"examples/ray_cluster\.sh .*",
         "a Ray cluster of several nodes",

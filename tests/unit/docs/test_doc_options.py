@@ -115,11 +115,6 @@ def test_numbers_within_the_text_are_the_codes() -> None:
     assert f"`{default_of('draft_sample_method')}` (default, ours)" in method
 
 
-@pytest.mark.parametrize("key", sorted(set(rows("README.md")) & {f.name for f in dataclasses.fields(SaguaroConfig)}))
-def test_the_readme_says_the_same_defaults(key: str) -> None:
-    assert complaints_of_default(key, rows("README.md")[key][0]) == []
-
-
 @pytest.mark.parametrize("metric", [*counters.COUNTERS, *counters.GAUGES, *counters.HISTOGRAMS])
 def test_every_metric_has_a_row(metric: counters.Counter | counters.Gauge | counters.Histogram) -> None:
     names = {name.partition("{")[0]: cells for name, cells in OPTIONS.items()}

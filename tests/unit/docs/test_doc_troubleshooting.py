@@ -57,6 +57,7 @@ def f(a):
     raise WireError("nobody sees this")
     logger.warning("%d drafts share %.1f cores.", 1, 2)
     self._log.error("an error of %s" " here", a)
+    init_logger("vllm.x").warning("a warning of %d for people", a)
     logger.info("all is well")
     print(f"an error of {a} for people", file=sys.stderr)
     print(f"vllm-saguaro: tune: {a}", file=sys.stderr)
@@ -71,6 +72,7 @@ def f(a):
         "take another, please",
         "{} drafts share {} cores.",
         "an error of {} here",
+        "a warning of {} for people",
         "an error of {} for people",
     }
     (cores,) = (message for message in found if "cores" in message.shown)

@@ -56,7 +56,7 @@ def test_prompts_are_the_given_the_pairs_own_or_the_built_in(tmp_path: Path) -> 
 def test_a_file_without_prompts_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(text)
-    with pytest.raises(TuningError, match=r"^--prompts: .*: write"):
+    with pytest.raises(TuningError, match=r"^--prompt-file: .*: write"):
         settings.read_prompts(path, "target")
 
 

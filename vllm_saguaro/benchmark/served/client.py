@@ -154,7 +154,8 @@ class _Stream:
     def answer(self, name: str) -> Answer:
         """All of it, once it has ended."""
         if not self._ended or not self._times:
-            raise ServerError(f"{name}: a text ended without its last line" if self._times else f"{name}: no text came")
+            what = "a text ended without its last line" if self._times else "no text came"
+            raise ServerError(f"{name}: {what}: look into the log of that server, or of a proxy before it")
         tokens = None if self._tokens is None else tuple(self._tokens)
         count = self._usage if self._usage is not None else len(tokens if tokens is not None else self._times)
         gaps = tuple(after - before for before, after in zip(self._times, self._times[1:], strict=False))

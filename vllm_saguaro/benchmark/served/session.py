@@ -78,7 +78,7 @@ class _Session:
             if server.longest is not None and self._settings.tokens >= server.longest:
                 raise SettingsError(
                     f"--tokens {self._settings.tokens}: {server.name} holds texts of {server.longest} tokens, prompt "
-                    "included"
+                    "included: write fewer"
                 )
             if not server.has_counters:
                 self._note(f"{server.name} shows no /metrics: no hit rate and no acceptance of it")
@@ -99,7 +99,9 @@ class _Session:
         tokens = sum(answer.count for answer in answers)
         counted = counters.difference(await _settled(session, server), before)
         if count(counted, GENERATED) < 0:
-            raise ServerError(f"{server.name} was started anew while it was measured")
+            raise ServerError(
+                f"{server.name} was started anew while it was measured: look into its log, and measure again"
+            )
         others = others_tokens(counted, tokens)
         if others:
             self._note(f"{server.name} made {others} tokens for others while it was measured ({load.name})")

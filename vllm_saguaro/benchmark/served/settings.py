@@ -48,7 +48,7 @@ class Settings:
         found = read_prompts(self.dataset_path, self.dataset, self.category)
         if len(found) < self.prompts:
             of = "" if self.category is None else f" of {self.category}"
-            raise SettingsError(f"--prompts {self.prompts}: {self.dataset_path} holds {len(found)}{of}")
+            raise SettingsError(f"--prompts {self.prompts}: {self.dataset_path} holds {len(found)}{of}: write fewer")
         return found[: self.prompts]
 
     def check(self) -> None:

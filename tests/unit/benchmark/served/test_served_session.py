@@ -218,7 +218,7 @@ def test_a_text_that_fails_ends_it(flaw: str, complaint: str, make: Make, prompt
     [
         ({"models": ("a", "b")}, {}, ServerError, "plain serves a, b: name one with --model"),
         ({}, {"model": "nothing"}, ServerError, "plain serves pair, not nothing"),
-        ({"longest": 10}, {}, SettingsError, "plain holds texts of 10 tokens, prompt included"),
+        ({"longest": 10}, {}, SettingsError, "plain holds texts of 10 tokens, prompt included: write fewer"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_sent(

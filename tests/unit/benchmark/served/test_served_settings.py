@@ -45,7 +45,7 @@ def test_what_is_no_server_is_refused(text: str) -> None:
         ({"temperature": (-1.0,)}, "--temperature must be at least 0, not -1"),
         ({"timeout": 0.0}, "--timeout must be more than 0"),
         ({"servers": (("a", "http://x"), ("a", "http://y"))}, 'two servers are called "a"'),
-        ({"prompts": 1000}, "--prompts 1000: .* holds 96"),
+        ({"prompts": 1000}, "--prompts 1000: .* holds 96: write fewer"),
         ({"category": "qa"}, "add --dataset spec_bench"),
     ],
 )

@@ -26,8 +26,12 @@ class RegisteredMemory:
         if error:
             raise RuntimeError(f"CUDA cannot register the {size} bytes of the draft's mailbox: error {error}")
         self._registered = self.host.data_ptr()
-        # With unified addressing registered memory has the same address on the device.
-        self.seen = torch.as_tensor(_Address(self._registered, self.host.numel()), device=device)
+        try:
+            # With unified addressing registered memory has the same address on the device.
+            self.seen = torch.as_tensor(_Address(self._registered, self.host.numel()), device=device)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Undo the registration."""

@@ -144,6 +144,15 @@ class Step:
     def __bool__(self) -> bool:
         return bool(self.admits or self.wants or self.outcomes or self.releases)
 
+    def part(self, slots: range) -> Step:
+        """What of it is about these slots."""
+        return Step(
+            [admit for admit in self.admits if admit.stamp.slot in slots],
+            [want for want in self.wants if want.stamp.slot in slots],
+            [outcome for outcome in self.outcomes if outcome.stamp.slot in slots],
+            [release for release in self.releases if release.stamp.slot in slots],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Proposals:

@@ -17,12 +17,9 @@ from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Admit, Miss, Outcome, Proposals, Release, Sampling, Step
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.policy import Judged, Policy, Source
-from vllm_saguaro.slots import Slots
+from vllm_saguaro.slots import Shard, Slots
 from vllm_saguaro.trace import Trace
 from vllm_saguaro.turn import Drawn, Request, Turn, Verified
-
-_LONGEST_REST = 63
-"""Posts without learning anew, at most, for a draft side that refuses what it is told: it hangs, or is far behind."""
 
 _TOLD_ANEW = 8192
 """Tokens of running requests that are told anew in one step, unless a single text is longer.
@@ -66,9 +63,6 @@ class Speculator:
         self._left_out: set[str] = set()
         self._known_at: float | None = None
         self._in_hand_at: float | None = None
-        self._unheard: list[Release] = []
-        self._rest = 0
-        self._refusals = 0
         self._warned = False
         self._said_quiet = False
         self._steps = 0
@@ -255,13 +249,15 @@ class Speculator:
         self._post(step)
         self._trace.forward_began()
 
-    def _admit(self, request_id: str, tokens: Sequence[int], sampling: Sampling, step: Step) -> None:
+    def _admit(
+        self, request_id: str, tokens: Sequence[int], sampling: Sampling, step: Step, anew: bool = False
+    ) -> None:
         if not self._slots.has_room:  # perhaps no draft side is there yet, and it is not known how much it can hold
             return
         if not self._fits(len(tokens)):
             self._leave_out(request_id)
             return
-        stamp = self._slots.take()
+        stamp = self._slots.take(anew)
         if stamp is None:
             return
         self._requests[request_id] = Request(stamp, len(tokens))
@@ -279,7 +275,7 @@ class Speculator:
 
         The shortest first, and no more at once than what is left for the next steps to tell.
         """
-        if self._rest:
+        if not self._slots.learns:
             return
         told = 0
         for row in sorted(rows, key=lambda row: row.length):
@@ -290,12 +286,12 @@ class Speculator:
             if not self._may_try(row.request_id):
                 continue
             self._release(row.request_id, step)
-            if not self._slots.has_room:
+            if not self._slots.has_room_anew:
                 continue
             if not self._fits(row.length):
                 self._leave_out(row.request_id)
             else:
-                self._admit(row.request_id, row.tokens(), row.sampling(), step)
+                self._admit(row.request_id, row.tokens(), row.sampling(), step, anew=True)
                 told += row.length
 
     def _may_try(self, request_id: str) -> bool:
@@ -323,42 +319,41 @@ class Speculator:
             )
 
     def _post(self, step: Step) -> None:
-        """Tell the draft side. What it refuses it will never see: those requests are forgotten, and learnt anew later.
+        """Tell each draft side its part: what one of them does not take is no matter of the others."""
+        shards = self._slots.shards
+        for shard in shards:
+            self._tell_shard(shard, step if len(shards) == 1 else step.part(shard.slots))
+
+    def _tell_shard(self, shard: Shard, step: Step) -> None:
+        """Tell a draft side. What it refuses it will never see: those requests are forgotten, and learnt anew later.
 
         Each text goes in a frame of its own, so that one which finds no room takes nothing else with it. Releases are
         said again until they are taken: the draft side holds memory for those requests.
         """
         texts, step.admits = step.admits, []
-        step.releases = self._unheard + step.releases
+        step.releases = shard.unheard + step.releases
         taken = not step or self.channel.post(step)
-        self._unheard = [] if taken or not self.channel.alive else step.releases
         refused = [] if taken else [outcome.stamp for outcome in step.outcomes]
-        if self.channel.alive:
-            self._unheard += [Release(stamp) for stamp in refused]
+        shard.unheard = [] if taken else [*step.releases, *map(Release, refused)]
         refused += [admit.stamp for admit in texts if not self.channel.post(Step(admits=[admit]))]
         if taken and not refused:
-            if self._rest:
-                self._rest -= 1
-            elif texts or step:
-                self._refusals = 0
+            shard.took(bool(texts or step))
             return
-        self._rest = min(2 ** min(self._refusals, 6) - 1, _LONGEST_REST)
-        self._refusals += 1
+        shard.did_not_take()
         slots = {stamp.slot for stamp in refused}
         for request_id in [r for r, request in self._requests.items() if request.stamp.slot in slots]:
             self._slots.give(self._requests.pop(request_id).stamp.slot)
 
     def _notice_lives(self) -> None:
         """Forget what a draft side that has ended knew; the next one learns it anew, a few texts a step."""
-        for shard, now in self._slots.look():
-            self._unheard = [release for release in self._unheard if release.stamp.slot not in shard]
-            for request_id in [r for r, request in self._requests.items() if request.stamp.slot in shard]:
+        for shard in self._slots.look():
+            shard.unheard = []
+            for request_id in [r for r, request in self._requests.items() if request.stamp.slot in shard.slots]:
                 stamp = self._requests.pop(request_id).stamp
                 self._slots.give(stamp.slot)
-                if now:  # it was told of as the life before ended: the new one may have heard it
-                    self._unheard.append(Release(stamp))
+                if shard.epoch:  # it was told of as the life before ended: the new one may have heard it
+                    shard.unheard.append(Release(stamp))
             self._given_up.clear()
-            self._rest = self._refusals = 0
-            if now:
+            if shard.epoch:
                 self.policy.begin_anew()
                 self._log.info("The draft side is back: running requests are told to it anew.")

@@ -67,13 +67,13 @@ class FakeChannel:
 class Bench:
     """A speculator, its fake draft side, its counters, and the text of each request."""
 
-    def __init__(self, slots: int = 2, policy: Policy | None = None) -> None:
-        self.channel = FakeChannel(slots)
+    def __init__(self, slots: int = 2, policy: Policy | None = None, channel: FakeChannel | None = None) -> None:
+        self.channel = FakeChannel(slots) if channel is None else channel
         self.page = CounterPage()
         self.policy = policy if policy is not None else Policy(K, "none", adaptive=False)
-        channel: Channel = self.channel
+        told: Channel = self.channel
         log = logging.getLogger("saguaro-test")
-        self.speculator = Speculator(channel, K, self.page, log, self.policy)
+        self.speculator = Speculator(told, K, self.page, log, self.policy)
         self.texts: dict[str, list[int]] = {}
         self.asked: list[str] = []
         """Requests whose tokens were asked for."""

@@ -24,9 +24,11 @@ from tests.unit.state_machine.surface import DrivenPolicy, arrival, free_slots, 
 from tests.unit.state_machine.target import Kind, Oracle, Request, WiderTarget
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.drafting.loop import DraftLoop
-from vllm_saguaro.messages import GONE, Table
+from vllm_saguaro.messages import GONE, Stamp, Step, Table
+from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.placement.mailbox import MailboxShape
 from vllm_saguaro.placement.restarting import Care, RestartingChannel
+from vllm_saguaro.placement.sharded import ShardedChannel
 from vllm_saguaro.slots import Slots
 from vllm_saguaro.speculator import Speculator
 
@@ -68,19 +70,31 @@ def moments(altered: bool) -> st.SearchStrategy[list[Moment]]:
     return st.lists(one, min_size=4, max_size=24)
 
 
-class World:
-    """Requests of a simulated target, and a draft side that has all the bad luck that there is."""
+def _model() -> FakeModel:
+    return FakeModel(num_blocks=256, max_length=MAX_LENGTH, max_tokens=16, max_rows=16, vocab_size=VOCAB)
 
-    def __init__(self, backup: str, altered: bool) -> None:
+
+class World:
+    """Requests of a simulated target, and a draft side that has all the bad luck that there is.
+
+    Where there are two, the second one has none.
+    """
+
+    def __init__(self, backup: str, altered: bool, drafts: int = 1) -> None:
         self.altered = altered
-        self.link = Link()
+        self.link, self._calm_link = Link(), Link()
         self.oracle = Oracle(VOCAB)
         self.fails = False
         self.lives: list[FaultyChannel] = []
+        self.lucky: FaultyChannel | None = None
         self.page = CounterPage()
         log = logging.Logger("saguaro-test", logging.CRITICAL)
         self.channel = RestartingChannel(self._start, 10_000, self.page, log, CARE, lambda: self.link.now)
-        self.speculator = Speculator(self.channel, K, self.page, log, DrivenPolicy(K, backup))
+        told: Channel = self.channel
+        if drafts > 1:
+            self.lucky = FaultyChannel(self._calm_link, _model(), SHAPE)
+            told = ShardedChannel([self.channel, self.lucky], SHAPE.slots, log)
+        self.speculator = Speculator(told, K, self.page, log, DrivenPolicy(K, backup))
         self.running: dict[str, Request] = {}
         self._targets: dict[str, WiderTarget] = {}
         self._expected: dict[str, list[int]] = {}
@@ -90,8 +104,7 @@ class World:
             self._arrive()
 
     def _start(self) -> FaultyChannel:
-        model = FakeModel(num_blocks=256, max_length=MAX_LENGTH, max_tokens=16, max_rows=16, vocab_size=VOCAB)
-        self.lives.append(FaultyChannel(self.link, model, SHAPE, self.fails))
+        self.lives.append(FaultyChannel(self.link, _model(), SHAPE, self.fails))
         return self.lives[-1]
 
     @property
@@ -120,7 +133,12 @@ class World:
         self.link.now += moment.seconds
         self.channel.look()
         self.step()
-        self.life.work(moment.forwards)
+        self._work(moment.forwards)
+
+    def _work(self, forwards: int) -> None:
+        self.life.work(forwards)
+        if self.lucky is not None:
+            self.lucky.work(1000)
 
     def _happen(self, event: str) -> None:
         self.reached[event] += 1
@@ -139,7 +157,8 @@ class World:
 
     def step(self) -> dict[str, list[int]]:
         """One pass of the target. The drafts that were handed over, by request."""
-        self.link.looks = 0
+        self.link.looks = self._calm_link.looks = 0
+        with_the_lucky = self._with_the_lucky()
         rows = []
         self.speculator.begin_step([], [])
         for request in self.running.values():
@@ -151,9 +170,26 @@ class World:
             self.running[name].handed = drafts
         for request in [r for r in self.running.values() if r.done]:
             self._end(request.name)
+        now = self._with_the_lucky()
+        for name, stamp in with_the_lucky.items():
+            if name in self.running and self._is_drafted_for(self.running[name]):
+                self.reached["untroubled"] += 1
+                assert name in now, "it goes without drafts for what happens to another draft side"
+                assert now[name].generation == stamp.generation, "it is told anew for what happens to another one"
         taken = [stamp.slot for stamp in stamps_of(self.speculator).values()]
         assert sorted(taken + free_slots(self.speculator)) == list(range(SHAPE.slots)), "a slot is lost or doubled"
         return handed
+
+    def _with_the_lucky(self) -> dict[str, Stamp]:
+        """The requests that the draft side has to which nothing happens."""
+        if self.lucky is None:
+            return {}
+        return {name: stamp for name, stamp in stamps_of(self.speculator).items() if stamp.slot >= SHAPE.slots // 2}
+
+    @staticmethod
+    def _is_drafted_for(request: Request) -> bool:
+        """Whether a draft side that has it does not give it up."""
+        return len(request.text) < MAX_LENGTH - 2 * K and max(request.text) < VOCAB
 
     def _check(self, request: Request, drafts: list[int]) -> None:
         assert len(drafts) <= K
@@ -179,7 +215,7 @@ class World:
         for _ in range(16):
             self.link.now += 1.0
             self.step()
-            self.life.work(1000)
+            self._work(1000)
             self.channel.look()
         assert self.channel.alive, "no draft side is back"
         while len(self.running) >= SHAPE.slots:  # so that there is a slot for everybody
@@ -190,7 +226,7 @@ class World:
         for _ in range(RETURN_WITHIN):
             if not waiting:
                 break
-            self.life.work(1000)
+            self._work(1000)
             waiting -= {name for name, drafts in self.step().items() if drafts}
             # One with a token that the draft does not know cannot be drafted for.
             waiting -= {name for name, request in self.running.items() if max(request.text) >= VOCAB}
@@ -202,9 +238,10 @@ class World:
             self._end(name)
         self.speculator.begin_step([], [])
         assert len(free_slots(self.speculator)) == SHAPE.slots, "a slot is lost"
+        self._work(1000)
         if not self.link.seen:
-            self.life.work(1000)
             assert len(self.life.loop) == 0
+        assert self.lucky is None or len(self.lucky.loop) == 0, "it keeps what has left"
         self.channel.close()
         assert not any(life.alive for life in self.lives)
 
@@ -216,12 +253,14 @@ class Weather:
     altered: bool
     backup: str
     examples: int = 30
+    drafts: int = 1
 
 
 WEATHER = {
     "all but altered": Weather(False, "none"),
     "just in time": Weather(False, "jit", 15),
     "altered": Weather(True, "none"),
+    "one of two drafts": Weather(False, "none", drafts=2),
 }
 MUST_SEE = {
     *("step lost", "step twice", "step late", "step refused", "table hidden", "table stale"),
@@ -238,7 +277,7 @@ def run(name: str, how: settings) -> set[str]:
     @seed(7)
     @given(moments(weather.altered))
     def storm(story: list[Moment]) -> None:
-        world = World(weather.backup, weather.altered)
+        world = World(weather.backup, weather.altered, weather.drafts)
         for moment in story:
             world.live(moment)
         world.calm()
@@ -257,6 +296,7 @@ def short(examples: int, **more: Any) -> settings:
 def test_whatever_goes_wrong_texts_are_right_nobody_waits_no_slot_is_lost_and_hits_come_back(name: str) -> None:
     seen = run(name, short(WEATHER[name].examples))
     more = {"step altered", "table altered", "frame refused"} if WEATHER[name].altered else {"right drafts"}
+    more |= {"ring full", "untroubled"} if WEATHER[name].drafts > 1 else set()
     missing = (MUST_SEE | more) - seen
     assert not missing, f"the runs no longer get as far as: {sorted(missing)}"
 
@@ -321,6 +361,13 @@ def a_wait_has_no_end(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DrivenPolicy, "patience", lambda self, depth: 3600.0)
 
 
+def a_step_goes_to_all_draft_sides_at_once(patch: pytest.MonkeyPatch) -> None:
+    def planted(self: Speculator, step: Step) -> None:
+        self._tell_shard(self._slots.shards[0], step)
+
+    patch.setattr(Speculator, "_post", planted)
+
+
 PLANTED: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {
     drafts_are_taken_unseen: ("altered", "another text"),
     a_table_is_taken_whatever_its_round: ("all but altered", "stale drafts"),
@@ -331,6 +378,7 @@ PLANTED: dict[Callable[[pytest.MonkeyPatch], None], tuple[str, str]] = {
     a_hang_is_not_noticed: ("all but altered", "hits do not come back"),
     slots_are_not_given_back: ("all but altered", "a slot is lost"),
     a_wait_has_no_end: ("just in time", "somebody waits"),
+    a_step_goes_to_all_draft_sides_at_once: ("one of two drafts", "for what happens to another"),
 }
 """Where each of them is found, and as what."""
 

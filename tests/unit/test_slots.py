@@ -72,9 +72,63 @@ def test_nobody_is_sent_to_a_draft_side_that_is_not_there() -> None:
 def test_a_look_tells_each_change_once() -> None:
     channel = Sharded()
     slots = Slots(channel)
-    assert slots.look() == []
+
+    def look() -> list[tuple[range, int]]:
+        return [(shard.slots, shard.epoch) for shard in slots.look()]
+
+    assert look() == []
     channel.epochs = [0, 6, 9]
-    assert slots.look() == [(range(4), 0), (range(8, 10), 9)]
-    assert slots.look() == []
+    assert look() == [(range(4), 0), (range(8, 10), 9)]
+    assert look() == []
     channel.epochs = [10, 6, 9]
-    assert slots.look() == [(range(4), 10)]
+    assert look() == [(range(4), 10)]
+
+
+def test_one_that_has_refused_comes_after_all_others() -> None:
+    slots = Slots(Sharded())
+    slots.shards[0].did_not_take()
+    taken = [shard_of(stamp.slot) for stamp in (slots.take() for _ in range(8)) if stamp]
+    assert Counter(taken[:6]) == {1: 4, 2: 2}
+    assert taken[6:] == [0, 0], "better than none"
+    slots.shards[0].took(anything=False)
+    slots.give(1)
+    slots.give(4)
+    assert [shard_of(stamp.slot) for stamp in (slots.take() for _ in range(1)) if stamp] == [0]
+
+
+def test_one_that_rests_has_no_room_for_requests_that_are_told_anew() -> None:
+    slots = Slots(FakeChannel(slots=1))
+    (shard,) = slots.shards
+    for rest in (0, 1, 3, 7, 15, 31, 63, 63):
+        shard.did_not_take()
+        assert shard.rest == rest
+    assert slots.has_room
+    assert not slots.has_room_anew
+    assert not slots.learns
+    assert slots.take(anew=True) is None
+    for _ in range(63):
+        assert not slots.learns
+        shard.took(anything=True)
+    assert slots.learns
+    assert slots.has_room_anew
+    assert slots.take(anew=True) is not None
+    assert not slots.has_room_anew
+    assert slots.learns, "it would, if somebody left"
+
+
+def test_refusals_are_forgotten_once_something_is_taken_after_the_rest_or_with_the_life() -> None:
+    slots = Slots(FakeChannel(slots=1))
+    (shard,) = slots.shards
+    for _ in range(2):
+        shard.did_not_take()
+    shard.took(anything=True)  # the rest
+    shard.took(anything=False)
+    shard.did_not_take()
+    assert shard.rest == 3
+    for _ in range(4):
+        shard.took(anything=True)
+    shard.did_not_take()
+    assert shard.rest == 0
+    shard.did_not_take()
+    shard.begin_anew(2)
+    assert (shard.epoch, shard.rest, shard.refused, shard.refusals) == (2, 0, False, 0)

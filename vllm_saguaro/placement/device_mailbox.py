@@ -114,6 +114,8 @@ class MailboxDraft:
         """By slot: requests of which no outcome was enqueued yet, so that the host knows their text."""
         self._unheard: list[Release] = []
         self._epoch = 0
+        self._started = False
+        """Whether a life was ready: what works no more later is not taken for a wrong setting."""
         self._life: _Life | None = None
         self._retired: list[_Life] = []
         self._given: _Given | None = None
@@ -136,6 +138,7 @@ class MailboxDraft:
         """Return once the draft has loaded. Raises `DraftFailed` when it cannot, or is closed meanwhile."""
         self._channel.wait_until_ready()
         self._notice_lives()
+        self._started = True
 
     # ---- what the host knows -----------------------------------------------------------------------------------
 
@@ -206,7 +209,13 @@ class MailboxDraft:
         if memory is None or self._channel.epoch(0) != epoch:  # it ended meanwhile: the next look finds what is there
             self._epoch = 0
             return
-        self._life = _Life(memory, self._shape, self._device, self._with_q)
+        try:
+            self._life = _Life(memory, self._shape, self._device, self._with_q)
+        except RuntimeError:
+            if not self._started:
+                raise
+            self._log.exception("The draft side is back, but its memory is out of the device's reach: no drafts of it.")
+            return
         if ended:
             self._log.info("The draft side is back: requests that arrive from now on are told to it.")
         for slot, (request_id, text, sampling) in self._texts.items():

@@ -6,6 +6,7 @@ returns, so every table is complete and the target waits for all of it.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import time
 from collections.abc import Callable, Sequence
@@ -15,22 +16,31 @@ from vllm_saguaro.drafting.loop import DraftLoop
 from vllm_saguaro.messages import Proposals, Round, Stamp, Step, Table
 from vllm_saguaro.placement.mailbox import Mailbox, MailboxShape
 
+logger = logging.getLogger(f"vllm.{__name__}")  # below "vllm": only there has vLLM's logging a handler
+
 
 class InlineChannel:
-    """A draft side that works when it is told something, and is done when the call returns."""
+    """A draft side that works when it is told something, and is done when the call returns.
+
+    An error of the draft ends the drafting, never a request: it is logged once.
+    """
 
     def __init__(
         self,
         make_engine: Callable[[], DraftEngine],
         shape: MailboxShape,
         drafted: Callable[[float, float], None] | None = None,
+        gave_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """`drafted` is told from when to when the target's thread drafted (`time.perf_counter`)."""
+        """`drafted` is told from when to when the target's thread drafted (`time.perf_counter`).
+
+        `gave_up` is called once, when an error has ended the drafting.
+        """
         # Anonymous pages are there once they are used: the room for q costs nothing where there is none.
         self._mailbox = Mailbox(memoryview(mmap.mmap(-1, shape.total_bytes)), shape)
         self._engine = make_engine()
         self._loop = DraftLoop(self._engine, self._mailbox.publish, self._mailbox.note)
-        self._drafted = drafted
+        self._drafted, self._gave_up = drafted, gave_up
         self.alive = True
         self.shards: Sequence[range] = (range(shape.slots),)
 
@@ -60,7 +70,18 @@ class InlineChannel:
 
     def post(self, step: Step) -> bool:
         """Run everything that the step gives rise to."""
-        if not self.alive or not self._mailbox.post(step):
+        if not self.alive:
+            return False
+        try:
+            return self._run(step)
+        except Exception:
+            self.alive = False
+            logger.exception("Saguaro: the draft failed; decoding goes on without drafts as long as this engine runs.")
+            self._gave_up()
+            return False
+
+    def _run(self, step: Step) -> bool:
+        if not self._mailbox.post(step):
             return False
         received = self._mailbox.receive()
         if received is None:

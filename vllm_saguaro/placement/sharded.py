@@ -64,15 +64,13 @@ class ShardedChannel:
         return self._of_slot[slot].epoch(slot)
 
     def post(self, step: Step) -> bool:
-        """Tell each draft its part. False when any of them could not take it: nothing of the step counts then."""
+        """Tell each draft its part. False when any of them could not take it: the others have taken theirs.
+
+        Who has to know which one it was posts a step for the slots of one draft alone.
+        """
         taken = True
         for channel, own in zip(self._channels, self.shards, strict=True):
-            part = Step(
-                [admit for admit in step.admits if admit.stamp.slot in own],
-                [want for want in step.wants if want.stamp.slot in own],
-                [outcome for outcome in step.outcomes if outcome.stamp.slot in own],
-                [release for release in step.releases if release.stamp.slot in own],
-            )
+            part = step.part(own)
             if part and not channel.post(part):
                 # A draft that has ended holds nothing: where it was only told to release, nothing is missed.
                 taken = taken and not (channel.alive or part.admits or part.wants or part.outcomes)

@@ -63,8 +63,11 @@ class DeviceCounters:
         self._page.set(counters.SAMPLING_C, None)
         self._page.set(counters.DRAFTS, 0)
         self._page.set(counters.BRANCHES, 0)
-        self._page.set(counters.DRAFT_UP, 0)
         self._page.set(counters.DRAFT_LEFT_OFF, 1)
+
+    def ended(self) -> None:
+        """The draft that was given up has been closed. From any thread."""
+        self._page.set(counters.DRAFT_UP, 0)
 
     def publish(self) -> None:
         """Add to the page what has arrived since the last time."""

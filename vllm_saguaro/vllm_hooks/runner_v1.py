@@ -12,11 +12,14 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from vllm_saguaro import counters
 from vllm_saguaro.algorithm import ngram
 from vllm_saguaro.messages import GREEDY_BELOW, Proposals, Sampling
 from vllm_saguaro.speculator import Speculator, Verified
+from vllm_saguaro.vllm_hooks.closing import Closing
 from vllm_saguaro.vllm_hooks.known_noise import RequestKeys
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+logger = init_logger(f"vllm.{__name__}")
 
 _MOST_TOP_K = 2**31 - 1
 
@@ -67,9 +71,15 @@ class SilentDrafter(DraftModelProposer):
     def initialize_cudagraph_keys(self, *args: Any, **kwargs: Any) -> None:
         """No graphs in this process."""
 
+    def wait_until_given_up(self) -> None:
+        """Nothing to wait for."""
+
 
 class SaguaroDrafter(SilentDrafter):
-    """The drafter of a target's only or first rank: asks the speculator."""
+    """The drafter of a target's only or first rank: asks the speculator.
+
+    Once that has raised an error it is asked no more: requests go on without drafts.
+    """
 
     def __init__(
         self,
@@ -89,6 +99,8 @@ class SaguaroDrafter(SilentDrafter):
         self.keys = keys
         self._guesses = guesses
         self._has_q = has_q
+        self._given_up = False
+        self._closing = Closing()
 
     def load_model(self, target_model: Any) -> None:
         """The draft has been loading elsewhere while the target loaded here: wait for it."""
@@ -107,7 +119,12 @@ class SaguaroDrafter(SilentDrafter):
             for new in scheduler_output.scheduled_new_reqs
             if new.prompt_token_ids is not None and new.sampling_params is not None
         ]
-        self.speculator.begin_step(arrived, list(scheduler_output.finished_req_ids))
+        if self._given_up:
+            return
+        try:
+            self.speculator.begin_step(arrived, list(scheduler_output.finished_req_ids))
+        except Exception:
+            self._give_up()
 
     def propose_draft_token_ids(
         self,
@@ -116,6 +133,14 @@ class SaguaroDrafter(SilentDrafter):
         *unused: Any,
     ) -> list[list[int]]:
         """Takes the place of the runner's method of this name (see the module's first lines)."""
+        if not self._given_up:
+            try:
+                return self._propose(scheduler_output, sampled_token_ids)
+            except Exception:
+                self._give_up()
+        return [[] for _ in sampled_token_ids]
+
+    def _propose(self, scheduler_output: SchedulerOutput, sampled_token_ids: list[list[int]]) -> list[list[int]]:
         batch, in_pass = self.runner.input_batch, scheduler_output.scheduled_spec_decode_tokens
         rows = [
             Verified(
@@ -143,9 +168,30 @@ class SaguaroDrafter(SilentDrafter):
         verified depends on what they are: no q is right for those, but certain drafts are exact under any selection.
         """
         params = self.runner.requests[request_id].sampling_params
-        if not self._has_q or params is None or params.structured_outputs is not None:
+        if not self._has_q or params is None or params.structured_outputs is not None or self._given_up:
             return None
-        return self.speculator.proposals(request_id, count)
+        try:
+            return self.speculator.proposals(request_id, count)
+        except Exception:
+            self._give_up()
+            return None
+
+    def _give_up(self) -> None:
+        """Ask for no more drafts, and let nobody wait for the draft's end. Where an exception is being handled."""
+        logger.exception("Saguaro: drafting failed; the target goes on without drafts until the engine is restarted.")
+        self._given_up = True
+        self.speculator.page.set(counters.DRAFT_LEFT_OFF, 1)
+        self._closing.begin(self._close)
+
+    def _close(self) -> None:
+        try:
+            self.speculator.channel.close()
+        finally:
+            self.speculator.page.set(counters.DRAFT_UP, 0)
+
+    def wait_until_given_up(self) -> None:
+        """Until the draft has ended, where drafting has failed: nothing else may close it meanwhile."""
+        self._closing.wait()
 
     def _tokens(self, row: int) -> list[int]:
         batch = self.runner.input_batch

@@ -11,6 +11,8 @@ request is the runner's own; it is given anew when a request comes back after a 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator, DraftModel
 
 from vllm_saguaro.device_messages import DeviceDraft, DeviceOutcomes
 from vllm_saguaro.messages import Noise, Sampling
+from vllm_saguaro.vllm_hooks.closing import Closing
 from vllm_saguaro.vllm_hooks.device_counters import DeviceCounters
 
 if TYPE_CHECKING:
@@ -80,6 +83,7 @@ class SaguaroSpeculator(BaseSpeculator):
         self._may_capture = False
         self._seeds: np.ndarray | None = None
         """Of each slot's request, on the host, where they decide the target's tokens."""
+        self._closing = Closing()
         self.ranks: Ranks | None = None
 
     def know_noise(self, seeds: np.ndarray) -> None:
@@ -212,20 +216,30 @@ class SaguaroSpeculator(BaseSpeculator):
         return ready
 
     def _give_up(self) -> None:
-        """The draft has failed: requests go on without drafts. To be called where an exception is being handled."""
+        """The draft has failed: requests go on without drafts, and nobody waits for its end.
+
+        To be called where an exception is being handled.
+        """
         logger.exception("Saguaro: the draft failed; the target goes on without drafts until the engine is restarted.")
         draft, self._draft = self._draft, None
         self._slots.clear()
-        try:
-            if draft is not None:
-                draft.close()
-        except Exception:
-            logger.exception("Saguaro: closing the draft failed, too.")
         if self._counters is not None:
             self._counters.gave_up()
+        if draft is not None:
+            self._closing.begin(functools.partial(self._close, draft))
+
+    def _close(self, draft: DeviceDraft) -> None:
+        """Close a draft that was given up, in a thread: that has no device of its own, and would take the first."""
+        try:
+            with torch.cuda.device(self.ready.device) if self.ready.is_cuda else contextlib.nullcontext():
+                draft.close()
+        finally:
+            if self._counters is not None:
+                self._counters.ended()
 
     def close(self) -> None:
         """End the draft; harmless when there is none."""
+        self._closing.wait()
         draft, self._draft = self._draft, None
         if draft is not None:
             draft.close()
@@ -245,6 +259,7 @@ class SaguaroSpeculator(BaseSpeculator):
                 self._draft.capture()
             except Exception:
                 self._give_up()
+                self._closing.wait()  # no request is there yet, and vLLM may capture more
 
 
 def _gives_a_token(input_batch: InputBatch) -> bool:

@@ -149,6 +149,7 @@ class SaguaroWorker(CPUWorker):
     def _undo(self) -> None:
         self._trace.close()
         if self._channel is not None:
+            self._drafter.wait_until_given_up()
             self._channel.close()
             self._channel = None
         if self._former is not None:
@@ -162,7 +163,7 @@ class SaguaroWorker(CPUWorker):
             self._page.set(counters.DRAFT_UP, 1)
             drafted = self._trace.drafted_inline if config.trace is not None else None
             options = draft_options(config, self._options, shape.slots, ())
-            inline = InlineChannel(lambda: load_engine(options), shape, drafted)
+            inline = InlineChannel(lambda: load_engine(options), shape, drafted, self._inline_gave_up)
             self._trace.draft_up(0, True)
             self._trace.watch(0, inline)
             return inline
@@ -177,6 +178,11 @@ class SaguaroWorker(CPUWorker):
                 undo.callback(channels[-1].close)
             undo.pop_all()
         return channels[0] if drafts == 1 else ShardedChannel(channels, shape.slots, logger)
+
+    def _inline_gave_up(self) -> None:
+        self._page.set(counters.DRAFT_UP, 0)
+        self._page.set(counters.DRAFT_LEFT_OFF, 1)
+        self._trace.draft_up(0, False)
 
     def _open_draft(
         self, config: SaguaroConfig, cpus: Sequence[int], shape: MailboxShape, number: int

@@ -21,6 +21,8 @@ from vllm_saguaro.placement.wire import WireError, decode, encode
 
 STEP_FAULTS = ("lost", "twice", "late", "refused", "altered")
 TABLE_FAULTS = ("hidden", "stale", "altered")
+_RING_FRAMES = 12
+"""Frames that find room in the ring unread."""
 MOST_LOOKS = 500
 """Looks at a table within one step of the target. More of them means that somebody waits for what does not come."""
 
@@ -75,6 +77,9 @@ class FaultyChannel:
     def post(self, step: Step) -> bool:
         fault = self.link.next_of(self.link.steps) if self.alive else ""
         if not self.alive or fault == "refused":
+            return False
+        if len(self._inbox) >= _RING_FRAMES:
+            self.link.seen.add("ring full")
             return False
         frame = self.link.now, self._altered(encode(step)) if fault == "altered" else encode(step)
         if fault == "late":

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.unit.placement.device_sides import CPU, GREEDY, SAMPLED, SHAPE, HostChannel, SmallTarget, lookup, outcomes_of
 from vllm_saguaro.messages import Release, Stamp
+from vllm_saguaro.placement import device_mailbox
 from vllm_saguaro.placement.channel import LendingChannel
 from vllm_saguaro.placement.device_mailbox import MailboxDraft
 from vllm_saguaro.placement.layout import MailboxShape
@@ -284,6 +285,55 @@ def test_a_life_that_ends_while_its_memory_is_asked_for_is_looked_at_again(sides
     for _ in range(3):
         sides.round()
     assert sides.target.hits
+
+
+def refuse_memory(patch: pytest.MonkeyPatch) -> list[int]:
+    """How many words the device was to reach, each time."""
+    asked = list[int]()
+
+    def refuse(memory: memoryview, device: torch.device) -> None:
+        asked.append(len(memory) // 8)
+        raise RuntimeError("CUDA cannot register the bytes of the draft's mailbox: error 2")
+
+    patch.setattr(device_mailbox, "RegisteredMemory", refuse)
+    return asked
+
+
+def test_a_life_whose_memory_is_out_of_reach_is_none_and_the_one_after_it_is_again(
+    sides: Sides, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sides.target.admit(0, PROMPT)
+    for _ in range(3):
+        sides.round()
+    sides.channel.end()
+    sides.channel.begin()
+    with monkeypatch.context() as patch:
+        asked = refuse_memory(patch)
+        sides.target.admit(1, PROMPT[1:])
+        for _ in range(3):
+            sides.round()
+        sides.target.release(1)
+    assert len(asked) == 1, "not tried again and again"
+    assert sides.channel.steps[-1].outcomes, "of the life before"
+    assert not any(sides.target.under_verification.values())
+    assert len([record for record in caplog.records if "out of the device's reach" in record.getMessage()]) == 1
+    sides.channel.end()
+    sides.channel.begin()
+    before = sides.target.hits
+    sides.target.admit(2, PROMPT[2:])
+    for _ in range(4):
+        sides.channel.work()
+        sides.target.step([2])
+    assert sides.target.hits > before
+
+
+def test_a_first_life_whose_memory_is_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the start of the engine: what never worked is a wrong setting."""
+    refuse_memory(monkeypatch)
+    lending: LendingChannel = HostChannel()
+    draft = MailboxDraft(lending, SHAPE, CPU, lookup, LOG)
+    with pytest.raises(RuntimeError, match="cannot register"):
+        draft.wait_until_ready()
 
 
 def test_memory_is_let_go_of_with_its_life() -> None:

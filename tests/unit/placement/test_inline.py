@@ -15,6 +15,7 @@ from vllm_saguaro import counters
 from vllm_saguaro.algorithm.sampling import SUPPORT
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.drafting.deflations import Deflations
+from vllm_saguaro.drafting.loop import DraftLoop
 from vllm_saguaro.messages import Admit, Miss, Noise, Sampling, Stamp, Step, Work
 from vllm_saguaro.placement.channel import Channel
 from vllm_saguaro.placement.inline import InlineChannel
@@ -123,6 +124,47 @@ def test_a_step_that_does_not_decode_does_not_reach_the_target() -> None:
     channel.post(Step(admits=[Admit(Stamp(0, 1, 0), Sampling(), (1, -1))]))
     assert channel.post(ADMIT)
     assert channel.read(1) is not None
+
+
+@pytest.mark.parametrize("forwards", [0, 3])
+def test_an_error_of_the_draft_ends_the_drafting_and_nothing_else(
+    forwards: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    advance, left, told = DraftLoop.advance, iter(range(forwards)), list[int]()
+
+    def breaks(loop: DraftLoop) -> bool:
+        if next(left, None) is None:
+            raise RuntimeError("a kernel that this core has not")
+        return advance(loop)
+
+    monkeypatch.setattr(DraftLoop, "advance", breaks)
+    model = FakeModel(num_blocks=512, max_length=200)
+    channel = InlineChannel(lambda: make_engine(model, K, BRANCHES), SHAPE, gave_up=lambda: told.append(1))
+    for _ in range(2):
+        assert not channel.post(ADMIT)
+        assert not channel.alive
+        assert channel.epoch(1) == 0
+        assert channel.read(1) is None
+        assert channel.sampling_c is None
+    assert told == [1]
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "decoding goes on without drafts" in caplog.text
+    assert "a kernel that this core has not" in caplog.text
+    channel.close()
+
+
+def test_after_an_error_of_the_draft_requests_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = CounterPage()
+    speculator = Speculator(inline(), K, page, logging.getLogger("test"), Policy(K, "none", adaptive=False))
+    text = [3, 1, 4, 1, 5]
+    speculator.begin_step([("a", text, Sampling())], [])
+    monkeypatch.setattr(DraftLoop, "submit", lambda loop, step: 1 / 0)
+    for length in range(6, 10):
+        row = Verified("a", [7], 0, length, lambda: text, Sampling)
+        found = speculator.propose([row])
+        speculator.begin_step([], [])
+    assert found == [[]]
+    assert page.value(counters.MISSES[Miss.ABSENT]) == 3
 
 
 def guess_of(text: list[int]) -> Callable[[int], list[int]]:

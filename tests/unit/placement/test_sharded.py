@@ -117,7 +117,7 @@ def test_a_draft_with_nothing_to_learn_is_told_nothing() -> None:
 
 
 def test_a_step_that_one_draft_refuses_is_refused_but_told_to_the_others() -> None:
-    """(The speculator forgets and releases all of it, so what the others took does no harm.)"""
+    """(The speculator, which has to know who refused, posts a step for each draft.)"""
     first, second = OneDraft(0), OneDraft(1)
     first.taking = False
     assert not sharing(first, second).post(step_of(0, 5))

@@ -67,7 +67,8 @@ def a_release_that_was_refused_is_forgotten(patch: pytest.MonkeyPatch) -> None:
 
     def planted(self: Speculator, step: Step) -> None:
         post(self, step)
-        self._unheard = []
+        for shard in self._slots.shards:
+            shard.unheard = []
 
     patch.setattr(Speculator, "_post", planted)
 

@@ -81,7 +81,7 @@ def free_slots(speculator: Speculator) -> list[int]:
 
 def unheard(speculator: Speculator) -> int:
     """Releases that the draft side has not heard of yet."""
-    return len(speculator._unheard)
+    return sum(len(shard.unheard) for shard in speculator._slots.shards)
 
 
 def entries_of(loop: DraftLoop) -> dict[Stamp, Trunk]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
+from vllm_saguaro import counters
+from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Noise, Sampling
 from vllm_saguaro.turn import Verified
 from vllm_saguaro.vllm_hooks.known_noise import RequestKeys
@@ -29,17 +32,34 @@ class Listener:
         self.most: int | None = None
         self.tokens_in: int | None = None
         self.ready = False
-        self.channel = SimpleNamespace(wait_until_ready=lambda: setattr(self, "ready", True))
+        self.page = CounterPage()
+        self.may_close, self.closed = threading.Event(), list[threading.Thread]()
+        self.channel = SimpleNamespace(wait_until_ready=lambda: setattr(self, "ready", True), close=self._close)
+        self.fails_at = ""
+        self.calls: list[str] = []
+
+    def _close(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            self.may_close.wait(600)
+        self.closed.append(threading.current_thread())
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if call == self.fails_at:
+            raise RuntimeError("out of order")
 
     def begin_step(self, arrived: Sequence[tuple[str, list[int], Sampling]], left: Sequence[str]) -> None:
+        self._note("begin_step")
         self.arrived += arrived
         self.left += left
 
     def propose(self, rows: Sequence[Verified], most: int | None, tokens_in: int | None) -> list[list[int]]:
+        self._note("propose")
         self.rows, self.most, self.tokens_in = list(rows), most, tokens_in
         return [[len(row.sampled)] for row in rows]
 
     def proposals(self, request_id: str, count: int) -> tuple[str, int]:
+        self._note("proposals")
         return request_id, count
 
 
@@ -275,3 +295,57 @@ def test_a_temperature_that_vllm_lets_through_nowadays_no_more_is_cut_to_what_a_
 def test_a_draft_side_that_takes_the_likeliest_token_is_not_asked_for_a_q() -> None:
     """It has none: one that tells one would bias the sampled text."""
     assert Stage(has_q=False).drafter.proposals("a", 2) is None
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["begin_step", "propose", "proposals"])
+def test_an_error_of_the_drafting_ends_that_alone_and_no_pass_waits_for_its_end(where: str) -> None:
+    stage = Stage()
+    listener = stage.listener
+    listener.page.set(counters.DRAFT_UP, 1)
+    listener.fails_at = where
+    found: list[Any] = []
+    for _ in range(2):
+        stage.begin(("c", [1, 2], SamplingParams(temperature=0.5)), left=["d"])
+        found += [stage.propose([[2, 3], [8]], tokens_in=5, a=3), stage.drafter.proposals("a", 2)]
+    empty = [[], []]
+    assert found[2:] == [empty, None]
+    assert found[:2] == {"begin_step": [empty, None], "propose": [empty, None], "proposals": [[[2], [1]], None]}[where]
+    assert listener.calls.count(where) == 1, "it is asked no more"
+    assert listener.calls[-1] == where
+    assert listener.page.value(counters.DRAFT_LEFT_OFF) == 1
+    assert not listener.closed
+    assert listener.page.value(counters.DRAFT_UP) == 1
+    listener.may_close.set()
+    stage.drafter.wait_until_given_up()
+    assert len(listener.closed) == 1
+    assert listener.closed != [threading.main_thread()]
+    assert listener.page.value(counters.DRAFT_UP) == 0
+
+
+def test_a_runner_that_is_not_as_it_was_costs_the_drafts_alone() -> None:
+    stage = Stage()
+    del stage.runner.requests["b"]
+    stage.listener.may_close.set()
+    assert stage.propose([[2, 3], [8]], tokens_in=5, a=3) == [[], []]
+    stage.drafter.wait_until_given_up()
+    assert stage.listener.closed
+
+
+def test_after_an_error_keys_come_and_go_as_before() -> None:
+    """What a request without a seed samples hangs on them, with drafts or without."""
+    stage, params = Stage(), SamplingParams(temperature=1.0)
+    stage.listener.fails_at = "begin_step"
+    stage.listener.may_close.set()
+    for name in "xy":
+        stage.begin((name, [1], params))
+    assert len(stage.keys.integers("y", 0, 2)) == 2
+    stage.begin(left=["x", "y"])
+    assert stage.keys.integers("y", 0, 2) == []
+
+
+def test_where_nothing_failed_nothing_is_waited_for() -> None:
+    Stage().drafter.wait_until_given_up()
+    SilentDrafter().wait_until_given_up()

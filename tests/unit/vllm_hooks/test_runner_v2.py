@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -404,6 +405,7 @@ def test_a_draft_that_fails_is_closed_and_the_requests_go_on(what: str) -> None:
     runner.step({"b": (2, [6])}, finished=["a"])
     assert runner.propose([2], [1]).tolist() == [[3, 3, 3]]
     assert runner.ready[2] == 0
+    runner.speculator.close()
     assert len(draft.named("close")) == 1
     assert runner.page.value(counters.DRAFT_LEFT_OFF) == 1
     called = len(draft.calls)
@@ -411,6 +413,30 @@ def test_a_draft_that_fails_is_closed_and_the_requests_go_on(what: str) -> None:
     runner.propose([3], [1])
     runner.speculator.close()
     assert len(draft.calls) == called, "it is not called any more"
+
+
+def test_no_pass_waits_for_the_end_of_a_draft_that_failed() -> None:
+    draft, may_end, by = NotedDraft(fails_at="exchange"), threading.Event(), list[threading.Thread]()
+
+    def close() -> None:
+        by.append(threading.current_thread())
+        if by != [threading.main_thread()]:
+            may_end.wait(600)
+            runner.page.count_in(counters.DRAFT_UP, -1)
+
+    draft.close = close  # type: ignore[method-assign]
+    runner = Runner(draft)
+    runner.page.set(counters.DRAFT_UP, 1)
+    runner.step({"a": (1, [5])})
+    for _ in range(2):
+        assert runner.propose([1], [1]).tolist() == [[2, 2, 2]]
+    assert runner.page.value(counters.DRAFT_LEFT_OFF) == 1
+    assert runner.page.value(counters.DRAFT_UP) == 1, "it has not ended yet"
+    may_end.set()
+    runner.speculator.close()
+    assert len(by) == 1
+    assert by != [threading.main_thread()]
+    assert runner.page.value(counters.DRAFT_UP) == 0, "the worker's end has waited for it"
 
 
 def test_a_draft_that_cannot_even_be_closed_harms_nobody() -> None:

@@ -310,7 +310,7 @@ def test_an_error_of_the_drafting_ends_that_alone_and_no_pass_waits_for_its_end(
     for _ in range(2):
         stage.begin(("c", [1, 2], SamplingParams(temperature=0.5)), left=["d"])
         found += [stage.propose([[2, 3], [8]], tokens_in=5, a=3), stage.drafter.proposals("a", 2)]
-    empty = [[], []]
+    empty: list[list[int]] = [[], []]
     assert found[2:] == [empty, None]
     assert found[:2] == {"begin_step": [empty, None], "propose": [empty, None], "proposals": [[[2], [1]], None]}[where]
     assert listener.calls.count(where) == 1, "it is asked no more"

@@ -50,6 +50,12 @@ class SyncGuard(TorchFunctionMode):
         self.operations = 0
         """Operations on guarded tensors that went through: a guard that saw none has guarded nothing."""
 
+    def watch(self, tensors: Iterable[torch.Tensor]) -> None:
+        """These are guarded from now on, too."""
+        new = list(tensors)
+        self._kept += new
+        self._storages.update(map(storage_of, new))
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.paused:

@@ -84,6 +84,7 @@ def test_the_text_of_a_seed_is_plain_vllms_with_a_real_draft(runs: Runs) -> None
 def test_nothing_waits_on_the_host(runs: Runs) -> None:
     assert "synchronised" not in runs[2].answer
     assert runs[2]["guarded"].guard["propose"] > 10
+    assert runs[2]["guarded"].guard["agreed"] > 10
 
 
 def samples_p(found: Scripted) -> float:

@@ -98,7 +98,9 @@ LONGEST_DRAFT = 200
 
 
 def ragged(name: str, **more: Any) -> Json:
-    """Requests that come and go: slots used again, prompts in chunks, preemption, the end of the context."""
+    """Requests that come and go: slots used again, prompts in chunks, preemption, the end of the context; every other
+    one is drawn with a seed.
+    """
     shared = text_of(100, 64)
     asked = [plans.request(f"shared {i}", shared + text_of(1000 + 50 * i, 9), 48, step=2 * i) for i in range(3)]
     asked += [plans.request(f"long {i}", text_of(1500 + 300 * i, 150), 24, step=3 + 3 * i) for i in range(2)]
@@ -109,6 +111,8 @@ def ragged(name: str, **more: Any) -> Json:
         plans.request("after the abort", text_of(80, 45), 12, after="aborted"),
         plans.request("the same prompt again", shared + text_of(1000, 9), 12, after="shared 0"),
     ]
+    for row in range(0, len(asked), 2):  # drawn, but not by chance
+        asked[row]["params"] |= {"temperature": 0.9, "seed": row}
     return {"name": name, "kind": "arrivals", "requests": asked, **more}
 
 

@@ -7,8 +7,8 @@ draws what is left of p with noise of its own. Here each row of a verify pass is
 draw it, by the same kernel, and drafts are accepted as far as they are what was drawn. The text of a seed is then plain
 vLLM's, token by token, and no q is needed.
 
-Where V2 can draw with a fused kernel instead (FlashInfer, with top-k or top-p and without seeds), that has other random
-numbers: the text is another one then, of the same distribution.
+Where plain vLLM draws with a fused kernel (FlashInfer, with top-k or top-p and without seeds), that has other random
+numbers. Here it never does (`marked_sampler.install`): one rule for all tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
+from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
 from vllm_saguaro.algorithm.agreement import agreed
@@ -30,6 +31,19 @@ if TYPE_CHECKING:
 _TRIED_SEEDS = (0, 1, -1, 123_456_789_012_345, -(2**63), 2**63 - 1)
 _TRIED_POSITIONS = (0, 1, 7, 300, 70_000)
 _TRIED_TOKENS = 3000
+
+_PROCESSING = (
+    "self",
+    "logits",
+    "expanded_idx_mapping",
+    "idx_mapping",
+    "idx_mapping_np",
+    "pos",
+    "input_ids",
+    "expanded_local_pos",
+    "seq_lens_upper_bound_np",
+)
+"""Parameters of `Sampler.apply_sampling_params` that are given here, in this order."""
 
 
 class CoupledSampler(RejectionSampler):
@@ -89,12 +103,20 @@ class CoupledSampler(RejectionSampler):
 def noise_is_known(model_config: Any, device: torch.device) -> bool:
     """Whether this vLLM draws with the noise that `algorithm/position_noise.py` describes: asked of vLLM itself.
 
-    Not with noise in double precision, which is another hash; nor where the method that is overridden here has other
-    parameters. It waits for the device, so it is for the start alone.
+    Not with noise in double precision, which is another hash; nor where the method that is overridden here, or one of
+    those that it calls, has other parameters. It waits for the device, so it is for the start alone.
     """
-    ours, theirs = (inspect.signature(c._verify).parameters for c in (CoupledSampler, RejectionSampler))
-    if model_config.use_fp64_gumbel or list(ours) != list(theirs):
+    ours, theirs = (list(inspect.signature(c._verify).parameters) for c in (CoupledSampler, RejectionSampler))
+    processing = tuple(inspect.signature(Sampler.apply_sampling_params).parameters)
+    if model_config.use_fp64_gumbel or ours != theirs or processing[: len(_PROCESSING)] != _PROCESSING:
         return False
+    try:
+        return _draws_as_known(device)
+    except (TypeError, RuntimeError):  # a vLLM whose kernel is called in another way
+        return False
+
+
+def _draws_as_known(device: torch.device) -> bool:
     tried = [(seed, position) for seed in _TRIED_SEEDS for position in _TRIED_POSITIONS]
     seeds = torch.tensor([seed for seed, _ in tried], dtype=torch.int64, device=device)
     positions = torch.tensor([position for _, position in tried], dtype=torch.int64, device=device)

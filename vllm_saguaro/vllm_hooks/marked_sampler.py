@@ -53,11 +53,20 @@ class MarkedSampler:
 def install(runner: GPUModelRunner, ready: Tensor, coupled: bool) -> None:
     """Put ours around the sampler of a runner that has loaded its target.
 
-    `coupled`: drafts are what the target's own noise picks. Then its tokens must be decided by that noise, too: vLLM's
-    test would draw what is left of p with the numbers that a draft came from, and be wrong. Raises RuntimeError for a
-    sampler that is not vLLM's own.
+    `coupled`: drafts are what the target's own noise picks. Then all its tokens must be decided by that noise, too.
+    vLLM's test would draw what is left of p with the numbers that a draft came from, and be wrong. And vLLM's fused
+    samplers, for steps without drafts, have other numbers: where a grammar leaves a step none of its drafts, which
+    numbers count would depend on what was drafted. Raises RuntimeError for a sampler that is not vLLM's own.
     """
     sampler = runner.rejection_sampler
-    if not isinstance(sampler, RejectionSampler) or (coupled and type(sampler) is not RejectionSampler):
+    if not isinstance(sampler, RejectionSampler):
         raise RuntimeError(f"vllm_saguaro: expected vLLM's own V2 rejection sampler, found {type(sampler)}")
-    runner.rejection_sampler = MarkedSampler(CoupledSampler.of(sampler) if coupled else sampler, ready)
+    if coupled:
+        if type(sampler) is not RejectionSampler:
+            raise RuntimeError(
+                f"vllm_saguaro: the model verifies drafts with {type(sampler)}, which coupled drafts do not go with: "
+                'write "draft_sample_method": "probabilistic"'
+            )
+        sampler.sampler.use_flashinfer = sampler.sampler.use_xpu_sampler = False
+        sampler = CoupledSampler.of(sampler)
+    runner.rejection_sampler = MarkedSampler(sampler, ready)

@@ -18,9 +18,10 @@ from tests.v2.sync_guard import SyncGuard, Synchronised, no_sync
 from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
 from vllm_saguaro.drafting.device_engine import DeviceEngine
 from vllm_saguaro.drafting.device_model import DecodeRows, Piece
-from vllm_saguaro.messages import Sampling
+from vllm_saguaro.messages import Noise, Sampling
 
 PROMPT = [(7 * i + 3) % 40 for i in range(11)]
+METHODS = pytest.mark.parametrize("method", ["coupled", "probabilistic", "greedy"])
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2")
 
@@ -101,10 +102,11 @@ def no_waiting(model: OnDevice) -> Iterator[NoWaiting]:
             model.guard = None
 
 
-def driven(model: OnDevice) -> World:
-    world = World(model, slots=3, sampling_c=0.5)
+def driven(model: OnDevice, method: str = "probabilistic") -> World:
+    world = World(model, slots=3, sampling_c=0.5, method=method)
     world.admit(0, PROMPT)
-    world.admit(1, PROMPT[:6], Sampling(temperature=0.8, top_p=0.9))
+    noise = Noise.POSITION if method == "coupled" else Noise.UNKNOWN
+    world.admit(1, PROMPT[:6], Sampling(temperature=0.8, top_p=0.9, noise=noise, seed=5))
     world.step({0: (0, 5)})
     return world
 
@@ -112,15 +114,16 @@ def driven(model: OnDevice) -> World:
 def whole_step(world: World, outcomes: DeviceOutcomes) -> DeviceDrafts:
     """All that a step may ask of a draft."""
     drafts = world.draft.exchange(outcomes)
-    world.draft.logits_into(outcomes, drafts, torch.zeros(3, 3, 40))
+    world.draft.logits_into(outcomes, drafts, torch.zeros(3, 3, 40) if world.engine.sampling_c else None)
     world.draft.admit(2, "late", PROMPT, Sampling(temperature=1.0))
     world.draft.release(1, world.requests[1].name)
     return drafts
 
 
-def test_admitting_and_exchanging_wait_for_nothing() -> None:
+@METHODS
+def test_admitting_and_exchanging_wait_for_nothing(method: str) -> None:
     model = OnDevice(max_tokens=16)
-    world = driven(model)
+    world = driven(model, method)
     hit = world.table(0)[0][0]
     outcomes = world.outcomes({0: hit, 1: (0, 3)})
     with no_waiting(model) as guard:
@@ -177,7 +180,8 @@ def test_a_copy_from_the_host_would_be_noticed(step: str, wait: Any, monkeypatch
         whole_step(world, outcomes)
 
 
-def test_shapes_of_a_round_do_not_depend_on_what_is_found() -> None:
+@METHODS
+def test_shapes_of_a_round_do_not_depend_on_what_is_found(method: str) -> None:
     """The same operators, in the same order, on the same shapes: what a CUDA graph needs."""
 
     class Shapes(TorchDispatchMode):
@@ -191,7 +195,7 @@ def test_shapes_of_a_round_do_not_depend_on_what_is_found() -> None:
             self.seen.append((str(func), shape))
             return result
 
-    world = driven(OnDevice())
+    world = driven(OnDevice(), method)
     bucket = world.engine.bucket(2)
     world.draft.exchange(world.outcomes({0: None, 1: None}))  # the bucket's buffers are made
     seen = []

@@ -34,6 +34,8 @@ def main() -> None:
         answer["another position"] = coupled_sampler.noise_is_known(single, cpu)
     with mock.patch.object(RejectionSampler, "_verify", RejectionSampler.__call__):
         answer["other parameters"] = coupled_sampler.noise_is_known(single, cpu)
+    with mock.patch.object(coupled_sampler, "gumbel_sample", lambda logits: logits.argmax(-1)):
+        answer["another call"] = coupled_sampler.noise_is_known(single, cpu)
 
     torch.manual_seed(0)
     kinds = [("right",) * K if fed == ("all",) else fed for fed in FED]

@@ -33,7 +33,7 @@ def test_vllms_noise_is_known(found: dict[str, Any]) -> None:
     assert found["known"]
 
 
-@pytest.mark.parametrize("other", ["another position", "double precision", "other parameters"])
+@pytest.mark.parametrize("other", ["another position", "double precision", "other parameters", "another call"])
 def test_noise_that_is_another_is_seen(found: dict[str, Any], other: str) -> None:
     assert not found[other]
 

@@ -72,22 +72,33 @@ class AnotherSampler(RejectionSampler):
         self.num_speculative_steps = 3
 
 
-@pytest.mark.parametrize(("sampler", "coupled"), [(None, False), (None, True), (AnotherSampler(), True)])
-def test_only_vllms_own_sampler_is_wrapped(sampler: Any, coupled: bool) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "coupled", "words"),
+    [
+        (None, False, "expected vLLM's own V2 rejection sampler, found"),
+        (None, True, "expected vLLM's own V2 rejection sampler, found"),
+        (AnotherSampler(), True, 'the model verifies drafts with .*: write "draft_sample_method": "probabilistic"'),
+    ],
+)
+def test_only_vllms_own_sampler_is_wrapped(sampler: Any, coupled: bool, words: str) -> None:
     runner: Any = SimpleNamespace(rejection_sampler=sampler)
-    with pytest.raises(RuntimeError, match="expected vLLM's own V2 rejection sampler, found"):
+    with pytest.raises(RuntimeError, match=words):
         install(runner, READY, coupled)
 
 
 def test_coupled_drafts_have_a_sampler_that_decides_first() -> None:
     own = RejectionSampler.__new__(RejectionSampler)
     own.num_speculative_steps = 3
+    own.sampler = fused = SimpleNamespace(use_flashinfer=True, use_xpu_sampler=True)  # type: ignore[assignment]
     for sampler, coupled, inside in (
-        (own, True, CoupledSampler),
         (own, False, RejectionSampler),
         (AnotherSampler(), False, AnotherSampler),
+        (own, True, CoupledSampler),
     ):
+        assert fused.use_flashinfer, "steps without drafts may draw as they like"
         runner: Any = SimpleNamespace(rejection_sampler=sampler)
         install(runner, READY, coupled)
         assert type(runner.rejection_sampler._sampler) is inside
         assert runner.rejection_sampler.num_speculative_steps == 3
+    assert not fused.use_flashinfer, "one rule for all tokens"
+    assert not fused.use_xpu_sampler

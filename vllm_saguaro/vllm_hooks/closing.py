@@ -9,6 +9,9 @@ from vllm.logger import init_logger
 
 logger = init_logger(f"vllm.{__name__}")
 
+_PATIENCE = 30.0
+"""Seconds that the worker's own end waits for it."""
+
 
 class Closing:
     """A thread that closes what was given up, and whoever has to wait for it."""
@@ -17,7 +20,7 @@ class Closing:
         self._thread: threading.Thread | None = None
 
     def begin(self, close: Callable[[], None]) -> None:
-        """Call `close` in a thread of its own; what it raises is logged."""
+        """Call `close` in a thread of its own, or here where none can be started; what it raises is logged."""
 
         def end() -> None:
             try:
@@ -34,7 +37,9 @@ class Closing:
             self._thread = thread
 
     def wait(self) -> None:
-        """Until it is closed; at once where nothing was given up."""
+        """Until it is closed, or for half a minute; at once where nothing was given up."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_PATIENCE)
+            if self._thread.is_alive():
+                logger.warning("Saguaro: the draft that was given up does not end; it goes with the process.")
             self._thread = None

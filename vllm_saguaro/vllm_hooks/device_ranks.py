@@ -1,8 +1,8 @@
 """Tensor parallelism under runner V2 (vLLM 0.32 and 0.33): all ranks have what the first one sampled and drafted.
 
 In vLLM all ranks sample, each for itself, from the same gathered logits, with the same seeds and the same drafts. Here
-the first rank alone has a draft, and so it alone knows which drafts are filler, and q. Nothing else could be trusted to
-be equal anyway: whether a draft came in time is chance. So once a step, in the order of the stream, the first rank
+the first rank alone has a draft, and so it alone knows which drafts are filler (and q, if any). Nothing else could be
+trusted to be equal anyway: whether a draft came in time is chance. So once a step, in the order of the stream, the first rank
 sends what it sampled and what it drafted, in one message, and the others put that in the place of their own. They get
 it where the runner books the tokens (`postprocess_sampled`): behind the last collective of the step, the logits of a
 prompt's tokens, and before the next, in the forward of the step after. No host waits for it.

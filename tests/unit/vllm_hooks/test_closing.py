@@ -6,6 +6,7 @@ import threading
 
 import pytest
 
+from vllm_saguaro.vllm_hooks import closing
 from vllm_saguaro.vllm_hooks.closing import Closing
 
 
@@ -45,3 +46,14 @@ def test_it_is_closed_where_no_thread_starts_any_more(monkeypatch: pytest.Monkey
     one.begin(lambda: ended.append(1))
     one.wait()
     assert ended == [1]
+
+
+def test_one_that_does_not_end_holds_nobody_for_ever(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(closing, "_PATIENCE", 0.01)
+    one, may_end = Closing(), threading.Event()
+    one.begin(lambda: may_end.wait(600) and None)
+    one.wait()
+    may_end.set()
+    assert caplog.messages == ["Saguaro: the draft that was given up does not end; it goes with the process."]

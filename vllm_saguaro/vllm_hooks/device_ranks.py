@@ -2,10 +2,10 @@
 
 In vLLM all ranks sample, each for itself, from the same gathered logits, with the same seeds and the same drafts. Here
 the first rank alone has a draft, and so it alone knows which drafts are filler (and q, if any). Nothing else could be
-trusted to be equal anyway: whether a draft came in time is chance. So once a step, in the order of the stream, the first rank
-sends what it sampled and what it drafted, in one message, and the others put that in the place of their own. They get
-it where the runner books the tokens (`postprocess_sampled`): behind the last collective of the step, the logits of a
-prompt's tokens, and before the next, in the forward of the step after. No host waits for it.
+trusted to be equal anyway: whether a draft came in time is chance. So once a step, in the order of the stream, the
+first rank sends what it sampled and what it drafted, in one message, and the others put that in the place of their own.
+They get it where the runner books the tokens (`postprocess_sampled`): behind the last collective of the step, the
+logits of a prompt's tokens, and before the next, in the forward of the step after. No host waits for it.
 
 Message, int64 [B, C + 2 + K]: sampled tokens (C = 1 in a step without drafts, else K + 1), how many of them count, how
 many drafts were rejected, drafts. B, C and K are known to all ranks, since the scheduler tells all the same.

@@ -53,7 +53,11 @@ def test_one_that_does_not_end_holds_nobody_for_ever(
 ) -> None:
     monkeypatch.setattr(closing, "_PATIENCE", 0.01)
     one, may_end = Closing(), threading.Event()
-    one.begin(lambda: may_end.wait(600) and None)
+
+    def close() -> None:
+        may_end.wait(600)
+
+    one.begin(close)
     one.wait()
     may_end.set()
     assert caplog.messages == ["Saguaro: the draft that was given up does not end; it goes with the process."]

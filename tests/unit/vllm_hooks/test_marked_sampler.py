@@ -89,7 +89,7 @@ def test_only_vllms_own_sampler_is_wrapped(sampler: Any, coupled: bool, words: s
 def test_coupled_drafts_have_a_sampler_that_decides_first() -> None:
     own = RejectionSampler.__new__(RejectionSampler)
     own.num_speculative_steps = 3
-    own.sampler = fused = SimpleNamespace(use_flashinfer=True, use_xpu_sampler=True)  # type: ignore[assignment]
+    own.sampler = fused = SimpleNamespace(use_flashinfer=True, use_xpu_sampler=True)
     for sampler, coupled, inside in (
         (own, False, RejectionSampler),
         (AnotherSampler(), False, AnotherSampler),

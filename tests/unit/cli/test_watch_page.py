@@ -48,7 +48,7 @@ def page(trace: Path) -> Iterator[PageServer]:
 
 
 def get(page: PageServer, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
-    connection = HTTPConnection("127.0.0.1", page.server_port, timeout=20)
+    connection = HTTPConnection("127.0.0.1", page.server_port, timeout=120)
     with contextlib.closing(connection):
         connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
@@ -194,7 +194,7 @@ def test_the_command_prints_where_the_page_is_outlives_the_server_and_ends_with_
         line = process.stdout.readline()
         found = re.fullmatch(r"a page about (\S+): http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)\n", line)
         assert found is not None, line
-        connection = HTTPConnection("127.0.0.1", int(found[2]), timeout=20)
+        connection = HTTPConnection("127.0.0.1", int(found[2]), timeout=120)
         connection.request("GET", "/")
         assert b"<title>vllm-saguaro watch</title>" in connection.getresponse().read()
         said = [process.stderr.readline() for _ in range(3)]

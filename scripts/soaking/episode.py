@@ -95,8 +95,10 @@ class Episode:
                 hits = snapshot.total(metrics.HITS)
                 base = hits if base is None else base
                 # The engine needs a moment to notice that a process has ended.
-                if self._found["draft_up"] is None and server.drafts() and snapshot.total(metrics.DRAFT_UP):
-                    self._found["draft_up"] = round(time.monotonic() - begin, 2)
+                if self._found["draft_up"] is None:
+                    base = hits  # what a busy engine counted late is none of the next draft's
+                    if server.drafts() and snapshot.total(metrics.DRAFT_UP):
+                        self._found["draft_up"] = round(time.monotonic() - begin, 2)
                 if hits > base:
                     self._found["hits_back"] = round(time.monotonic() - begin, 2)
                     return

@@ -35,6 +35,8 @@ class Feeder:
     ) -> None:
         self.gaps = Gaps()
         self.in_flight: set[int] = set()
+        self.cut_short: list[int] = []
+        """Numbers of the faults that `stop` came into: they count as not done, and their draft may still be gone."""
         self._session, self._server, self._stop = session, server, stop
         self._places = asyncio.Semaphore(concurrency)
         self._done, self._fault_done = done, fault_done
@@ -129,6 +131,7 @@ class Feeder:
             if self._stop.is_set() and not episode.over:
                 task.cancel()
                 del self._episodes[episode]
+                self.cut_short.append(episode.planned.number)
             await asyncio.wait({task})
             if not task.cancelled():
                 await task  # what went wrong in it is our own error

@@ -88,6 +88,7 @@ class Stretch:
                 await feeder.run(requests[warm:], faults, self._settings.seed, self._settings.hits_patience)
             finally:
                 watching.cancel()
+            found["cut_short"] = feeder.cut_short
             found["idle"] = await quiet(session, server)
             found["counted"] = metrics.numbers(await metrics.look(session, server.url), metrics.COUNTED)
             found["after"] = by_name(server.snapshot())

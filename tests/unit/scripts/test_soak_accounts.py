@@ -234,6 +234,14 @@ def test_a_draft_that_is_started_again_may_become_as_large_as_the_one_before() -
     ]
 
 
+@pytest.mark.parametrize(("cut_short", "told"), [([], ["there is no draft process any more"]), ([33], [])])
+def test_a_draft_may_be_gone_where_a_stretch_ended_within_a_fault(cut_short: list[int], told: list[str]) -> None:
+    gone = {name: process for name, process in GOOD["before"].items() if name != "draft"}
+    stretch = GOOD | {"before": after(draft=holding(100)), "after": gone, "cut_short": cut_short}
+    assert stretch_failures(stretch) == told
+    assert stretch_failures(stretch | {"after": {}})[0] == "there is no server process any more"
+
+
 def test_a_few_looks_say_nothing_about_growth() -> None:
     assert stretch_failures(GOOD | {"after": after(server=holding(400)), "memory": looks(100, 150, 200)}) == []
 

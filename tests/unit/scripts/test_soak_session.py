@@ -271,6 +271,34 @@ def test_faults_are_done_and_measured(tmp_path: Path, draft: Callable[[], list[i
     assert report_json(settings, accounts, journal)["faults_done"] == {"kill": 3}
 
 
+def test_a_fault_that_a_stop_comes_into_is_done_again(tmp_path: Path, draft: Callable[[], list[int]]) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    stopped: list[int] = []
+
+    def gone() -> list[int]:
+        if process.poll() is None:
+            return [process.pid]
+        if not stopped:  # before another one is started
+            stopped.append(os.getpid())
+            os.kill(os.getpid(), signal.SIGINT)
+        return []
+
+    def change(server: Served, plain: bool) -> None:
+        server.piece_seconds = 0.005
+        server.drafts_now = draft if stopped else gone
+
+    Served.plan = change
+    settings = Settings(**(SMALL.__dict__ | {"faults": {"kill": 1}, "hits_patience": 60.0}))
+    first, journal = sat(settings, tmp_path / "state")
+    assert journal.of("fault") == []
+    assert journal.of("stretch")[0]["cut_short"] == [0]
+    assert not first.finished
+    second, journal = sat(settings, tmp_path / "state")
+    assert [fault["number"] for fault in journal.of("fault")] == [0]
+    assert journal.of("stretch")[1]["cut_short"] == []
+    assert second.failures == []
+
+
 def test_faults_that_are_all_due_when_a_run_is_gone_on_with_have_traffic_each(
     tmp_path: Path, draft: Callable[[], list[int]]
 ) -> None:

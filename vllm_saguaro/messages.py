@@ -78,6 +78,11 @@ class Sampling:
         return self.noise is not Noise.UNKNOWN and not self.greedy
 
     @property
+    def positional(self) -> bool:
+        """Whether that noise is the one of positions; all requests of one runner are alike in this."""
+        return self.coupled and self.noise is Noise.POSITION
+
+    @property
     def cut(self) -> bool:
         """Whether some tokens are out whatever the noise."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0

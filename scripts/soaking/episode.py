@@ -87,13 +87,12 @@ class Episode:
         return None
 
     async def _wait_for_hits(self, session: aiohttp.ClientSession, server: Server, begin: float) -> None:
-        base: float | None = None
+        base = 0.0
         deadline = time.monotonic() + self._patience
         while time.monotonic() < deadline and server.alive:
             snapshot = await metrics.look(session, server.url)
             if snapshot:
                 hits = snapshot.total(metrics.HITS)
-                base = hits if base is None else base
                 # The engine needs a moment to notice that a process has ended.
                 if self._found["draft_up"] is None:
                     base = hits  # what a busy engine counted late is none of the next draft's

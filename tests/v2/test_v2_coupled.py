@@ -5,11 +5,10 @@ Without one the samples are the target's: every request has a seed there, its ow
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from tests.e2e.exact import Contexts, chi_square_p
 from tests.v2 import v2_plans
+from tests.v2.drawn_samples import samples_p
 from tests.v2.v2_runs import OPTIONS, Scripted, V2Run, run_v2, saguaro
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
@@ -85,21 +84,6 @@ def test_nothing_waits_on_the_host(runs: Runs) -> None:
     assert "synchronised" not in runs[2].answer
     assert runs[2]["guarded"].guard["propose"] > 10
     assert runs[2]["guarded"].guard["agreed"] > 10
-
-
-def samples_p(found: Scripted) -> float:
-    """Of which of the likeliest tokens each one is, the first left out, which no draft has touched."""
-    contexts = Contexts(v2_plans.SAMPLED_PROMPT, found.tokens, v2_plans.DRAWN)
-    count = v2_plans.DRAWN["top_k"]
-    observed, expected = np.zeros(count + 1), np.zeros(count + 1)  # the last: what cannot be drawn
-    for text in found.tokens:
-        for position in range(1, len(text)):
-            p = contexts[text[:position]]
-            likeliest = np.argsort(-p)[:count]
-            expected[:count] += p[likeliest]
-            at = np.flatnonzero(likeliest == text[position])
-            observed[at[0] if at.size else count] += 1
-    return chi_square_p(observed, expected)
 
 
 def test_samples_without_a_seed_are_the_targets(runs: Runs) -> None:

@@ -6,12 +6,11 @@ The process has no stale table here: tokens that the q beside them could not hav
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from tests.e2e.exact import Contexts, chi_square_p
 from tests.e2e.harness import Json
 from tests.v2 import v2_plans
+from tests.v2.drawn_samples import samples_p
 from tests.v2.v2_runs import OPTIONS, V2Run, run_v2, saguaro
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.long]
@@ -43,23 +42,8 @@ def process() -> V2Run:
     return run("process", v2_plans.drawn("told sharper", SAMPLES, plant="process: told sharper"))
 
 
-def samples_p(run: V2Run, name: str) -> float:
-    """Of which of the likeliest tokens each one is, the first left out, which no draft has touched."""
-    contexts = Contexts(v2_plans.SAMPLED_PROMPT, run[name].tokens, v2_plans.DRAWN)
-    count = v2_plans.DRAWN["top_k"]
-    observed, expected = np.zeros(count + 1), np.zeros(count + 1)  # the last: what cannot be drawn
-    for text in run[name].tokens:
-        for position in range(1, len(text)):
-            p = contexts[text[:position]]
-            likeliest = np.argsort(-p)[:count]
-            expected[:count] += p[likeliest]
-            found = np.flatnonzero(likeliest == text[position])
-            observed[found[0] if found.size else count] += 1
-    return chi_square_p(observed, expected)
-
-
 def assert_right(found: V2Run) -> None:
-    assert samples_p(found, "samples") > CHANCE
+    assert samples_p(found["samples"]) > CHANCE
     assert found["samples"].accepted > SAMPLES / 2
     assert found["samples"].metrics["vllm:saguaro_misses{cause=not_predicted}"] > 0
 
@@ -69,7 +53,7 @@ def test_samples_with_a_draft_process_are_the_targets(process: V2Run) -> None:
 
 
 def test_a_wrong_q_of_a_draft_process_is_seen(process: V2Run) -> None:
-    assert samples_p(process, "told sharper") < CHANCE
+    assert samples_p(process["told sharper"]) < CHANCE
 
 
 def test_samples_with_a_draft_on_a_stream_are_the_targets(stream: V2Run) -> None:
@@ -77,8 +61,8 @@ def test_samples_with_a_draft_on_a_stream_are_the_targets(stream: V2Run) -> None
 
 
 def test_a_stale_table_of_a_draft_on_a_stream_is_seen(stream: V2Run) -> None:
-    assert samples_p(stream, "stale") < CHANCE
+    assert samples_p(stream["stale"]) < CHANCE
 
 
 def test_a_wrong_q_of_a_draft_on_a_stream_is_seen(stream: V2Run) -> None:
-    assert samples_p(stream, "told sharper") < CHANCE
+    assert samples_p(stream["told sharper"]) < CHANCE

@@ -11,8 +11,12 @@ stem is an integer of 32 bits. Text position i, the token number i of a text fro
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
+
+T = TypeVar("T", int, Tensor)
 
 _MASK = 2**32 - 1
 _FIRST, _SECOND = 0xCC9E2D51, 0x1B873593
@@ -23,23 +27,12 @@ _FINAL_FIRST, _FINAL_SECOND = 0x85EBCA6B, 0xC2B2AE35
 
 def stems(seeds: Tensor, positions: Tensor) -> Tensor:
     """The stems [R] int64, in 0 .. 2^32 - 1, of the text positions [R] int64 for the seeds [R] int64. Static."""
-    at = positions - 1
-    stem = torch.zeros_like(seeds)
-    for word in (seeds & _MASK, (seeds >> 32) & _MASK, at & _MASK):
-        stem = _mixed(stem, word)
-    return stem
+    return _stem(torch.zeros_like(seeds), seeds, positions)
 
 
 def stem_of(seed: int, position: int) -> int:
     """The stem of one text position, in Python's integers. `seed`: 64 bits, signed or not."""
-    stem, at = 0, position - 1
-    for word in (seed & _MASK, (seed >> 32) & _MASK, at & _MASK):
-        word = word * _FIRST & _MASK
-        word = (word << 15 | word >> 17) & _MASK
-        stem ^= word * _SECOND & _MASK
-        stem = (stem << 13 | stem >> 19) & _MASK
-        stem = (stem * 5 + _ADDED) & _MASK
-    return stem
+    return _stem(0, seed, position)
 
 
 class PositionStems:
@@ -83,12 +76,17 @@ def add_noise(logits: Tensor, temperature: Tensor, stem: Tensor, noisy: Tensor) 
     logits.copy_(torch.where(noisy.unsqueeze(-1), raced, logits))
 
 
-def _mixed(h: Tensor, word: Tensor) -> Tensor:
-    """One round of MurmurHash3 over integers of 32 bits in int64: products wrap, and their low 32 bits are right."""
-    word = word * _FIRST & _MASK
-    word = _rotated(word, 15) * _SECOND & _MASK
+def _stem(h: T, seed: T, position: T) -> T:
+    for word in (seed & _MASK, (seed >> 32) & _MASK, (position - 1) & _MASK):
+        h = _mixed(h, word)
+    return h
+
+
+def _mixed(h: T, word: T) -> T:
+    """One round of MurmurHash3 over integers of 32 bits. In int64 products wrap, and their low 32 bits are right."""
+    word = _rotated(word * _FIRST & _MASK, 15) * _SECOND & _MASK
     return (_rotated(h ^ word, 13) * 5 + _ADDED) & _MASK
 
 
-def _rotated(word: Tensor, count: int) -> Tensor:
+def _rotated(word: T, count: int) -> T:
     return (word << count | word >> (32 - count)) & _MASK

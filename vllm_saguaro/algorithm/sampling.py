@@ -176,6 +176,15 @@ def race(q: Tensor, noise: Tensor) -> Tensor:
     return torch.where(q > 0, q.to(noise.dtype).log() + noise, -torch.inf).argmax(-1)
 
 
+def within_cuts(picked: Tensor, found: Candidates, noise: Tensor) -> Tensor:
+    """Of tokens [R] int64 that noise has picked from all, those that a request's own cuts leave it.
+
+    `noise` [R, M]: of the candidates `found`. Where a cut falls among them, nothing beyond them is left either.
+    """
+    index = race(found.q, noise).unsqueeze(1)
+    return torch.where((found.q == 0).any(-1), found.tokens.gather(1, index).squeeze(1), picked)
+
+
 def _mass(logits: Tensor, temperature: Tensor, largest: Tensor, min_p: Tensor) -> Tensor:
     """[R, 1]: the sum of exp(logits / T - largest) over what min-p leaves of the whole vocabulary."""
     mass = (logits / temperature).sub_(largest).exp_()

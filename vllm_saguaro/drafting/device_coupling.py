@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vllm_saguaro.algorithm.position_noise import gumbel
-from vllm_saguaro.algorithm.sampling import SUPPORT, candidates, race, top
+from vllm_saguaro.algorithm.sampling import SUPPORT, candidates, top, within_cuts
 from vllm_saguaro.drafting.device_drawing import Rule
 from vllm_saguaro.drafting.forecast import NOISE_SHARPNESS
 
@@ -29,11 +29,8 @@ def pick(logits: Tensor, rule: Rule, stem: Tensor, add_noise: AddNoise) -> Tenso
     argmax_t z_t / T + g_t over all tokens, or over those that a request's own cuts leave.
     """
     found = candidates(logits, rule.rows)
-    index = race(found.q, gumbel(stem, found.tokens)).unsqueeze(1)
-    within = found.tokens.gather(1, index).squeeze(1)
     add_noise(logits, rule.rows.temperature, stem, rule.noisy)
-    # Where a cut falls among the likeliest M, nothing beyond them is left either.
-    picked = torch.where((found.q == 0).any(-1), within, logits.argmax(-1))
+    picked = within_cuts(logits.argmax(-1), found, gumbel(stem, found.tokens))
     return torch.where(rule.noisy, picked, found.tokens[:, 0])
 
 

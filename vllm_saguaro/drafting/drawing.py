@@ -9,9 +9,9 @@ import torch
 
 from vllm_saguaro.algorithm import noise as noise_of_integers
 from vllm_saguaro.algorithm import position_noise
-from vllm_saguaro.algorithm.sampling import Candidates, SamplingRows, candidates, deflate, draw, race
+from vllm_saguaro.algorithm.sampling import Candidates, SamplingRows, candidates, deflate, draw, within_cuts
 from vllm_saguaro.drafting.model import DraftModel
-from vllm_saguaro.drafting.trunk import Deflation, Drawing, DrawRule, Trunk, positional
+from vllm_saguaro.drafting.trunk import Deflation, Drawing, DrawRule, Trunk
 from vllm_saguaro.kernels.operations import operations_for
 from vllm_saguaro.messages import Sampling
 
@@ -65,7 +65,7 @@ class Drawer:
             fan_out=torch.tensor([fan_out] * len(rows), dtype=torch.int64, device=device),
             c=torch.tensor(c, dtype=torch.float32, device=device),
             deflation=deflation,
-            positional=positional(samplings),
+            positional=any(s.positional for s in samplings),
         )
 
     def draw(self, logits: torch.Tensor, rule: DrawRule, depth: int) -> tuple[np.ndarray, Candidates | None]:
@@ -100,8 +100,5 @@ class Drawer:
             picked = self._model.race(logits / rule.temperature.unsqueeze(1), seeds)
         if found is None:
             return picked
-        # Where a cut falls among the likeliest M, nothing beyond them is left either.
         gumbel = position_noise.gumbel if rule.positional else noise_of_integers.gumbel
-        index = race(found.q, gumbel(seeds, found.tokens)).unsqueeze(1)
-        within = found.tokens.gather(1, index).squeeze(1)
-        return torch.where((found.q == 0).any(-1), within, picked)
+        return within_cuts(picked, found, gumbel(seeds, found.tokens))

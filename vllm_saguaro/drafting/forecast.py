@@ -13,7 +13,7 @@ from vllm_saguaro.algorithm import noise, outcomes, position_noise
 from vllm_saguaro.algorithm.calibration import Calibration, Event, class_of
 from vllm_saguaro.algorithm.outcomes import Beliefs
 from vllm_saguaro.algorithm.sampling import SUPPORT, SamplingRows, candidates, deflate, top
-from vllm_saguaro.messages import Noise, Sampling
+from vllm_saguaro.messages import Sampling
 
 if TYPE_CHECKING:
     from vllm_saguaro.drafting.trunk import Trunk
@@ -144,7 +144,7 @@ class Forecaster:
             found = candidates(logits, rows)
             return found.tokens, found.q
         seeds = [s for t, count in zip(trunks, counts, strict=True) for s in t.noise_seeds(len(t.tokens), count)]
-        positional = any(t.sampling.noise is Noise.POSITION for t in trunks if t.sampling.coupled)
+        positional = any(t.sampling.positional for t in trunks)
         gumbel_of_all = position_noise.gumbel_of_all if positional else noise.gumbel_of_all
         known = gumbel_of_all(torch.tensor(seeds, dtype=torch.int64, device=device), logits.shape[-1])
         raced = logits / rows.temperature.unsqueeze(-1) + known.float()

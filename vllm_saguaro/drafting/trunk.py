@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -197,8 +196,3 @@ def noise_of(sampling: Sampling) -> NoiseNumbers | None:
     if sampling.noise is Noise.POSITION:
         return PositionStems(sampling.seed, sampling.prompt_length)
     return KeySeeds(sampling.seed) if sampling.noise is Noise.KEY else NoiseSeeds(sampling.seed)
-
-
-def positional(samplings: Sequence[Sampling]) -> bool:
-    """Whether the noise that is known of some of these is that of positions: one engine has requests of one runner."""
-    return any(s.coupled and s.noise is Noise.POSITION for s in samplings)

@@ -128,9 +128,11 @@ def _lookup(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
 
 def _settling(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     slots, rows, remembered, vocabulary = sizes.slots + 1, sizes.rows, sizes.width, 4
-    alive, read = torch.rand(2, slots, generator=g) < 0.8
+    alive, read = torch.rand(slots, generator=g) < 0.9, torch.rand(slots, generator=g) < 0.6
     admitted = _integers(1, 4, (slots,), g).to(torch.int32)
-    length = admitted + _integers(0, remembered + 2, (slots,), g).to(torch.int32)
+    since = _integers(0, remembered + 2, (slots,), g)
+    since = torch.where(torch.rand(slots, generator=g) < 0.3, remembered, since)  # often more than is remembered
+    length = admitted + since.to(torch.int32)
     tail = _integers(100, 200, (slots, remembered), g)
     keys, bonus_keys, drafts, depth, *_ = _lookup(Sizes(slots, 0, sizes.branches, sizes.drafts), g)
     depth = torch.where(torch.rand(slots, generator=g) < 0.7, sizes.drafts, depth).to(torch.int32)
@@ -142,6 +144,8 @@ def _settling(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     hit = torch.rand(rows, generator=g) < 0.5
     accepted = torch.where(hit, keys[predicted], accepted).to(torch.int32)
     bonus = torch.where(hit, bonus_keys[predicted], _integers(-1, vocabulary + 1, (rows,), g))
+    undrafted = ~read[chosen] & (torch.rand(rows, generator=g) < 0.5)  # as most texts that are still being read
+    accepted = torch.where(undrafted, 0, accepted)
     accepted[real:] = -1
     lengths = length[chosen] + accepted + 1
     lengths += (torch.rand(rows, generator=g) < 0.1).to(torch.int32)

@@ -124,7 +124,7 @@ def test_planted_error_is_found(name: str, right: str, wrong: str, interpreted: 
     planted = tmp_path / "planted.py"
     planted.write_text(source.replace(right, wrong), encoding="utf-8")
     sizes = [Sizes(), Sizes(branches=40, candidates=4), LARGE[name]]
-    cases = (make_case(name, sizes[seed % 3], seed, strided=True) for seed in range(30))
+    cases = (make_case(name, sizes[seed % 3], seed, strided=True) for seed in range(120))
     assert any(_differs(case, interpreted, planted) for case in cases)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.v2 import v2_plans
-from tests.v2.v2_runs import OPTIONS, V2Run, run_v2, saguaro
+from tests.v2.v2_runs import OPTIONS, V2Run, assert_same_arrivals, run_v2, saguaro
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine]
 
@@ -36,6 +36,33 @@ def runs(path: Path) -> tuple[V2Run, V2Run]:
                 "scripted": False,
                 "async": True,
                 "scenarios": ours,
+            },
+        ]
+    )
+    return plain, beside
+
+
+@pytest.fixture(scope="module")
+def ragged_runs() -> tuple[V2Run, V2Run]:
+    """Plain vLLM; and ours a step ahead, where requests come and go and drafts are drawn from their own q."""
+    ragged = OPTIONS | v2_plans.RAGGED
+    ours = saguaro(
+        placement="process",
+        branches=8,
+        max_model_len=v2_plans.LONGEST_DRAFT,
+        draft_sample_method="probabilistic",
+    )
+    plain, beside = run_v2(
+        [
+            {"options": ragged, "scripted": False, "scenarios": [v2_plans.ragged("ragged", sampled=False)]},
+            {
+                "options": ragged | ours,
+                "scripted": False,
+                "async": True,
+                "scenarios": [
+                    v2_plans.ragged("ragged", sampled=False),
+                    v2_plans.greedy_among_sampled("guarded, sampled", guarded=True),
+                ],
             },
         ]
     )
@@ -77,3 +104,33 @@ def test_the_trace_has_what_the_host_knows(runs: tuple[V2Run, V2Run], path: Path
     assert {event["pid"] for event in rounds} == {2}
     assert max(event["args"]["branches"] for event in rounds) == 8
     assert [event["pid"] for event in events if event["name"] == "draft up"] == [2]
+
+
+@pytest.mark.long
+def test_requests_that_come_and_go_keep_their_texts(ragged_runs: tuple[V2Run, V2Run]) -> None:
+    plain, ours = ragged_runs
+    assert_same_arrivals(ours["ragged"], plain["ragged"])
+    assert ours["ragged"].metrics["vllm:saguaro_hits"] > 0
+    assert ours["ragged"].metrics["vllm:prefix_cache_hits"] > 0
+    assert ours["ragged"].metrics["vllm:num_preemptions"] > 0
+    assert ours.answer["facts"]["async"]
+
+
+@pytest.mark.long
+def test_nothing_waits_on_the_host_where_drafts_have_a_q(ragged_runs: tuple[V2Run, V2Run]) -> None:
+    _, ours = ragged_runs
+    assert ours.answer["facts"]["draft_logits"]
+    assert "synchronised" not in ours.answer
+    assert ours["guarded, sampled"].guard["propose"] > 5
+    assert ours["guarded, sampled"].accepted > 0
+
+
+@pytest.mark.long
+def test_a_draft_in_an_actor_of_ray_is_read_alike(runs: tuple[V2Run, V2Run]) -> None:
+    pytest.importorskip("ray")
+    options = OPTIONS | saguaro(placement="ray", branches=8)
+    (ours,) = run_v2([{"options": options, "scripted": False, "async": True, "scenarios": [v2_plans.greedy("greedy")]}])
+    assert ours.answer["facts"]["async"]
+    assert ours["greedy"].tokens == runs[0]["greedy"].tokens
+    assert ours["greedy"].metrics["vllm:saguaro_hits"] > 0
+    assert ours["greedy"].accepted > 0

@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.long]  # as test
 
 
 GREEDY, SAMPLED = v2_plans.greedy("greedy"), v2_plans.greedy_among_sampled("among sampled")
+SEEDED = v2_plans.seeded("seeded")
 PLACEMENTS = ["stream", "process"]
 
 
@@ -33,17 +34,19 @@ def run(*specs: Json) -> list[V2Run]:
     )
 
 
-def beside(two: Json, placement: str, scenarios: list[Json]) -> Json:
+def beside(two: Json, placement: str, scenarios: list[Json], **more: str) -> Json:
     """An engine with drafts."""
-    options = two | saguaro(model=str(DRAFT), branches=8, placement=placement)
+    options = two | saguaro(model=str(DRAFT), branches=8, placement=placement, **more)
     return {"options": options, "scripted": False, "async": True, "scenarios": scenarios}
 
 
 @pytest.fixture(scope="module")
 def plain_and_stream(two: Json) -> tuple[V2Run, V2Run]:
     apart = v2_plans.greedy_among_sampled("apart", apart=True)
-    scenarios = [GREEDY, SAMPLED, v2_plans.processed("processed"), apart]
-    plain, stream = run({"options": two, "scripted": False, "scenarios": [GREEDY]}, beside(two, "stream", scenarios))
+    scenarios = [GREEDY, SAMPLED, SEEDED, v2_plans.processed("processed"), apart]
+    plain, stream = run(
+        {"options": two, "scripted": False, "scenarios": [GREEDY, SEEDED]}, beside(two, "stream", scenarios)
+    )
     return plain, stream
 
 
@@ -59,7 +62,13 @@ def stream(plain_and_stream: tuple[V2Run, V2Run]) -> V2Run:
 
 @pytest.fixture(scope="module")
 def process(two: Json) -> V2Run:
-    return run(beside(two, "process", [GREEDY, SAMPLED]))[0]
+    return run(beside(two, "process", [GREEDY, SAMPLED, SEEDED]))[0]
+
+
+@pytest.fixture(scope="module")
+def with_q(two: Json) -> V2Run:
+    """Drafts that are drawn from the draft's own q."""
+    return run(beside(two, "stream", [GREEDY, SAMPLED], draft_sample_method="probabilistic"))[0]
 
 
 @pytest.fixture(params=PLACEMENTS)
@@ -77,15 +86,21 @@ def test_greedy_texts_are_those_of_plain_ranks(ours: V2Run, plain: V2Run) -> Non
     assert ours["among sampled"].tokens[::2] == plain["greedy"].tokens[::2]
 
 
+def test_texts_of_seeds_are_those_of_plain_ranks(ours: V2Run, plain: V2Run) -> None:
+    assert ours["seeded"].tokens == plain["seeded"].tokens
+    assert ours["seeded"].metrics["vllm:saguaro_hits"] > 0
+    assert ours["seeded"].accepted > 0
+
+
 def test_all_ranks_have_the_same_texts_and_drafts_after_each_step(ours: V2Run) -> None:
-    for name in {"greedy", "among sampled", "processed"} & ours.scenarios.keys():
+    for name in {"greedy", "among sampled", "seeded", "processed"} & ours.scenarios.keys():
         one, other = ours[name].ranks
         assert len(one) > 20
         assert one == other
 
 
 def test_all_ranks_have_the_text_that_is_returned(ours: V2Run) -> None:
-    for scenario in (ours["greedy"], ours["among sampled"]):
+    for scenario in (ours["greedy"], ours["among sampled"], ours["seeded"]):
         for rank in scenario.ranks:
             texts = {request_id: text for request_id, text, _ in rank}
             for result in scenario.results:
@@ -115,12 +130,19 @@ def test_drafts_are_accepted(ours: V2Run) -> None:
 def test_one_rank_has_a_draft_and_all_have_as_many_blocks(ours: V2Run) -> None:
     first, second = ours.answer["facts"]["ranks"]
     assert first["has a draft"]
-    assert first["has q"]
     assert not second["has a draft"]
-    assert not second["has q"]
     assert first["blocks"] == second["blocks"]
     assert first["async"]
     assert {first["worker"], second["worker"]} == {"SaguaroV2CPUWorker"}
+
+
+def test_the_first_rank_alone_has_q_where_drafts_are_drawn_from_it(stream: V2Run, with_q: V2Run, plain: V2Run) -> None:
+    assert [rank["has q"] for rank in with_q.answer["facts"]["ranks"]] == [True, False]
+    assert [rank["has q"] for rank in stream.answer["facts"]["ranks"]] == [False, False], "coupled drafts need none"
+    assert with_q["greedy"].tokens == plain["greedy"].tokens
+    one, other = with_q["among sampled"].ranks
+    assert one == other
+    assert with_q["among sampled"].accepted > 0
 
 
 def test_nothing_is_left(ours: V2Run) -> None:

@@ -92,6 +92,18 @@ def run_v2(specs: Sequence[Json], **environment: str) -> list[V2Run]:
     return [V2Run({name: _scripted(one) for name, one in a["scenarios"].items()}, a) for a in json.loads(done.stdout)]
 
 
+def assert_same_arrivals(ours: Scripted, plain: Scripted) -> None:
+    """The texts of `v2_plans.ragged` are plain vLLM's; of the one that is aborted as much as both have."""
+    expected = {result["key"]: result for result in plain.results}
+    assert ours.results
+    for result in ours.results:
+        one, other = result["outputs"][0]["token_ids"], expected[result["key"]]["outputs"][0]["token_ids"]
+        if result["key"] == "aborted":
+            assert one[: len(other)] == other[: len(one)]
+        else:
+            assert one == other, result["key"]
+
+
 def _scripted(one: Json) -> Scripted:
     events = [(what, slot, request, tokens) for what, slot, request, tokens in one["events"]]
     return Scripted(**one | {"events": events, "rounds": [Round(*row) for row in one["rounds"]]})

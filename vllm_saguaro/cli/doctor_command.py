@@ -24,7 +24,7 @@ EXAMPLES = """examples:
 
 After -- stands what `vllm serve` would get. Nothing is loaded: only configurations, tokenizers and the headers of
 safetensors files are read.
-exit codes: 0 it will run (there may be warnings); 1 it will not; 2 the question was wrong"""
+exit codes: 0 it will run (there may be warnings); 1 it will not; 2 the question was wrong; 130 stopped"""
 
 
 def add_to(commands: Any) -> None:

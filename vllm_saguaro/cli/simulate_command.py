@@ -32,7 +32,7 @@ AR: plain decoding; SD: ordinary speculation; SSD: the engine of the paper; ours
 K: drafts a round; N: predicted outcomes that get drafts.
 What the numbers are fed with, and how far they can be trusted: docs/simulate.md.
 
-exit codes: 0 it was simulated; 1 the picture was not written; 2 the question was wrong"""
+exit codes: 0 it was simulated; 1 the picture was not written; 2 the question was wrong; 130 stopped"""
 
 
 def add_to(commands: Any) -> None:

@@ -193,11 +193,7 @@ def as_text(found: Tuning, data: Mapping[str, Any], arguments: argparse.Namespac
     lines += [f"not tried: {name} ({why})" for name, why in found.left_out.items()]
     lines += [f"note: {note}" for note in found.notes]
     lines.append(f"choice: {json.dumps(data['choice'])}")
-    if data["recommended"] == "saguaro":
-        lines.append(f"saguaro is the fastest: {_gains(data)}")
-    else:
-        name = {"plain": "plain vLLM"}.get(data["recommended"], f"method {data['recommended']}")
-        lines.append(f"{name} is faster than saguaro here: {_gains(data)}. Leave saguaro off for this load.")
+    lines.append(_verdict(data, found.chosen.candidate.name))
     for each in data["by_batch"]:
         lines.append(f"fastest at {each['batch']} at once: {each['fastest']}")
     config = {"method": "saguaro", **found.settings.fixed, "tuned": str(arguments.output)}
@@ -236,9 +232,18 @@ def environment_kept() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _gains(data: Mapping[str, Any]) -> str:
-    """Times plain, each method with its best, as over all loads."""
+def _verdict(data: Mapping[str, Any], chosen: str) -> str:
+    """Which method is the fastest over all loads, and by how much: saguaro as chosen, the others with their best."""
+    from vllm_saguaro.tuning.candidates import MARGIN, SAGUARO
+
     best: dict[str, float] = {}
     for each in data["measured"]:
-        best[each["method"]] = max(best.get(each["method"], 0.0), each["gain_over_plain"])
-    return ", ".join(f"{method} {value:.2f}" for method, value in best.items()) + " times plain"
+        if each["method"] != SAGUARO or each["name"] == chosen:
+            best[each["method"]] = max(best.get(each["method"], 0.0), each["gain_over_plain"])
+    gains = ", ".join(f"{method} {value:.2f}" for method, value in best.items()) + " times plain"
+    others = max(value for method, value in best.items() if method != SAGUARO)
+    if data["recommended"] == SAGUARO:
+        little = f", by less than {MARGIN:.0%}" if best[SAGUARO] < others * (1 + MARGIN) else ""
+        return f"saguaro is the fastest{little}: {gains}"
+    name = {"plain": "plain vLLM"}.get(data["recommended"], f"method {data['recommended']}")
+    return f"{name} is faster than saguaro here: {gains}. Leave saguaro off for this load."

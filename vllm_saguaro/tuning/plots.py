@@ -12,7 +12,11 @@ _COLOURS = {"plain": "0.5", "draft_model": "tab:orange"}
 
 
 def plot(found: Tuning, path: Path) -> None:
-    """A panel a load: tokens a second by K, predicted as a line for each N, measured as points."""
+    """A panel a load: tokens a second by K, predicted as a line for each N, measured as points.
+
+    What differs in more than K is drawn hollow (unless it was chosen) and a little to the right of its K.
+    Raises ImportError without matplotlib, and OSError where the picture cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -22,7 +26,7 @@ def plot(found: Tuning, path: Path) -> None:
     columns = len(found.settings.temperatures)
     rows = len(found.settings.batches)
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(1 + 4.2 * columns, 0.6 + 3 * rows), layout="constrained", squeeze=False
+        rows, columns, figsize=(1 + 4.2 * columns, 1.2 + 3 * rows), layout="constrained", squeeze=False
     )
     for panel, load in zip(axes.flat, loads, strict=True):
         _predicted(panel, found, load)
@@ -33,8 +37,10 @@ def plot(found: Tuning, path: Path) -> None:
         panel.set_xticks(sorted({0, *found.settings.ks}))
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=7)
-    figure.suptitle(f"{Path(found.settings.target).name}: lines predicted, points measured", fontsize=9)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
+    title = f"{Path(found.settings.target).name}: lines predicted (without backups), points measured"
+    figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -48,22 +54,35 @@ def _predicted(panel: Any, found: Tuning, load: tuple[int, float]) -> None:
 
 def _measured(panel: Any, found: Tuning, load: tuple[int, float]) -> None:
     named = set[str]()
+    changed = 0
     for each in found.tried:
         method = each.candidate.method
         low, high = each.spread[load]
         speed = each.speeds[load]
+        name = f"{method}, measured"
+        if _is_changed(each):  # mostly of one K: side by side, or they would hide each other
+            changed += 1
+            name = f"{method} with another N, backup, placement or q, measured"
+        is_chosen = each is found.chosen
+        if is_chosen:
+            name = "chosen, measured"
         panel.errorbar(
-            [_k(each)],
+            [_k(each) + (0.1 * changed if _is_changed(each) else 0)],
             [speed],
             yerr=[[speed - low], [high - speed]],
-            marker="*" if each is found.chosen else "o",
-            markersize=11 if each is found.chosen else 5,
+            marker="*" if is_chosen else "o",
+            markersize=11 if is_chosen else 5,
+            markerfacecolor="white" if _is_changed(each) and not is_chosen else None,
             color=_COLOURS.get(method, "black"),
             capsize=2,
             linestyle="",
-            label=f"{method}, measured" if method not in named else None,
+            label=name if name not in named else None,
         )
-        named.add(method)
+        named.add(name)
+
+
+def _is_changed(each: Tried) -> bool:
+    return each.candidate.method == SAGUARO and bool(each.candidate.keys.keys() - {"num_speculative_tokens"})
 
 
 def _k(each: Tried) -> int:

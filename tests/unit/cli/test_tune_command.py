@@ -17,11 +17,13 @@ import pytest
 from tests.unit.tuning.test_tuning_session import HERE, Machine
 from vllm_saguaro import tuned
 from vllm_saguaro.benchmark.client import WorkerError
+from vllm_saguaro.benchmark.progress import Progress, ProgressBar
 from vllm_saguaro.cli import tune_command
 from vllm_saguaro.cli.main import main
 from vllm_saguaro.cli.tune_command import Question
 from vllm_saguaro.cli.usage import UsageError
 from vllm_saguaro.tuning import document, plots, session
+from vllm_saguaro.tuning.found import Tuning
 from vllm_saguaro.tuning.settings import Settings, TuningError
 
 SETTINGS = Settings("target", "draft", batches=(1,), temperatures=(0.0,), ks=(1, 4))
@@ -82,13 +84,46 @@ def test_what_is_faster_is_said(
     assert "fastest at 1 at once: plain" in said
 
 
+def test_what_is_hardly_faster_is_called_so(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the gain is that of what was chosen: another one within the margin was faster still."""
+    machine = Machine(lambda keys: 1.021 if keys.get("backup") == "none" else 1.01, baseline=0.9)
+    monkeypatch.setattr(session.tune, "__defaults__", (machine,))
+    assert main(["tune", "target"]) == 0
+    said = capsys.readouterr().out
+    assert "saguaro is the fastest, by less than 2%: plain 1.00, draft_model 0.90, saguaro 1.01 times plain" in said
+
+
+def test_there_is_a_bar_where_somebody_looks(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Progress] = []
+    tune = session.tune
+
+    def noting(settings: Settings, progress: Progress) -> Tuning:
+        given.append(progress)
+        return tune(settings, Progress())
+
+    monkeypatch.setattr(session, "tune", noting)
+    for looks in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda looks=looks: looks)
+        assert main(["tune", "target"]) == 0
+    assert [type(bar) for bar in given] == [ProgressBar, Progress]
+
+
 def test_a_picture_has_every_candidate(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     assert main(["tune", "target", "--picture", "p.svg"]) == 0
     assert "written to saguaro-tuned.json and p.svg" in capsys.readouterr().out
     drawn = (here / "p.svg").read_text()
     assert drawn.startswith("<?xml")
-    assert len(drawn) > 5000
+    for label in (
+        "N = 4, predicted",
+        "plain, measured",
+        "draft_model, measured",
+        "chosen, measured",
+        "with another N",
+    ):
+        assert label in drawn
 
 
 @pytest.mark.parametrize("name", ["p.txt", "picture"])

@@ -256,6 +256,38 @@ def test_the_table_marks_what_was_chosen() -> None:
     assert len(lines) == 1 + len(found.tried)
 
 
+class Steps(Progress):
+    """How many steps were announced, and how many came."""
+
+    def __init__(self) -> None:
+        self.announced, self.came, self.ended = 0, 0, False
+
+    def begin(self, steps: int) -> None:
+        self.announced = steps
+
+    def step(self, doing: str) -> None:
+        assert doing
+        self.came += 1
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_no_more_steps_come_than_were_announced() -> None:
+    """Each engine says that it starts, and each load that it runs, as `measuring.measure` does."""
+    machine, steps = Machine(by_keys), Steps()
+
+    def measuring(settings: Settings, candidate: Candidate, progress: Progress, watched: bool) -> Measured:
+        for _ in range(1 + len(settings.loads)):
+            progress.step("it runs")
+        return machine(settings, candidate, progress, watched)
+
+    tune(SETTINGS, steps, measuring)
+    engines = 1 + len(machine.asked)  # the one that is watched, too
+    assert steps.came == engines * (1 + len(SETTINGS.loads)) + 1 <= steps.announced  # and "predicting"
+    assert steps.ended
+
+
 def test_the_progress_bar_has_room_for_every_engine() -> None:
     inline = Machine(
         lambda keys: 1.5 + 0.3 * ("draft_sample_method" in keys) + 0.2 * (keys.get("placement") == "inline")

@@ -20,7 +20,15 @@ setup(
         "gpu": ["vllm>=0.32,<0.34"],
         "ray": ["ray[default]>=2.50"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.12", "mypy>=1.15", "pre-commit>=4", "matplotlib>=3.9"],
+        "dev": [
+            "pytest>=8",
+            "hypothesis>=6",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "pre-commit>=4",
+            "matplotlib>=3.9",
+            "pandas>=2",
+        ],
     },
     entry_points={
         "vllm.general_plugins": ["saguaro = vllm_saguaro:register"],

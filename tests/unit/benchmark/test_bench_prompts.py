@@ -34,6 +34,7 @@ def test_questions_are_asked_by_their_first_turn_in_the_files_order(questions: P
     assert read_prompts(questions, "spec_bench", "writing") == ["first", "third"]
 
 
+@pytest.mark.slow
 def test_questions_are_those_of_vllm(questions: Path) -> None:
     pytest.importorskip("pandas", reason="vLLM's own class reads with pandas")
     datasets = pytest.importorskip("vllm.benchmarks.datasets")

@@ -126,7 +126,7 @@ def test_the_tables_are_printed_where_the_picture_cannot_be_written_after_all(
 
 @pytest.mark.slow
 def test_docs_have_the_tables_that_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("headline_12_4", "headline_12_6", "curve", "batches_1_4", "large_batches_after")
+    names = ("headline_12_4", "headline_12_6", "curve", "batches_1_4", "large_batches_after", "large_batches")
     assert main(["simulate", "--validate", *(str(RESULTS / f"{name}.json") for name in names)]) == 0
     assert capsys.readouterr().out.strip() in SIMULATE_PAGE
 

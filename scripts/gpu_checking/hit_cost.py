@@ -1,7 +1,7 @@
 """What a hit costs on the device: the part of a round that the target's stream waits for.
 
-That is `exchange` up to where the target goes on (outcomes taken in, looked up, drafts gathered) and the hand-over of q
-(`logits_into`), between events of the target's stream. Shapes are static, so a miss costs the same. In serving the host
+That is `exchange` up to where the target goes on (outcomes taken in, looked up, drafts gathered) and, where drafts have a
+q, its hand-over (`logits_into`), between events of the target's stream. Shapes are static, so a miss costs the same. In serving the host
 is ahead of the device; so that it is here, too, the device is first kept busy until all is enqueued: the time between
 two events is then that of the work, with the change from stream to stream, and not that of the launches. Rounds of
 which the device had begun earlier are left out. The draft's round before is waited for, or it would be in the time.
@@ -81,13 +81,16 @@ class HostMark:
 
 @dataclass(slots=True)
 class TimedRound:
-    """begin, looked_up: around `exchange`; end: after q; late: the device did not wait for all to be enqueued."""
+    """begin, looked_up: around `exchange`; end: after q, where drafts have one.
+
+    late: the device did not wait for all to be enqueued.
+    """
 
     rows: int
     begin: Mark
     looked_up: Mark
-    end: Mark | None = None
-    late: bool = False
+    end: Mark
+    late: bool
 
 
 @contextlib.contextmanager
@@ -100,7 +103,9 @@ def timed(draft: Any, mark: Any) -> Iterator[list[TimedRound]]:
         mark.hold()
         begin = mark()
         drafts = exchange(outcomes)
-        rounds.append(TimedRound(len(outcomes.slots), begin, mark()))
+        looked_up = mark()
+        # Coupled drafts have no q: nobody asks for one, and this is the end.
+        rounds.append(TimedRound(len(outcomes.slots), begin, looked_up, looked_up, begin.reached()))
         return drafts
 
     def timed_logits(*arguments: Any) -> None:
@@ -114,7 +119,7 @@ def timed(draft: Any, mark: Any) -> Iterator[list[TimedRound]]:
 
 def summary(rounds: list[TimedRound], batch: int) -> dict[str, Any]:
     """Medians in microseconds over the rounds of a whole batch, once the device has done them."""
-    whole = [each for each in rounds if each.rows == batch and each.end is not None][_FIRST:]
+    whole = [each for each in rounds if each.rows == batch][_FIRST:]
     kept = [each for each in whole if not each.late]
     answer: dict[str, Any] = {"batch": batch, "rounds": len(kept), "late": len(whole) - len(kept)}
     if kept:

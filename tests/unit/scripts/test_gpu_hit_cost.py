@@ -75,9 +75,16 @@ def test_a_round_is_timed_from_the_outcomes_to_q() -> None:
     assert Device.held == 8
 
 
-def test_rounds_of_another_size_and_without_q_are_not_counted() -> None:
+def test_rounds_of_another_size_are_not_counted() -> None:
     assert summary(rounds_of(*[1, 2] * 6), 2)["rounds"] == 3
-    assert summary(rounds_of(*[2] * 6, sampled=False), 2) == {"batch": 2, "rounds": 0, "late": 0}
+
+
+def test_a_round_of_drafts_without_q_ends_where_they_are_looked_up() -> None:
+    """As coupled ones are, which is the default."""
+    found = summary(rounds_of(*[2] * 8, sampled=False), 2)
+    assert (found["rounds"], found["us"], found["look_up_us"], found["q_us"]) == (5, 30, 30, 0)
+    Device.early = True
+    assert summary(rounds_of(*[2] * 6, sampled=False), 2) == {"batch": 2, "rounds": 0, "late": 3}
 
 
 def test_rounds_that_the_device_began_too_early_are_left_out() -> None:

@@ -116,7 +116,7 @@ class CheckedEngine:
         return found.to_json()
 
     def hit(self, batch: int, tokens: int) -> Json:
-        """What the target's stream waits for in a round, in microseconds; at a temperature, so with q where drafts have one."""
+        """What the target's stream waits for in a round, in microseconds; at a temperature: with q if there is one."""
         on_gpu = torch.cuda.is_available()
         with hit_cost.timed(self.draft, hit_cost.CudaMark if on_gpu else hit_cost.HostMark) as rounds:
             self._together(self._prompts[:batch], tokens, temperature=1.0)

@@ -1,10 +1,11 @@
 """What a hit costs on the device: the part of a round that the target's stream waits for.
 
-That is `exchange` up to where the target goes on (outcomes taken in, looked up, drafts gathered) and, where drafts have a
-q, its hand-over (`logits_into`), between events of the target's stream. Shapes are static, so a miss costs the same. In serving the host
-is ahead of the device; so that it is here, too, the device is first kept busy until all is enqueued: the time between
-two events is then that of the work, with the change from stream to stream, and not that of the launches. Rounds of
-which the device had begun earlier are left out. The draft's round before is waited for, or it would be in the time.
+That is `exchange` up to where the target goes on (outcomes taken in, looked up, drafts gathered) and, where drafts have
+a q, its hand-over (`logits_into`), between events of the target's stream. Shapes are static, so a miss costs the same.
+In serving the host is ahead of the device; so that it is here, too, the device is first kept busy until all is
+enqueued: the time between two events is then that of the work, with the change from stream to stream, and not that of
+the launches. Rounds of which the device had begun earlier are left out. The draft's round before is waited for, or it
+would be in the time.
 """
 
 from __future__ import annotations

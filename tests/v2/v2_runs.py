@@ -94,14 +94,16 @@ def run_v2(specs: Sequence[Json], **environment: str) -> list[V2Run]:
 
 def assert_same_arrivals(ours: Scripted, plain: Scripted) -> None:
     """The texts of `v2_plans.ragged` are plain vLLM's; of the one that is aborted as much as both have."""
-    expected = {result["key"]: result for result in plain.results}
+    expected = {result["key"]: result["outputs"][0]["token_ids"] for result in plain.results}
     assert ours.results
     for result in ours.results:
-        one, other = result["outputs"][0]["token_ids"], expected[result["key"]]["outputs"][0]["token_ids"]
-        if result["key"] == "aborted":
-            assert one[: len(other)] == other[: len(one)]
+        key, text = result["key"], result["outputs"][0]["token_ids"]
+        if key == "aborted":  # how far it came before it was aborted is chance
+            common = min(len(text), len(expected[key]))
+            assert common >= 7
+            assert text[:common] == expected[key][:common], key
         else:
-            assert one == other, result["key"]
+            assert text == expected[key], key
 
 
 def _scripted(one: Json) -> Scripted:

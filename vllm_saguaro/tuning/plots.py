@@ -59,20 +59,21 @@ def _measured(panel: Any, found: Tuning, load: tuple[int, float]) -> None:
         method = each.candidate.method
         low, high = each.spread[load]
         speed = each.speeds[load]
-        name = f"{method}, measured"
-        if _is_changed(each):  # mostly of one K: side by side, or they would hide each other
+        place, name = float(_k(each)), f"{method}, measured"
+        is_chosen, is_changed = each is found.chosen, _is_changed(each)
+        if is_changed:  # mostly of one K: side by side, or they would hide each other
             changed += 1
+            place += 0.1 * changed
             name = f"{method} with another N, backup, placement or q, measured"
-        is_chosen = each is found.chosen
         if is_chosen:
             name = "chosen, measured"
         panel.errorbar(
-            [_k(each) + (0.1 * changed if _is_changed(each) else 0)],
+            [place],
             [speed],
             yerr=[[speed - low], [high - speed]],
             marker="*" if is_chosen else "o",
             markersize=11 if is_chosen else 5,
-            markerfacecolor="white" if _is_changed(each) and not is_chosen else None,
+            markerfacecolor="white" if is_changed and not is_chosen else None,
             color=_COLOURS.get(method, "black"),
             capsize=2,
             linestyle="",

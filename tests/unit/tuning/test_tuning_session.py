@@ -17,7 +17,7 @@ from vllm_saguaro.tuned import MadeFor
 from vllm_saguaro.tuning import document, session
 from vllm_saguaro.tuning.candidates import DRAFT_MODEL, PLAIN, SAGUARO, Candidate, Load, Tried
 from vllm_saguaro.tuning.found import Tuning
-from vllm_saguaro.tuning.measuring import Measured
+from vllm_saguaro.tuning.measuring import Measured, steps_of
 from vllm_saguaro.tuning.observations import Observations
 from vllm_saguaro.tuning.session import tune
 from vllm_saguaro.tuning.settings import USUAL_KS, Settings
@@ -278,13 +278,13 @@ def test_no_more_steps_come_than_were_announced() -> None:
     machine, steps = Machine(by_keys), Steps()
 
     def measuring(settings: Settings, candidate: Candidate, progress: Progress, watched: bool) -> Measured:
-        for _ in range(1 + len(settings.loads)):
+        for _ in range(steps_of(settings)):
             progress.step("it runs")
         return machine(settings, candidate, progress, watched)
 
     tune(SETTINGS, steps, measuring)
     engines = 1 + len(machine.asked)  # the one that is watched, too
-    assert steps.came == engines * (1 + len(SETTINGS.loads)) + 1 <= steps.announced  # and "predicting"
+    assert steps.came == engines * steps_of(SETTINGS) + 1 <= steps.announced  # and "predicting"
     assert steps.ended
 
 

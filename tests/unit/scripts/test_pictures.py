@@ -21,7 +21,9 @@ def test_all_pictures_are_drawn_and_the_committed_ones_are_these(
     drawn = {path.name for path in (tmp_path / "new").iterdir()}
     assert drawn == {f"{name}.png" for name in pictures.PICTURES}
     committed = {path.name for path in pictures.OUTPUT.iterdir()}
-    assert drawn == committed - {watch_picture.OUTPUT.name}, "that one needs a server and a browser"
+    # watch_picture.py needs a server and a browser, `tune --picture` minutes of measuring (docs/command.md).
+    assert committed - drawn == {watch_picture.OUTPUT.name, "tune.png"}
+    assert drawn <= committed
     for name in drawn:
         assert (tmp_path / "new" / name).read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("written to") == len(drawn)

@@ -87,8 +87,10 @@ def test_a_draft_that_dies_at_every_start_is_left_off(restarts: Restarts) -> Non
 
 def test_each_end_and_each_return_is_told_once(restarts: Restarts) -> None:
     until = "Decoding goes on without drafts until it is back"
-    assert len(restarts.run.log_lines("The draft side has ended.", until)) == 3
-    assert len(restarts.run.log_lines("has not read a step for", until)) == 1
+    ended = restarts.run.log_lines("The draft side has ended.", until)
+    hung = restarts.run.log_lines("has not read a step for", until)
+    # One without memory takes a while to end: where the machine is busy it may be found hanging before.
+    assert (len(ended), len(hung)) in {(3, 1), (2, 2)}
     assert len(restarts.run.log_lines("The draft side is back")) == 3
 
 

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 
+SLACK = 0.95
+"""Share of the time until the next outcome that is planned with."""
+PATIENCE = 1.25
+"""Where an outcome has not come after so many times what it usually takes, this pass is not like those before."""
 _SAME = 1e-12  # relative: a smaller difference of two values is rounding
 
 
@@ -104,6 +108,18 @@ def depth_in_time(times: DraftTimes, rows: int, available: float, most: int) -> 
     if step * most <= left * (1 + _SAME):
         return most
     return min(most, int(left / step * (1 + _SAME))) if left > 0 else 0
+
+
+def comes_too_late(step: float, expected: float, elapsed: float) -> bool:
+    """Whether a decode step of the branches would still be under way when the next outcome comes.
+
+    Nothing breaks a forward off. Such a step is too late for the outcome that it is for, and in the way of the round
+    that this outcome begins: without it a round begins with its outcome, and is as deep as `depth_in_time` says.
+
+    elapsed + step > expected, where `expected` is the time from one outcome to the next and `elapsed` what of it
+    is gone; all in seconds. False once the outcome is long overdue, and where nothing is expected (0).
+    """
+    return expected - step < elapsed < PATIENCE * expected
 
 
 def best_branches(

@@ -52,6 +52,8 @@ class DraftLoop:
         """By slot, in the order in which they were told."""
         self._tree: Tree | None = None
         self._growing: list[Entry] = []
+        self._awaited: tuple[float, float] | None = None
+        """Of the outcomes that the tree is for: when those before came, and tokens a request in the pass between."""
         self._leaving: list[Trunk] = []
         self._prompts_next = False
         self._holding = False
@@ -69,6 +71,19 @@ class DraftLoop:
     def demand(self) -> int:
         """Branches of all requests together, if each had as many as it may."""
         return min(len(self._entries) * self.engine.branches, MAX_ROWS_A_TREE)
+
+    @property
+    def rests(self) -> bool:
+        """Whether what is there of the tables should stay: the next depth would come too late, and be in the way.
+
+        For whoever drives the loop while the target computes: outcomes may come meanwhile, so ask again. The first
+        depth never rests: what it takes is seen each round, so no time that was measured wrongly is believed for ever.
+        """
+        tree = self._tree
+        if tree is None or not tree.depth or self._awaited is None:
+            return False
+        known_at, tokens = self._awaited
+        return self.engine.pace.too_late(len(tree.next_ids), tokens, time.perf_counter() - known_at)
 
     # ---- one step of the loop ----------------------------------------------------------------------------------
 
@@ -137,7 +152,7 @@ class DraftLoop:
         self._growing = [entry for entry in entries if entry.trunk.branches]
         self._publish_growing(anew=True)
         self._diary.forked(1)
-        self._tree = tree
+        self._tree, self._awaited = tree, None
         if tree is None or tree.finished:
             self._finish()
 
@@ -168,18 +183,26 @@ class DraftLoop:
             self._growing = [e for e in ready if e.trunk.branches]
             self._publish_growing()
             self._diary.forked(share if self._growing else 0)
-            after_outcomes = [e.known_at for e in ready if e.stamp.round > 0 and not e.again]
+            decoding = [e for e in ready if e.stamp.round > 0]
+            self._awaited = self._expectation(decoding) if decoding else None
+            after_outcomes = [e.known_at for e in decoding if not e.again]
             if after_outcomes:  # the reading of a prompt is no glue
                 pace.observe_glue(time.perf_counter() - max(after_outcomes))
         if self._tree is None:
             self._diary.end()
         return True
 
+    @staticmethod
+    def _expectation(decoding: Sequence[Entry]) -> tuple[float, float]:
+        """When the newest outcome of these came, and 1 + the drafts that each has in the target's pass, on average."""
+        drafts = sum(len(entry.trunk.speculation) for entry in decoding)
+        return max(entry.known_at for entry in decoding), 1 + drafts / len(decoding)
+
     def _grow(self, tree: Tree) -> None:
         began = time.perf_counter()
         self.engine.grow(tree)
-        self.engine.pace.observe_step(len(tree.next_ids), time.perf_counter() - began)
         self._publish_growing()
+        self.engine.pace.observe_step(len(tree.next_ids), time.perf_counter() - began)
         self._diary.grown()
         if tree.finished:
             self._finish()

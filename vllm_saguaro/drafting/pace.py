@@ -1,4 +1,4 @@
-"""How many branches a round gets: as many as pay, by what rounds took and hit so far."""
+"""How many branches a round gets, and when its table is as deep as it gets in time, by what rounds took so far."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from vllm_saguaro.algorithm.measured import LinearTime, Mean
 from vllm_saguaro.algorithm.priors import Priors
-from vllm_saguaro.algorithm.timing import DraftTimes, best_branches
+from vllm_saguaro.algorithm.timing import SLACK, DraftTimes, best_branches, comes_too_late
 
 CHOICES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """N that are considered."""
@@ -15,8 +15,6 @@ _AT_FIRST = 12
 _PRIOR_ACCEPTANCE = 0.7
 _PRIOR_MISS_EXPONENT = 0.87
 """The paper's power law, 1 - hit(N) = N^-r (Definition 11), until there is a measured curve."""
-_SLACK = 0.95
-"""Share of the time until the next outcome that is planned with."""
 _ROUNDS_TO_KNOW = 8
 _MEASURED_WEIGHT = 4
 """What was measured before the start weighs so many times what is assumed; it fades likewise."""
@@ -65,6 +63,13 @@ class Pace:
         """Seconds of a round of the target over so many tokens a request; 0 as long as nothing is known."""
         return self._round.at(tokens)
 
+    def too_late(self, rows: int, tokens: float, elapsed: float) -> bool:
+        """Whether a decode step over `rows` rows would be under way when the next outcome comes (`comes_too_late`).
+
+        `tokens`: of a request, in the target's pass; `elapsed`: seconds since the last outcome.
+        """
+        return comes_too_late(self._step.at(rows), self.round_time(tokens), elapsed)
+
     def observe_forecast(self, rank: int | None, accepted: int, verified: int) -> None:
         """The rank of the real outcome among the predicted ones (from 0; None: not there), and what was accepted."""
         for n, mean in self._hits.items():
@@ -83,7 +88,7 @@ class Pace:
             available = self._priors.target_seconds(batch * (1 + self._steps))
         times = DraftTimes(self._glue.value, self._step.base, self._step.per_unit)
         hits = {n: mean.value for n, mean in self._hits.items()}
-        return best_branches(times, _SLACK * available, batch, self._steps, self.reach(), hits, self._choices)
+        return best_branches(times, SLACK * available, batch, self._steps, self.reach(), hits, self._choices)
 
     def reach(self) -> list[float]:
         """P(at least j drafts are accepted), j = 1 .. K."""

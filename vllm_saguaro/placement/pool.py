@@ -199,7 +199,7 @@ class DraftPool:
     def _advance(self, member: Member) -> bool:
         """One forward for an engine; whether there was anything to do."""
         try:
-            done = member.loop.advance()
+            done = not member.loop.rests and member.loop.advance()
         except TargetGone:
             raise
         except Exception as error:
@@ -284,10 +284,15 @@ class DraftPool:
         waited = time.perf_counter() - since
         if waited < YIELD_SECONDS:
             os.sched_yield()
-        elif waited < NAP_SECONDS or any(m.end.mailbox.from_device and len(m.loop) for m in self._members):
-            time.sleep(50e-6)  # a device that writes records rings no bell
+        elif waited < NAP_SECONDS or any(map(self._rings_no_bell, self._members)):
+            time.sleep(50e-6)
         else:
             self._sleep()
+
+    @staticmethod
+    def _rings_no_bell(member: Member) -> bool:
+        """Whether there may be something to do without a step: for a device's record, or a tree that rested."""
+        return member.loop.rests or (member.end.mailbox.from_device and len(member.loop) > 0)
 
     def _sleep(self) -> None:
         poll, asleep = select.poll(), True

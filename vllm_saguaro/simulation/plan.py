@@ -22,7 +22,8 @@ class Plan:
     on a device of its own. `batch` requests at once, `requests` in all, each of `tokens` decoded tokens. `waves`: the
     next ones start when all have finished, as in scripts/bench.py; else each starts in the place of one that ends.
     `backup`: what the paper's engine does after a miss. `adaptive`: fewer drafts are verified where more do not pay.
-    `most_rows`: rows of one draft forward at most, N is cut to that; 0: no limit.
+    `rests`: a draft of ours does not begin what would not be done in time (`timing.comes_too_late`). `most_rows`: rows
+    of one draft forward at most, N is cut to that; 0: no limit.
     """
 
     engine: str
@@ -35,6 +36,7 @@ class Plan:
     waves: bool = False
     backup: str = "jit"
     adaptive: bool = False
+    rests: bool = True
     most_rows: int = 256
     seed: int = 0
 

@@ -27,6 +27,8 @@ ROWS_FACTOR: Final = 1.3
 """[docs/results.md] A draft forward over 12 rows takes so many times one over a single row. Used where more than RARELY
 of the tables are late: the few rounds that were finished are then not like the others."""
 RARELY: Final = 0.9
+RESTS_SINCE: Final = "2026-11-27T05:00"
+"""Drafts of engines that were measured before this went on with depths that came too late (`timing.comes_too_late`)."""
 _MISSES: Final = "vllm:saguaro_misses{cause="
 
 
@@ -49,6 +51,8 @@ class Measured:
     rows_a_step: float
     drafting_seconds: float
     counters: Mapping[str, float]
+    rests: bool
+    """Whether its draft left out depths that would have come too late."""
 
     @property
     def reach(self) -> tuple[float, ...]:
@@ -174,12 +178,14 @@ def plan_of(measured: Measured) -> Plan:
         tokens=measured.tokens,
         waves=True,
         adaptive=measured.chooses_itself,
+        rests=measured.rests,
         most_rows=0,
     )
 
 
 def _benches(name: str, report: Mapping[str, Any]) -> list[Bench]:
-    found = [_measured(run, report["settings"]) for run in report["runs"]]
+    rests = report["provenance"]["date"] >= RESTS_SINCE
+    found = [_measured(run, report["settings"], rests) for run in report["runs"]]
     found = [m for m in found if m.options.get("placement", "process") == "process"]
     found = [m for m in found if m.options.get("backup", "auto") in ("auto", "none")]  # others are not modelled
     settings = report["settings"]
@@ -205,7 +211,7 @@ def _best_by_k(measured: Iterable[Measured]) -> tuple[Measured, ...]:
     return tuple(best[k] for k in sorted(best))
 
 
-def _measured(run: Mapping[str, Any], settings: Mapping[str, Any]) -> Measured:
+def _measured(run: Mapping[str, Any], settings: Mapping[str, Any], rests: bool) -> Measured:
     engine, workload, repetitions = run["engine"], run["workload"], run["repetitions"]
     total = {
         name: sum(repetition[name] for repetition in repetitions)
@@ -232,6 +238,7 @@ def _measured(run: Mapping[str, Any], settings: Mapping[str, Any]) -> Measured:
         rows_a_step=total["rounds"] / total["steps"],
         drafting_seconds=total["drafting_seconds"] / total["steps"],
         counters=counters,
+        rests=rests,
     )
 
 

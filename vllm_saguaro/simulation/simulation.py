@@ -13,7 +13,7 @@ from math import exp, log
 
 import numpy as np
 
-from vllm_saguaro.algorithm.timing import DraftTimes, best_branches, drafts_worth_verifying
+from vllm_saguaro.algorithm.timing import SLACK, DraftTimes, best_branches, drafts_worth_verifying
 from vllm_saguaro.drafting.pace import CHOICES
 from vllm_saguaro.simulation.draft_side import DraftSide
 from vllm_saguaro.simulation.plan import Plan
@@ -22,8 +22,6 @@ from vllm_saguaro.simulation.world import World, WorldError
 
 _AUTO_MOST = 48
 """N at most where it chooses itself: `config.AUTO_MAX_BRANCHES`."""
-_SLACK = 0.95
-"""Share of a pass that is planned with, as in `drafting/pace.py`."""
 
 _SHORTEST = 1e-9
 """Seconds of a pass, at least, where drafts are weighed against it."""
@@ -48,7 +46,7 @@ def branches_that_pay(world: World, plan: Plan) -> int:
 
 def time_to_draft(world: World, tokens: float) -> float:
     """Seconds between outcomes that a draft of ours plans with, where the target's pass is over so many tokens."""
-    return _SLACK * world.target_pass.at(tokens) - 2 * world.latency
+    return SLACK * world.target_pass.at(tokens) - 2 * world.latency
 
 
 class Simulation:
@@ -78,7 +76,7 @@ class Simulation:
         self._reach = np.zeros((rows, max(1, plan.k)))
         self._round = 0
         self._depth = np.zeros(plan.drafts, np.int64)
-        self._sides = [DraftSide(world, plan.k, self._after, self._published) for _ in range(plan.drafts)]
+        self._sides = [DraftSide(world, plan.k, self._clock, self._after, self._published) for _ in range(plan.drafts)]
         self._asked: dict[int, tuple[int, int]] = {}
         self._replies_due = 0
         self._outcomes_at = 0.0
@@ -143,12 +141,13 @@ class Simulation:
         """Ours: the outcomes are on their way, and the next table is awaited."""
         self._round += 1
         self._depth[:] = 0
+        expected = self._world.target_pass.at(int(active.sum() + self._drafts.sum())) if self._plan.rests else 0.0
         for number, side in enumerate(self._sides):
             rows = int((active & (self._side == number)).sum())
             if not rows:
                 continue
             self._result.messages += 1
-            words = (self._round, rows, self._branches(rows), self._factor())
+            words = (self._round, rows, self._branches(rows), self._factor(), expected)
             self._after(self._world.latency, lambda side=side, words=words: side.begin(*words))  # type: ignore[misc]
 
     def _ask(self, active: np.ndarray) -> None:
@@ -298,6 +297,9 @@ class Simulation:
             return 1.0
         variance = log(1 + self._world.jitter**2)
         return exp(float(self._random.normal(0.0, variance**0.5)) - variance / 2)
+
+    def _clock(self) -> float:
+        return self._now
 
     def _after(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._events, (self._now + seconds, next(self._order), action))

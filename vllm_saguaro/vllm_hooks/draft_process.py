@@ -186,8 +186,8 @@ def serve(end: DraftEnd, loop: DraftLoop) -> NoReturn:
             before, outcomes = outcomes, outcomes + len(step.outcomes)
             if before < _TELL_AFTER <= outcomes:
                 tell(loop.engine)
-        elif not loop.advance():
-            end.idle(busy_at, may_sleep=not (end.mailbox.from_device and len(loop)))
+        elif (rests := loop.rests) or not loop.advance():
+            end.idle(busy_at, may_sleep=not (rests or (end.mailbox.from_device and len(loop))))
             continue
         busy_at = time.perf_counter()
 

@@ -12,6 +12,7 @@ from vllm_saguaro.algorithm.timing import (
     DraftTimes,
     best_branches,
     best_lookahead,
+    comes_too_late,
     depth_in_time,
     drafts_worth_verifying,
     expected_tokens,
@@ -165,6 +166,28 @@ def test_a_depth_that_takes_all_the_time_is_in_time(glue: float, step: float, de
     draft = DraftTimes(glue, step)
     assert depth_in_time(draft, 1, glue + depth * step + 1e-9, most) == min(depth, most)
     assert depth_in_time(draft, 1, glue + (depth + 1) * step - 1e-6, most) == min(depth, most)
+
+
+def test_what_comes_too_late() -> None:
+    # An outcome every 10 s: a step of 2 s may begin until 8 are gone, and again when 12.5 are.
+    by_elapsed = {0.0: False, 7.9: False, 8.1: True, 10.1: True, 12.4: True, 12.6: False, 100.0: False}
+    assert {elapsed: comes_too_late(2.0, 10.0, elapsed) for elapsed in by_elapsed} == by_elapsed
+    assert comes_too_late(20.0, 10.0, 0.0), "longer than the whole pass"
+    assert not comes_too_late(2.0, 0.0, 0.0), "nothing is known of the pass"
+
+
+@settings(deadline=None)
+@given(positive, positive, positive, st.integers(0, 8))
+def test_without_what_comes_too_late_a_round_has_the_depths_that_are_in_time(
+    glue: float, step: float, expected: float, most: int
+) -> None:
+    assume(glue < expected)
+    draft = DraftTimes(glue, step)
+    assume(min(abs(expected - glue - n * step) for n in range(most + 2)) > 1e-6)
+    depth, elapsed = 0, glue
+    while depth < most and not comes_too_late(step, expected, elapsed):
+        depth, elapsed = depth + 1, elapsed + step
+    assert depth == depth_in_time(draft, 1, expected, most)
 
 
 def test_no_more_branches_than_the_time_allows() -> None:

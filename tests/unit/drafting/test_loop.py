@@ -14,6 +14,7 @@ from tests.unit.drafting.simulated_target import SimulatedTarget
 from vllm_saguaro.drafting import loop as loop_module
 from vllm_saguaro.drafting.deflations import Deflations
 from vllm_saguaro.drafting.loop import DraftLoop
+from vllm_saguaro.drafting.pace import Pace
 from vllm_saguaro.messages import Outcome, Release, Sampling, Stamp, Step, Table
 
 K = 3
@@ -270,6 +271,88 @@ def test_a_departure_with_nothing_else_to_do_gives_back_its_blocks() -> None:
     driver.submit(releases=[r.release()])
     driver.loop.advance()
     assert driver.engine.pool.num_free == 256
+
+
+# ---- what would come too late ---------------------------------------------------------------------------------------
+
+
+class Clockwork(Pace):
+    """A pace for which every step comes too late, or none; it notes what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(K, 4, chooses=False)
+        self.late = True
+        self.asked: list[tuple[int, float, float]] = []
+
+    def too_late(self, rows: int, tokens: float, elapsed: float) -> bool:
+        self.asked.append((rows, tokens, elapsed))
+        return self.late
+
+
+def clockwork(*requests: Request) -> tuple[LoopDriver, Clockwork]:
+    model, pace = FakeModel(num_blocks=256), Clockwork()
+    driver = LoopDriver(model, engine=make_engine(model, K, 4, pace=pace))
+    driver.submit([r.admit() for r in requests])
+    while driver.loop.advance():
+        assert not driver.loop.rests, "a first round is for an outcome of which nothing is known"
+    assert not pace.asked
+    return driver, pace
+
+
+def test_a_table_rests_where_its_next_depth_would_come_too_late_but_not_before_its_first() -> None:
+    r, other = request(0, 4), request(1, 3)
+    driver, pace = clockwork(r, other)
+    driver.submit(outcomes=[hit(driver, r), other.outcome(0, 1)])
+    assert not driver.loop.rests
+    driver.loop.advance()
+    assert (len(driver.check_table(r).drafts), driver.loop.rests) == (0, False)
+    driver.loop.advance()
+    assert (len(driver.check_table(r).drafts), driver.loop.rests) == (1, True)
+    rows, tokens, elapsed = pace.asked[-1]
+    assert (rows, tokens) == (8, 1 + K / 2), "K drafts of one request are in the pass, none of the other"
+    assert 0 < elapsed < 60
+    pace.late = False
+    assert not driver.loop.rests
+    driver.work()
+    assert len(driver.check_table(r).drafts) == len(driver.check_table(other).drafts) == K
+
+
+def test_an_outcome_ends_the_rest() -> None:
+    r = request(0, 9)
+    driver, _ = clockwork(r)
+    for _ in range(3):
+        driver.submit(outcomes=[hit(driver, r)])
+        assert not driver.loop.rests
+        driver.work(most=2)
+        assert driver.loop.rests
+        assert len(driver.check_table(r).drafts) == 1
+
+
+def test_what_the_target_waits_for_does_not_rest() -> None:
+    r = request(0, 9)
+    driver, _ = clockwork(r)
+    driver.submit(outcomes=[hit(driver, r)])
+    driver.work(most=2)
+    assert driver.loop.rests
+    table = driver.check_table(r)
+    driver.submit(wants=[r.want(table.accepted[0], table.bonus[0], K)])
+    for depth in range(2, K + 1):
+        assert not driver.loop.rests
+        driver.loop.advance()
+        assert len(driver.check_table(r).drafts) == depth
+
+
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_where_one_of_two_leaves_the_rest_is_for_the_other(leaves: int) -> None:
+    requests = request(0, 4), request(1, 3)
+    driver, pace = clockwork(*requests)
+    driver.submit(outcomes=[hit(driver, r) for r in requests])
+    driver.work(most=2)
+    driver.submit(releases=[requests[leaves].release()])
+    assert driver.loop.rests
+    pace.late = False
+    driver.work()
+    assert len(driver.check_table(requests[1 - leaves]).drafts) == K
 
 
 # ---- several requests -----------------------------------------------------------------------------------------------

@@ -89,6 +89,21 @@ def test_a_round_takes_longer_with_more_tokens_in_it() -> None:
     assert pace.round_time(4.0) == pytest.approx(0.018, rel=0.02)
 
 
+def test_a_step_is_too_late_by_its_rows_and_by_the_tokens_of_the_pass() -> None:
+    pace = Pace(K, 8, chooses=False)
+    assert not pace.too_late(8, 4.0, elapsed=1.0), "nothing was measured"
+    for tokens in (1.0, 2.0, 4.0) * 50:
+        pace.observe_round(tokens, 0.01 + 0.002 * tokens)
+        for rows in (1, 8):
+            pace.observe_step(rows, 0.002 + 0.0005 * rows)
+    # A pass over 4 tokens takes 18 ms , a step over 8 rows 6 ms, over one 2.5 ms.
+    assert not pace.too_late(8, 4.0, elapsed=0.0115)
+    assert pace.too_late(8, 4.0, elapsed=0.0125)
+    assert not pace.too_late(1, 4.0, elapsed=0.0125)
+    assert pace.too_late(1, 1.0, elapsed=0.0100), "a pass over one token takes 12 ms"
+    assert not pace.too_late(8, 4.0, elapsed=0.0230), "long overdue"
+
+
 # ---- what was measured before the start --------------------------------------------------------------------------
 
 PRIORS = Priors(

@@ -13,6 +13,7 @@ from tests.unit.drafting.fake_model import FakeModel
 from tests.unit.drafting.loop_driver import Request
 from vllm_saguaro.drafting.engine import DraftEngine
 from vllm_saguaro.drafting.kv import Blocks
+from vllm_saguaro.drafting.pace import Pace
 from vllm_saguaro.messages import Stamp, Step, Table
 from vllm_saguaro.placement.admission import Ask
 from vllm_saguaro.placement.draft_end import TargetGone
@@ -42,6 +43,13 @@ def ask(name: str = "a", slots: int = 4, branches: int = 4, **others: Any) -> As
         **others,
     }
     return Ask(name, options, slots)
+
+
+class Unhurried(Pace):
+    """Where turns are counted and time does not matter: nothing comes too late."""
+
+    def too_late(self, rows: int, tokens: float, elapsed: float) -> bool:
+        return False
 
 
 class LocalEnd:
@@ -118,7 +126,8 @@ def make_pool(
     make: Callable[[Ask, Blocks], DraftEngine] | None = None,
 ) -> DraftPool:
     def engine_of(asked: Ask, blocks: Blocks) -> DraftEngine:
-        return make_engine(of, K, int(asked.options["branches"]), pool=blocks)
+        branches = int(asked.options["branches"])
+        return make_engine(of, K, branches, pool=blocks, pace=Unhurried(K, branches, chooses=False))
 
     return kind(of, make or engine_of, ask("first"), engines, LOG, linger)
 

@@ -513,6 +513,34 @@ def test_outcomes_that_ring_no_bell_are_looked_for_as_long_as_there_are_requests
     assert len(slept) == 2
 
 
+def test_a_table_that_rests_is_gone_on_with_though_no_bell_rings(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, slept = make_pool(model()), list[bool]()
+    engine, other = Engine(pool), Engine(pool)
+    one, two = request(0, 0, 9), request(1, 0, 9)
+    engine.post(admits=[one.admit()])
+    other.post(admits=[two.admit()])
+    work(pool)
+    (loop,) = [member.loop for member in pool._members if member.place is engine.place]
+    monkeypatch.setattr(loop.engine.pace, "too_late", lambda *_: True)
+    monkeypatch.setattr(pool, "_sleep", lambda: slept.append(True))
+    for end, of in ((engine, one), (other, two)):
+        table = end.table_of(of)
+        assert table is not None
+        end.post(outcomes=[of.outcome(table.accepted[0], table.bonus[0], table.speculation(0))])
+    work(pool)
+    table = engine.table_of(one)
+    assert table is not None
+    assert len(table.drafts) == 1
+    assert other.finished(two), "the rest of one is no rest of another"
+    pool._rest(time.perf_counter() - 10)
+    assert not slept
+    monkeypatch.setattr(loop.engine.pace, "too_late", lambda *_: False)
+    work(pool)
+    assert engine.finished(one)
+    pool._rest(time.perf_counter() - 10)
+    assert len(slept) == 1
+
+
 def test_what_it_drops_is_told_seldom(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     pool = make_pool(model())

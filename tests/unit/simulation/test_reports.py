@@ -51,6 +51,7 @@ def report(late: int = 10, more: Mapping[str, float] | None = None) -> dict[str,
         **(more or {}),
     }
     return {
+        "provenance": {"date": "2026-11-25T12:00:00+00:00"},
         "settings": {"tokens": 65, "target_layers": 12, "draft_layers": 6},
         "runs": [
             run("plain", 0, 0.010),
@@ -93,6 +94,9 @@ def test_the_plan_is_that_of_the_bench(tmp_path: Path) -> None:
     assert not plan.adaptive, "a report from before K was adapted"
     (bench,) = read_report(write(tmp_path / "new.json", report(more={"vllm:saguaro_quiet_steps": 0.0})))
     assert plan_of(bench.ours[0]).adaptive
+    assert not plan_of(bench.ours[0]).rests, "of an engine whose draft went on with what came too late"
+    (bench,) = read_report(write(tmp_path / "newer.json", {**report(), "provenance": {"date": "2026-11-28T00:00"}}))
+    assert plan_of(bench.ours[0]).rests
     assert plan_of(bench.plain).engine == "plain"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,10 +11,10 @@ import pytest
 from vllm_saguaro.algorithm import timing
 from vllm_saguaro.algorithm.timing import DraftTimes
 from vllm_saguaro.config import AUTO_MAX_BRANCHES
-from vllm_saguaro.drafting import pace
 from vllm_saguaro.drafting.loop import MAX_ROWS_A_TREE
 from vllm_saguaro.drafting.pace import CHOICES
 from vllm_saguaro.simulation import simulation
+from vllm_saguaro.simulation.draft_side import DraftSide
 from vllm_saguaro.simulation.plan import Plan
 from vllm_saguaro.simulation.result import Result
 from vllm_saguaro.simulation.simulation import branches_that_pay, simulate
@@ -91,13 +92,44 @@ def test_ours_is_theorem_7_without_backups_where_the_table_is_there_in_time() ->
 @pytest.mark.parametrize("step", [0.3141, 0.4321, 0.2345])
 def test_ours_takes_the_depths_that_are_there_and_does_not_wait(step: float) -> None:
     """A forward is never broken off: the round of outcome n begins at the first end of one that is not before it."""
-    found = run("ours", WORLD.replace(draft_pass=PassTime.linear(step)), k=8)
+    found = run("ours", WORLD.replace(draft_pass=PassTime.linear(step)), k=8, rests=False)
     begins = [step * math.ceil(n / step) for n in range(1, 2000)]
     depths = [math.floor((n + 1 - began) / step) - 1 for n, began in enumerate(begins, start=1)]
     expected = sum(HIT * tokens(depth) + 1 - HIT if depth > 0 else 1.0 for depth in depths) / len(depths)
     assert found.tokens_per_round == pytest.approx(expected, rel=CHANCE)
     assert found.step_seconds == pytest.approx(1.0)
     assert found.late_share > 0.99
+
+
+@pytest.mark.parametrize("step", [0.3141, 0.4321, 0.2345])
+def test_a_draft_that_rests_has_the_depths_that_are_in_time(step: float) -> None:
+    world, depth = WORLD.replace(draft_pass=PassTime.linear(step)), math.floor((1 - step) / step)
+    found = run("ours", world, k=8)
+    assert found.tokens_per_round == pytest.approx(HIT * tokens(depth) + 1 - HIT, rel=CHANCE)
+    assert found.tokens_per_round > run("ours", world, k=8, rests=False).tokens_per_round
+    assert found.late_share > 0.99
+    assert found.missed_late == 0
+
+
+def test_a_draft_that_rests_goes_on_where_the_pass_takes_much_longer_than_usual() -> None:
+    """Of two steps that fit into a usual pass, and a third one that does not, but into one of twice the time."""
+    events: list[tuple[float, Callable[[], None]]] = []
+    done: list[tuple[int, float]] = []
+    now = 0.0
+
+    def schedule(seconds: float, action: Callable[[], None]) -> None:
+        events.append((now + seconds, action))
+
+    def publish(side: DraftSide, number: int, depth: int) -> None:
+        done.append((depth, round(now, 6)))
+
+    side = DraftSide(WORLD.replace(draft_pass=PassTime.linear(0.3)), 4, lambda: now, schedule, publish)
+    side.begin(1, 1, 1, 1.0, expected=1.0)
+    while events:
+        ((now, action),) = events
+        events.clear()
+        action()
+    assert done == [(1, 0.6), (2, 0.9), (3, 1.25 + 0.3), (4, 1.25 + 0.6)]
 
 
 def test_the_ideal_is_reached_where_every_outcome_is_a_hit() -> None:
@@ -196,7 +228,6 @@ def test_n_is_chosen_by_the_draft_sides_own_rule() -> None:
     assert branches_that_pay(world, plan) == expected
     assert run("ours", world, branches=0, tokens=50).branches == expected
     assert simulation._AUTO_MOST == AUTO_MAX_BRANCHES
-    assert simulation._SLACK == pace._SLACK
     assert PLAN.most_rows == MAX_ROWS_A_TREE
 
 

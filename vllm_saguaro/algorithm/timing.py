@@ -117,7 +117,8 @@ def comes_too_late(step: float, expected: float, elapsed: float) -> bool:
     that this outcome begins: without it a round begins with its outcome, and is as deep as `depth_in_time` says.
 
     elapsed + step > expected, where `expected` is the time from one outcome to the next and `elapsed` what of it
-    is gone; all in seconds. False once the outcome is long overdue, and where nothing is expected (0).
+    is gone; all in seconds. False once the outcome is long overdue, and where nothing is expected (0). No slack: a step
+    that ends just when the outcome comes is in time every other time, and else in the way for a moment alone.
     """
     return expected - step < elapsed < PATIENCE * expected
 

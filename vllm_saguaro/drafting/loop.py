@@ -54,6 +54,9 @@ class DraftLoop:
         self._growing: list[Entry] = []
         self._awaited: tuple[float, float] | None = None
         """Of the outcomes that the tree is for: when those before came, and tokens a request in the pass between."""
+        self._rest_began = 0.0
+        self._rested = 0.0
+        """Seconds for which the tree rested before it was gone on with. 0 in `_rest_began`: it does not rest now."""
         self._leaving: list[Trunk] = []
         self._prompts_next = False
         self._holding = False
@@ -73,17 +76,25 @@ class DraftLoop:
         return min(len(self._entries) * self.engine.branches, MAX_ROWS_A_TREE)
 
     @property
+    def growing(self) -> bool:
+        """Whether there is a tree that has not all of its depths."""
+        return self._tree is not None
+
+    @property
     def rests(self) -> bool:
         """Whether what is there of the tables should stay: the next depth would come too late, and be in the way.
 
         For whoever drives the loop while the target computes: outcomes may come meanwhile, so ask again. The first
-        depth never rests: what it takes is seen each round, so no time that was measured wrongly is believed for ever.
+        depth never rests, so that a step is measured in every round; nor does a tree behind which a text waits.
         """
         tree = self._tree
         if tree is None or not tree.depth or self._awaited is None:
             return False
-        known_at, tokens = self._awaited
-        return self.engine.pace.too_late(len(tree.next_ids), tokens, time.perf_counter() - known_at)
+        (known_at, tokens), now = self._awaited, time.perf_counter()
+        rests = self.engine.pace.too_late(len(tree.next_ids), tokens, now - known_at) and not self._unread()
+        if rests and not self._rest_began:
+            self._rest_began = now
+        return rests
 
     # ---- one step of the loop ----------------------------------------------------------------------------------
 
@@ -200,6 +211,8 @@ class DraftLoop:
 
     def _grow(self, tree: Tree) -> None:
         began = time.perf_counter()
+        if self._rest_began:
+            self._rested, self._rest_began = self._rested + began - self._rest_began, 0.0
         self.engine.grow(tree)
         self._publish_growing()
         self.engine.pace.observe_step(len(tree.next_ids), time.perf_counter() - began)
@@ -210,6 +223,7 @@ class DraftLoop:
     def _finish(self) -> None:
         """What the tree under way has reached is what there is."""
         self._tree, self._growing = None, []
+        self._rest_began = self._rested = 0.0
         self._diary.end()
 
     def _prefill(self) -> bool:
@@ -219,7 +233,7 @@ class DraftLoop:
         most tables for the time; the first one's turns see to it that none waits for ever.
         """
         self._prompts_next = False
-        waiting = [e for e in self._entries.values() if not e.forked and e.trunk.lacking > self._few]
+        waiting = self._unread()
         if not waiting:
             return False
         self._first_next = not self._first_next
@@ -234,6 +248,10 @@ class DraftLoop:
         else:
             self._diary.read(began, trunk.valid - before)
         return True
+
+    def _unread(self) -> list[Entry]:
+        """Requests whose text is not read yet, but for the few tokens of a round."""
+        return [e for e in self._entries.values() if not e.forked and e.trunk.lacking > self._few]
 
     # ---- what the target side says -----------------------------------------------------------------------------
 
@@ -321,5 +339,5 @@ class DraftLoop:
             drafts = self.engine.drafts_of(trunk)
             for depth in range(len(drafts) + 1) if anew else [len(drafts)]:
                 q = self.engine.q_of(trunk, depth - 1) if depth else None
-                seconds = now - entry.known_at
+                seconds = now - entry.known_at - self._rested
                 self._publish(Table(entry.stamp, accepted, bonus, drafts[:depth], seconds, q, sampling_c=c))

@@ -59,7 +59,7 @@ class DraftEnd(Protocol):
     def idle(self, since: float, may_sleep: bool = True) -> None:
         """Wait a little for the next step. `since`: when there was last something to do (`time.perf_counter`).
 
-        `may_sleep`: a bell would ring for it. A device that writes records rings none.
+        `may_sleep`: a bell would ring for it. A device that writes records rings none, nor does the end of a rest.
         """
         ...
 

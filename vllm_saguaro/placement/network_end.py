@@ -157,7 +157,7 @@ class NetworkEnd:
         if time.perf_counter() - since < YIELD_SECONDS:
             os.sched_yield()
         else:
-            self.mailbox.wait(SLEEP_MILLISECONDS)
+            self.mailbox.wait(SLEEP_MILLISECONDS if may_sleep else 1)
 
     def check(self) -> None:
         """The stream tells when its steps are read."""

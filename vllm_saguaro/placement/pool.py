@@ -291,8 +291,8 @@ class DraftPool:
 
     @staticmethod
     def _rings_no_bell(member: Member) -> bool:
-        """Whether there may be something to do without a step: for a device's record, or a tree that rested."""
-        return member.loop.rests or (member.end.mailbox.from_device and len(member.loop) > 0)
+        """Whether there may be something to do without a step: for a device's record, or a tree whose rest is over."""
+        return member.loop.growing or (member.end.mailbox.from_device and len(member.loop) > 0)
 
     def _sleep(self) -> None:
         poll, asleep = select.poll(), True

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -340,6 +341,39 @@ def test_what_the_target_waits_for_does_not_rest() -> None:
         assert not driver.loop.rests
         driver.loop.advance()
         assert len(driver.check_table(r).drafts) == depth
+
+
+def test_a_tree_behind_which_a_text_waits_does_not_rest() -> None:
+    r, coming = request(0, 9), request(1, 40)
+    driver, _ = clockwork(r)
+    driver.submit(outcomes=[hit(driver, r)])
+    driver.work(most=2)
+    assert driver.loop.rests
+    driver.submit([coming.admit()])
+    assert not driver.loop.rests
+    driver.work()
+    assert len(driver.check_table(r).drafts) == len(driver.check_table(coming).drafts) == K
+
+
+def test_a_rest_is_no_part_of_the_time_that_a_round_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    r, now = request(0, 9), [100.0]
+    monkeypatch.setattr(loop_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    driver, pace = clockwork(r)
+    driver.submit(outcomes=[hit(driver, r)])
+    driver.work(most=2)
+    now[0] += 1
+    assert driver.loop.rests
+    now[0] += 5
+    assert driver.loop.rests
+    pace.late = False
+    assert not driver.loop.rests
+    now[0] += 2
+    driver.work()
+    assert driver.check_table(r).seconds == pytest.approx(1.0)
+    driver.submit(outcomes=[hit(driver, r)])
+    now[0] += 3
+    driver.work()
+    assert driver.check_table(r).seconds == pytest.approx(3.0), "of the round before"
 
 
 @pytest.mark.parametrize("leaves", [0, 1])

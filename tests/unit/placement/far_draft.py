@@ -57,8 +57,8 @@ def draft(invitation: Invitation, method: str = "coupled") -> None:
             step = end.mailbox.receive()
             if step is not None:
                 loop.submit(step)
-            elif not loop.advance():
-                end.idle(busy_at)
+            elif (rests := loop.rests) or not loop.advance():
+                end.idle(busy_at, may_sleep=not rests)
                 continue
             busy_at = time.perf_counter()
 

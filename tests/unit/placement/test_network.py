@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -23,12 +24,12 @@ from tests.unit.placement.watching import until
 from vllm_saguaro.messages import Release, Round, Stamp, Step, Table, Work
 from vllm_saguaro.placement import frames, meeting
 from vllm_saguaro.placement.channel import DraftFailed
-from vllm_saguaro.placement.draft_end import TargetGone
+from vllm_saguaro.placement.draft_end import SLEEP_MILLISECONDS, TargetGone
 from vllm_saguaro.placement.frames import Kind, encode_table, pack
 from vllm_saguaro.placement.mailbox import DraftState
 from vllm_saguaro.placement.meeting import Invitation, Listener, Refused, knock
 from vllm_saguaro.placement.network import NetworkChannel
-from vllm_saguaro.placement.network_end import FarMailbox
+from vllm_saguaro.placement.network_end import FarMailbox, NetworkEnd
 from vllm_saguaro.placement.passed_memory import PassedMemoryChannel
 from vllm_saguaro.placement.wire import encode
 
@@ -468,6 +469,15 @@ def test_a_target_that_reads_slowly_is_still_told_what_was_taken(pair: tuple[Far
     target.sendall(step_frame(1))
     assert mailbox.receive() == admit(1)
     assert (Kind.TAKEN, frames.TAKEN.pack(1)) in sent_by(target, mailbox.flush)
+
+
+@pytest.mark.parametrize(("may_sleep", "longest"), [(True, SLEEP_MILLISECONDS), (False, 1)])
+def test_where_no_bell_is_to_be_waited_for_a_wait_is_short(may_sleep: bool, longest: int) -> None:
+    waits: list[int] = []
+    end = NetworkEnd.__new__(NetworkEnd)
+    end.mailbox = SimpleNamespace(wait=waits.append)  # type: ignore[assignment]
+    end.idle(time.perf_counter() - 10, may_sleep)
+    assert waits == [longest]
 
 
 def test_the_tables_of_a_process_reach_the_mailbox_of_the_other_in_full(channel: NetworkChannel) -> None:

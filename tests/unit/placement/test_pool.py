@@ -535,6 +535,8 @@ def test_a_table_that_rests_is_gone_on_with_though_no_bell_rings(monkeypatch: py
     pool._rest(time.perf_counter() - 10)
     assert not slept
     monkeypatch.setattr(loop.engine.pace, "too_late", lambda *_: False)
+    pool._rest(time.perf_counter() - 10)
+    assert not slept, "its rest was over just after it was asked"
     work(pool)
     assert engine.finished(one)
     pool._rest(time.perf_counter() - 10)

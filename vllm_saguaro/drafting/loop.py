@@ -85,7 +85,7 @@ class DraftLoop:
         """Whether what is there of the tables should stay: the next depth would come too late, and be in the way.
 
         For whoever drives the loop while the target computes: outcomes may come meanwhile, so ask again. The first
-        depth never rests, so that a step is measured in every round; nor does a tree behind which a text waits.
+        depth never rests, so that a step is measured in every round; nor does a tree behind which a long text waits.
         """
         tree = self._tree
         if tree is None or not tree.depth or self._awaited is None:

@@ -30,7 +30,6 @@ from vllm_saguaro.placement.draft_end import TargetGone
 from vllm_saguaro.placement.mailbox import DraftState, MailboxShape
 from vllm_saguaro.placement.meeting import Invitation
 from vllm_saguaro.placement.pool import DraftPool
-from vllm_saguaro.vllm_hooks.draft_process import serve
 
 MAX_LENGTH = 200
 VOCABULARY = 40
@@ -51,8 +50,17 @@ def draft(invitation: Invitation, method: str = "coupled") -> None:
     deflations = Deflations(shape.num_speculative_tokens, C)
     engine = make_engine(model(), shape.num_speculative_tokens, shape.branches, method=method, deflations=deflations)
     with contextlib.closing(end), contextlib.suppress(TargetGone):
+        loop = DraftLoop(engine, end.mailbox.publish)
         end.mailbox.announce(DraftState.READY, MAX_LENGTH)
-        serve(end, DraftLoop(engine, end.mailbox.publish))
+        busy_at = time.perf_counter()
+        while True:
+            step = end.mailbox.receive()
+            if step is not None:
+                loop.submit(step)
+            elif (rests := loop.rests) or not loop.advance():
+                end.idle(busy_at, may_sleep=not rests)
+                continue
+            busy_at = time.perf_counter()
 
 
 def serve_invited(start: Mapping[str, Any]) -> str:

@@ -116,7 +116,8 @@ def _ranking_disagreement(case: Case, got: tuple[Tensor, Tensor, Tensor]) -> str
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _lookup(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+def lookup_arguments(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    """What `algorithm.outcome_lookup` is called with."""
     keys = _integers(-1, sizes.drafts + 1, (sizes.slots, sizes.branches), g).to(torch.int32)
     bonus_keys = _integers(-1, 4, (sizes.slots, sizes.branches), g)
     drafts = _integers(0, 1000, (sizes.slots, sizes.branches, sizes.drafts), g)
@@ -134,7 +135,7 @@ def _settling(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     since = torch.where(torch.rand(slots, generator=g) < 0.3, remembered, since)  # often more than is remembered
     length = admitted + since.to(torch.int32)
     tail = _integers(100, 200, (slots, remembered), g)
-    keys, bonus_keys, drafts, depth, *_ = _lookup(Sizes(slots, 0, sizes.branches, sizes.drafts), g)
+    keys, bonus_keys, drafts, depth, *_ = lookup_arguments(Sizes(slots, 0, sizes.branches, sizes.drafts), g)
     depth = torch.where(torch.rand(slots, generator=g) < 0.7, sizes.drafts, depth).to(torch.int32)
     chosen = torch.full((rows,), sizes.slots)
     real = min(rows, sizes.slots)
@@ -242,8 +243,49 @@ def _noise(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     return logits, temperature, _integers(0, 2**32, (rows,), g), noisy
 
 
+def _taking(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    slots, rows, branches, depths = sizes.slots, min(sizes.rows, sizes.slots), sizes.branches, sizes.drafts
+    vocabulary = 1000
+    chosen = torch.randperm(slots, generator=g)[:rows]
+    state = torch.stack([_integers(0, high, (slots,), g) for high in (3, 5, depths + 1)], 1)
+    keys = _integers(-1, depths + 1, (rows, branches), g)
+    bonus_keys = _integers(0, 4, (rows, branches), g)
+    drafts = _integers(0, vocabulary, (rows, depths * branches), g)
+    drafts[torch.rand(drafts.shape, generator=g) < 0.02] = vocabulary  # no token
+    unsigned = _integers(-(2**31), 2**31, keys.shape, g) << 32  # what else a word may be
+    strange = torch.rand(keys.shape, generator=g) < 0.1
+    body = torch.cat((torch.where(strange, unsigned, keys << 32) | bonus_keys, drafts), 1)
+    body[:, branches:] |= _integers(0, 2, (rows, 1), g) << 40  # the upper half of a draft says nothing
+
+    before = 2 * _integers(0, 4, (rows,), g)
+    changed, odd = (torch.rand(rows, generator=g) < share for share in (0.1, 0.1))
+    before += odd
+    count, depth = (_mostly(most, rows, g) for most in (branches, depths))
+    of = state[chosen, :2] + (torch.rand(rows, 2, generator=g) < 0.1)
+    head = torch.stack((before, of[:, 0], of[:, 1], count, depth, _integers(0, 2**40, (rows,), g)), 1)
+
+    accepted = _integers(-1, depths + 1, (rows,), g)
+    bonus = torch.where(torch.rand(rows, generator=g) < 0.2, _integers(-(2**40), 2**40, (rows,), g), 0)
+    predicted = torch.arange(rows), _integers(0, branches, (rows,), g)
+    hit = torch.rand(rows, generator=g) < 0.7
+    accepted, bonus = torch.where(hit, keys[predicted], accepted), torch.where(hit, bonus_keys[predicted], bonus)
+    verified = torch.maximum(accepted, _integers(0, depths + 1, (rows,), g))
+    small = [t.to(torch.int32) for t in (accepted, verified, _integers(1, 2**20, (rows,), g))]
+    outcomes = chosen, small[0], small[1], bonus, small[2]
+    told = torch.full((rows, 8 + depths), 9), torch.full((rows, 3), 9), torch.full((rows,), 9)
+    given = torch.full((rows, depths), 9), torch.full((rows,), 9, dtype=torch.int32)
+    return before, head, body, before + 2 * changed, state, *outcomes, vocabulary, *told, *given
+
+
+def _sealing(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    words = 8 + sizes.drafts
+    record = _integers(-(2**62), 2**62, (3 + sizes.slots * words,), g)
+    rows = min(sizes.rows, sizes.slots)
+    number, head = int(_integers(0, 2**40, (1,), g)), int(_integers(-(2**62), 2**62, (1,), g))
+    return record, rows, words, number, head
+
+
 MAKERS: dict[str, Callable[[Sizes, torch.Generator], tuple[Any, ...]]] = {
-    "outcome_lookup": _lookup,
     "settle_outcomes": _settling,
     "ranked_outcomes": _ranking,
     "fork": _fork,
@@ -251,6 +293,8 @@ MAKERS: dict[str, Callable[[Sizes, torch.Generator], tuple[Any, ...]]] = {
     "adopt": _adoption,
     "branch_step": _steps,
     "add_noise": _noise,
+    "take_drafts": _taking,
+    "seal_record": _sealing,
 }
 """What makes the arguments of each operation."""
 
@@ -258,6 +302,12 @@ MAKERS: dict[str, Callable[[Sizes, torch.Generator], tuple[Any, ...]]] = {
 def _integers(low: int, high: int, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
     """Any of low .. high - 1."""
     return torch.randint(low, high, shape, generator=g, dtype=torch.int64)
+
+
+def _mostly(most: int, rows: int, g: torch.Generator) -> Tensor:
+    """`most` in each row but a few, which have anything from -1 to one more than that, more often one more."""
+    others = torch.where(torch.rand(rows, generator=g) < 0.4, most + 1, _integers(-1, most + 2, (rows,), g))
+    return torch.where(torch.rand(rows, generator=g) < 0.7, most, others)
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:

@@ -17,15 +17,14 @@ from scripts.gpu_checking.kernel_cases import MAKERS, Sizes, disagreement, make_
 from vllm_saguaro.kernels import (
     branch_step,
     branch_tables,
-    outcome_lookup,
     outcome_ranking,
     outcome_settling,
     position_noise,
+    step_records,
 )
 from vllm_saguaro.kernels.operations import TWINS
 
 KERNELS: dict[str, Callable[..., Any]] = {
-    "outcome_lookup": outcome_lookup.outcome_lookup,
     "settle_outcomes": outcome_settling.settle_outcomes,
     "ranked_outcomes": outcome_ranking.ranked_outcomes,
     "fork": branch_tables.fork,
@@ -33,6 +32,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "adopt": branch_tables.adopt,
     "branch_step": branch_step.branch_step,
     "add_noise": position_noise.add_noise,
+    "take_drafts": step_records.take_drafts,
+    "seal_record": step_records.seal_record,
 }
 
 SMALL = (Sizes(), Sizes(rows=1, branches=24, drafts=5, candidates=9, width=70, block_size=16), Sizes(rows=7, width=3))

@@ -1,4 +1,4 @@
-"""The operations of the device's round as one bundle: Triton kernels on a GPU, their twins in PyTorch elsewhere."""
+"""The operations of the device as one bundle: Triton kernels on a GPU, their twins in PyTorch elsewhere."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from torch import Tensor
 from vllm_saguaro.algorithm import (
     branch_step,
     branch_tables,
-    outcome_lookup,
     outcome_ranking,
     outcome_settling,
     position_noise,
+    step_records,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """What is done to the tables and keys of the device between passes of the draft model.
+    """What is done to tables and keys on the device: between passes of the draft model, and in a step of the target.
 
     Each has the arguments, the results and the promises (static shapes, no waiting) of the function of the same name in
     `algorithm/`.
     """
 
-    outcome_lookup: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     settle_outcomes: Callable[..., None]
     ranked_outcomes: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor], tuple[Tensor, Tensor, Tensor]]
     fork: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]
@@ -34,10 +33,11 @@ class Operations:
     adopt: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     branch_step: Callable[[Tensor, Tensor, Tensor, int, int, Tensor, Tensor, Tensor], None]
     add_noise: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    take_drafts: Callable[..., None]
+    seal_record: Callable[[Tensor, int, int, int, int], None]
 
 
 TWINS = Operations(
-    outcome_lookup=outcome_lookup.outcome_lookup,
     settle_outcomes=outcome_settling.settle_outcomes,
     ranked_outcomes=outcome_ranking.ranked_outcomes,
     fork=branch_tables.fork,
@@ -45,6 +45,8 @@ TWINS = Operations(
     adopt=branch_tables.adopt,
     branch_step=branch_step.branch_step,
     add_noise=position_noise.add_noise,
+    take_drafts=step_records.take_drafts,
+    seal_record=step_records.seal_record,
 )
 
 
@@ -58,13 +60,12 @@ def operations_for(device: torch.device) -> Operations:
     # Here, not above: a machine without a GPU may have no Triton, and needs none
     from vllm_saguaro.kernels import branch_step as step
     from vllm_saguaro.kernels import branch_tables as tables
-    from vllm_saguaro.kernels import outcome_lookup as lookup
     from vllm_saguaro.kernels import outcome_ranking as ranking
     from vllm_saguaro.kernels import outcome_settling as settling
     from vllm_saguaro.kernels import position_noise as noise
+    from vllm_saguaro.kernels import step_records as records
 
     return Operations(
-        outcome_lookup=lookup.outcome_lookup,
         settle_outcomes=settling.settle_outcomes,
         ranked_outcomes=ranking.ranked_outcomes,
         fork=tables.fork,
@@ -72,4 +73,6 @@ def operations_for(device: torch.device) -> Operations:
         adopt=tables.adopt,
         branch_step=step.branch_step,
         add_noise=noise.add_noise,
+        take_drafts=records.take_drafts,
+        seal_record=records.seal_record,
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,13 +27,11 @@ from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
 from vllm_saguaro.messages import Admit, Release, Round, Sampling, Stamp, Step
 from vllm_saguaro.placement.channel import LendingChannel, Traced
 from vllm_saguaro.placement.device_q import LogitsWriter
+from vllm_saguaro.placement.device_step import DeviceStep, GivenRows, StepOperations
 from vllm_saguaro.placement.device_tables import TableReader
-from vllm_saguaro.placement.layout import DEVICE_WORDS, RECORD_HEADER, MailboxShape
-from vllm_saguaro.placement.records import CHECKSUM, DRAFTS, NEWEST, NUMBER, ROWS, head_weight, weights
+from vllm_saguaro.placement.layout import DEVICE_WORDS, MailboxShape
+from vllm_saguaro.placement.records import NEWEST
 from vllm_saguaro.placement.registered_memory import RegisteredMemory
-
-OutcomeLookup = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-"""`outcome_lookup` of `algorithm` or `kernels`."""
 
 
 class _Life:
@@ -56,14 +54,11 @@ class _Life:
 
 @dataclass(slots=True)
 class _Given:
-    """The drafts of the last `exchange`: where their q is. slots, branch, ready [B]; stamps [B, 3]; tokens [B, K]."""
+    """The drafts of the last `exchange`, and where their q is."""
 
     outcomes: DeviceOutcomes
     reader: TableReader
-    stamps: Tensor
-    branch: Tensor
-    ready: Tensor
-    tokens: Tensor
+    rows: GivenRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,31 +77,25 @@ class MailboxDraft:
         channel: LendingChannel,
         shape: MailboxShape,
         device: torch.device,
-        lookup: OutcomeLookup,
+        operations: StepOperations,
         log: logging.Logger,
         with_q: bool = True,
     ) -> None:
         """`channel`: the draft side, of mailboxes of this `shape`, which has `device_steps` and a slot for each of the
-        runner's. `lookup`: `outcome_lookup` for the device. `with_q`: whether drafts may be sampled, so that
-        `logits_into` asks for their q.
+        runner's. `operations`: those for the device. `with_q`: whether drafts may be sampled, so that `logits_into`
+        asks for their q.
 
         Raises ValueError for a shape without `device_steps`.
         """
         if not shape.device_steps:
             raise ValueError("a mailbox without device_steps cannot take outcomes from a device: give 1 or more")
         self._channel, self._shape, self._device = channel, shape, device
-        self._lookup, self._log, self._with_q = lookup, log, with_q
-        self._state = torch.zeros(shape.slots, 3, dtype=torch.int64, device=device)
-        """Of each slot: generation, round, drafts under verification."""
-        self._record = torch.zeros(shape.record_words, dtype=torch.int64, device=device)
-        self._newest = torch.zeros(1, dtype=torch.int64, device=device)
-        self._weights = torch.from_numpy(weights(shape.slots * shape.row_words)).to(device)
-        self._rows = torch.arange(shape.slots, device=device)
+        self._log, self._with_q = log, with_q
+        self._step = DeviceStep(shape, device, operations)
         self._depths = torch.arange(shape.num_speculative_tokens, device=device)
         support = shape.support if with_q else 1
         self._q = LogitsWriter(shape.slots, shape.num_speculative_tokens, support, device)
-        self.resident_bytes = 8 * (self._state.numel() + self._record.numel() + 2 * self._weights.numel())
-        self.resident_bytes += self._q.resident_bytes
+        self.resident_bytes = self._step.resident_bytes + self._q.resident_bytes
         """Device memory held for good on the target's device; the draft's own is elsewhere."""
         self._generations = [0] * shape.slots
         self._requests: dict[int, _Request] = {}
@@ -138,6 +127,7 @@ class MailboxDraft:
         """Return once the draft has loaded. Raises `DraftFailed` when it cannot, or is closed meanwhile."""
         self._channel.wait_until_ready()
         self._notice_lives()
+        self._step.compile()
         self._started = True
 
     # ---- what the host knows -----------------------------------------------------------------------------------
@@ -160,7 +150,7 @@ class MailboxDraft:
         request = self._requests.get(slot)
         if request is not None and request.request_id == request_id:
             del self._requests[slot]
-            self._state[slot].zero_()  # for one that takes the slot and is too long to be admitted
+            self._step.state[slot].zero_()  # for one that takes the slot and is too long to be admitted
             self._unheard.append(Release(request.stamp))
             self._release_unheard()
 
@@ -171,7 +161,7 @@ class MailboxDraft:
         stamp = Stamp(slot, self._generations[slot], 0)
         fits = len(text) + self._shape.num_speculative_tokens + 1 <= self._channel.max_length
         told = self._life is not None and fits and self._channel.post(Step(admits=[Admit(stamp, sampling, text)]))
-        state = self._state[slot]
+        state = self._step.state[slot]
         state.zero_()
         if told:
             self._requests[slot] = _Request(request_id, stamp)
@@ -200,7 +190,7 @@ class MailboxDraft:
         self._retire()
         self._requests.clear()
         self._unheard = []
-        self._state.zero_()
+        self._step.state.zero_()
         if ended:
             self._log.error("The draft side has ended: decoding goes on without drafts until it is back.")
         if not epoch:
@@ -238,59 +228,19 @@ class MailboxDraft:
         if self._texts:
             for slot in outcomes.slots_on_host.tolist():
                 self._texts.pop(slot, None)
-        bonus = outcomes.bonus.clamp(0, self._shape.vocab_size - 1)
-        life = self._life
+        life, rows = self._life, len(outcomes.slots)
         if life is None:
-            tokens = bonus.unsqueeze(1).repeat(1, self._shape.num_speculative_tokens)
+            bonus = outcomes.bonus.clamp(0, self._shape.vocab_size - 1)
             self._given = None
+            tokens = bonus.unsqueeze(1).repeat(1, self._shape.num_speculative_tokens)
             return DeviceDrafts(tokens, torch.zeros_like(outcomes.accepted))
         self._release_unheard()
-        slots, rows = outcomes.slots, len(outcomes.slots)
-        state = self._state.index_select(0, slots)
-        generation, round_, verified = state.unbind(1)
-        tables = life.reader.tables(slots, generation, round_)
-        branch, tokens, ready = self._lookup(
-            tables.accepted_keys,
-            tables.bonus_keys,
-            tables.drafts,
-            tables.depth,
-            self._rows[:rows],
-            outcomes.accepted,
-            bonus,
-        )
-        # Beyond what is ready they are the bonus token. A draft that is no token makes the whole table suspect.
-        foreign = ((tokens < 0) | (tokens >= self._shape.vocab_size)).any(1)
-        ready = torch.where(foreign, 0, ready)
-        tokens = torch.where(foreign.unsqueeze(1), bonus.unsqueeze(1), tokens)
-        has_outcome = outcomes.accepted >= 0
-        told = self._put_record(life, outcomes, state, bonus, tokens, ready)
-        settled = torch.stack((generation, round_ + has_outcome, torch.where(has_outcome, ready, verified)), 1)
-        self._state.index_copy_(0, slots, settled)
-        stamps = torch.stack((generation, round_, tables.version), 1)
-        self._given = _Given(outcomes, life.reader, stamps, branch.clamp_min(0), ready, told)
-        return DeviceDrafts(tokens, ready)
-
-    def _put_record(
-        self, life: _Life, outcomes: DeviceOutcomes, state: Tensor, bonus: Tensor, tokens: Tensor, ready: Tensor
-    ) -> Tensor:
-        """Enqueue the record of a step, and then its number; a copy of the drafts that nobody else writes to."""
+        self._step.take(life.reader.tables(outcomes.slots), outcomes)
         life.number += 1
-        rows = len(tokens)
-        size = rows * self._shape.row_words
-        record = self._record[: RECORD_HEADER + size]
-        body = record[RECORD_HEADER:]
-        generation, round_, verified = state.unbind(1)
-        verified = torch.minimum(verified, outcomes.verified)
-        columns = (outcomes.slots, generation, round_, outcomes.accepted, verified, bonus, outcomes.lengths, ready)
-        head = torch.stack([column.to(torch.int64) for column in columns], 1)
-        torch.cat((head, tokens), 1, out=body.view(rows, -1))
-        record[NUMBER].fill_(life.number)
-        record[ROWS].fill_(rows)
-        torch.add((body * self._weights[:size]).sum(), head_weight(life.number, rows), out=record[CHECKSUM])
-        life.records[life.number % self._shape.device_steps, : len(record)].copy_(record, non_blocking=True)
-        self._newest.fill_(life.number)
-        life.newest.copy_(self._newest, non_blocking=True)
-        return body.view(rows, -1)[:, DRAFTS:]
+        self._step.send_record(rows, life.number, life.records, life.newest)
+        given = self._step.given(rows)
+        self._given = _Given(outcomes, life.reader, given)
+        return DeviceDrafts(given.tokens, given.ready)
 
     def logits_into(self, outcomes: DeviceOutcomes, drafts: DeviceDrafts, draft_logits: Tensor | None) -> None:
         """The q of the drafts that the last `exchange` gave for these outcomes.
@@ -303,12 +253,13 @@ class MailboxDraft:
         if given is None or given.outcomes is not outcomes or not self._with_q:
             self._q.write_certain(draft_logits, *rows, drafts.tokens.clamp(0, draft_logits.shape[-1] - 1))
             return
-        tokens, probabilities, there = given.reader.proposals(outcomes.slots, given.stamps, given.branch)
-        told = there.unsqueeze(1) & (self._depths < given.ready.unsqueeze(1))
-        self._q.write(draft_logits, *rows, given.tokens, outcomes.temperature, tokens, probabilities, told)
+        found = given.rows
+        tokens, probabilities, there = given.reader.proposals(outcomes.slots, found.stamps, found.branch)
+        told = there.unsqueeze(1) & (self._depths < found.ready.unsqueeze(1))
+        self._q.write(draft_logits, *rows, found.recorded, outcomes.temperature, tokens, probabilities, told)
 
     def capture(self) -> None:
-        """Nothing is captured: a step is some small kernels and copies, whose addresses change with a restart."""
+        """Nothing is captured: a step is six kernels and two copies, whose addresses change with a restart."""
 
     def close(self) -> None:
         """End the draft side and let go of its memory, once the device has done with it."""

@@ -30,25 +30,21 @@ from torch import Tensor
 
 from vllm_saguaro.placement.layout import CELL_HEADER, CONTROL_WORDS, Q_HEADER, MailboxShape
 
-_SEQUENCE, _GENERATION, _ROUND, _BRANCHES, _DEPTH = range(5)
-_TOKEN = (1 << 32) - 1
+_SEQUENCE = 0
+"""Of the words of a cell."""
 
 
 @dataclass(slots=True)
-class DeviceTables:
-    """The tables of B rows, each as far as it is the awaited one, with unused entries masked. All on the device.
+class TableCopies:
+    """The tables of B rows as they were copied, in this order: `algorithm.step_records.tables_of` says what to believe.
 
-    version [B] int64: tells tables of one stamp apart. awaited [B] bool: the table of this very round is there, whole.
-    accepted_keys [B, N] int32, -1 where there is no branch; bonus_keys [B, N] int64; drafts [B, N, K] int64, not yet
-    known to be tokens; depth [B] int32, 0 where not awaited.
+    before [B], head [B, 6], body [B, N (1 + K)], after [B]; all int64, on the device.
     """
 
-    version: Tensor
-    awaited: Tensor
-    accepted_keys: Tensor
-    bonus_keys: Tensor
-    drafts: Tensor
-    depth: Tensor
+    before: Tensor
+    head: Tensor
+    body: Tensor
+    after: Tensor
 
 
 class TableReader:
@@ -65,30 +61,14 @@ class TableReader:
         q = words[shape.q_at // 8 : shape.ring_at // 8].view(-1, 2, shape.q_words)  # no slots where it is left out
         self._q_stamps = q[..., :Q_HEADER]
         self._q = q[..., Q_HEADER:].unflatten(-1, (depths, branches, support))
-        self._branch = torch.arange(branches, device=words.device)
 
-    def tables(self, slots: Tensor, generation: Tensor, round_: Tensor) -> DeviceTables:
-        """The tables of `slots`, awaited under these stamps; all three [B] int64. A generation of 0 awaits nothing."""
-        shape = self._shape
-        before = self._sequences.index_select(0, slots)
-        head = self._heads.index_select(0, slots)
-        body = self._bodies.index_select(0, slots)
-        after = self._sequences.index_select(0, slots)
-        _, of_generation, of_round, branches, depth, _ = head.unbind(1)
-        whole = (before == after) & (before & 1 == 0) & (of_generation == generation) & (generation > 0)
-        possible = (branches >= 0) & (branches <= shape.branches) & (depth >= 0)
-        possible &= depth <= shape.num_speculative_tokens
-        awaited = whole & possible & (of_round == round_)
-        there = awaited.unsqueeze(1) & (self._branch < branches.unsqueeze(1))
-        tokens = body & _TOKEN
-        bonus, drafts = tokens[:, : shape.branches], tokens[:, shape.branches :]
-        return DeviceTables(
-            version=before,
-            awaited=awaited,
-            accepted_keys=torch.where(there, body[:, : shape.branches] >> 32, -1).to(torch.int32),
-            bonus_keys=bonus,
-            drafts=drafts.unflatten(1, (shape.num_speculative_tokens, shape.branches)).transpose(1, 2),
-            depth=torch.where(awaited, depth, 0).to(torch.int32),
+    def tables(self, slots: Tensor) -> TableCopies:
+        """What lies there of the tables of `slots` [B] int64, read in an order that shows whether it is whole."""
+        return TableCopies(
+            before=self._sequences.index_select(0, slots),
+            head=self._heads.index_select(0, slots),
+            body=self._bodies.index_select(0, slots),
+            after=self._sequences.index_select(0, slots),
         )
 
     def proposals(self, slots: Tensor, stamps: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:

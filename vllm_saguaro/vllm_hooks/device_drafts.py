@@ -30,7 +30,7 @@ def open_device_draft(
     config = SaguaroConfig.from_dict(options)
     if config.placement == "stream":
         return _on_stream(config, options, slots, device, page)
-    return open_process_draft(options, slots, device, longest, page, operations_for(device).outcome_lookup)
+    return open_process_draft(options, slots, device, longest, page, operations_for(device))
 
 
 def _on_stream(

@@ -28,7 +28,7 @@ from vllm_saguaro.vllm_hooks.ray_draft import MODULE, check_cluster, ray_draft
 
 if TYPE_CHECKING:
     from vllm_saguaro.counters import CounterPage
-    from vllm_saguaro.placement.device_mailbox import OutcomeLookup
+    from vllm_saguaro.placement.device_step import StepOperations
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -42,11 +42,11 @@ def open_process_draft(
     device: torch.device,
     longest: int,
     page: CounterPage,
-    lookup: OutcomeLookup,
+    operations: StepOperations,
 ) -> MailboxDraft:
     """Start the draft side and wait until it has loaded; `options` as the front end wrote them, `slots` of the runner.
 
-    `device`: the target's. `longest`: tokens of a text of the target at most. `lookup`: `outcome_lookup` for `device`.
+    `device`: the target's. `longest`: tokens of a text of the target at most. `operations`: those for `device`.
 
     Raises `SaguaroConfigError` where no GPU is left for the draft, `DraftFailed` when it does not come up.
     """
@@ -71,7 +71,7 @@ def open_process_draft(
     channel = RestartingChannel(start, config.draft_restarts, page, logger, hits=lambda: page.value(counters.HITS))
     try:
         draft = MailboxDraft(
-            channel, shape, device, lookup, logger, with_q=config.draft_sample_method == "probabilistic"
+            channel, shape, device, operations, logger, with_q=config.draft_sample_method == "probabilistic"
         )
         draft.wait_until_ready()
     except BaseException:

@@ -149,3 +149,59 @@ def branch_step(
             slot_mapping[x] = int(tables[x, position // block_size]) * block_size + position % block_size
         else:
             slot_mapping[x] = -1
+
+
+def take_drafts(
+    before: Tensor,
+    head: Tensor,
+    body: Tensor,
+    after: Tensor,
+    state: Tensor,
+    slots: Tensor,
+    accepted: Tensor,
+    verified: Tensor,
+    bonus: Tensor,
+    lengths: Tensor,
+    vocab_size: int,
+    rows: Tensor,
+    stamps: Tensor,
+    branch: Tensor,
+    tokens: Tensor,
+    ready: Tensor,
+) -> None:
+    num_drafts = tokens.shape[1]
+    branches = body.shape[1] // (1 + num_drafts)
+    for row, slot in enumerate(slots.tolist()):
+        generation, round_, under_verification = state[slot].tolist()
+        _, of_generation, of_round, count, depth, _ = head[row].tolist()
+        k, token = int(accepted[row]), min(max(int(bonus[row]), 0), vocab_size - 1)
+        awaited = generation > 0 and (of_generation, of_round) == (generation, round_)
+        whole = int(before[row]) == int(after[row]) and int(before[row]) % 2 == 0
+        hit, drafted = 0, [token] * num_drafts
+        given = 0
+        if awaited and whole and 0 <= count <= branches and 0 <= depth <= num_drafts and k >= 0:
+            keys = [divmod(word, 2**32) for word in body[row, :count].tolist()]
+            if (k, token) in keys:
+                hit = keys.index((k, token))
+                its = [word % 2**32 for word in body[row, branches + hit :: branches].tolist()[:depth]]
+                if all(draft < vocab_size for draft in its):
+                    given, drafted = depth, its + [token] * (num_drafts - depth)
+        judged = min(under_verification, int(verified[row]))
+        values = [slot, generation, round_, k, judged, token, int(lengths[row]), given, *drafted]
+        for word, value in enumerate(values):
+            rows[row, word] = value
+        for word, value in enumerate((generation, round_, int(before[row]))):
+            stamps[row, word] = value
+        branch[row], ready[row] = hit, given
+        for j, draft in enumerate(drafted):
+            tokens[row, j] = draft
+        if k >= 0:
+            state[slot, 1], state[slot, 2] = round_ + 1, given
+
+
+def seal_record(record: Tensor, rows: int, row_words: int, number: int, head: int) -> None:
+    total = head
+    for i, word in enumerate(record[3 : 3 + rows * row_words].tolist()):
+        total += word * (2 * i + 1) * 0x2545F491
+    signed = (total + 2**63) % 2**64 - 2**63
+    record[0], record[1], record[2] = number, rows, signed

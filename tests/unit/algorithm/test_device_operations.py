@@ -13,7 +13,13 @@ from torch import Tensor
 
 from scripts.gpu_checking.kernel_cases import MAKERS, Case, Sizes, disagreement, make_case
 from tests.unit.algorithm import device_loops
-from vllm_saguaro.algorithm import branch_step, branch_tables, outcome_lookup, outcome_ranking, outcome_settling
+from vllm_saguaro.algorithm import (
+    branch_step,
+    branch_tables,
+    outcome_ranking,
+    outcome_settling,
+    step_records,
+)
 from vllm_saguaro.algorithm.outcomes import Beliefs, outcome_log_probabilities, ranked, scores
 from vllm_saguaro.kernels.operations import TWINS
 
@@ -28,16 +34,7 @@ SIZES = st.builds(
     block_size=st.sampled_from([1, 3, 4, 16]),
 )
 MANY = settings(max_examples=60, deadline=None)
-IN_PLACE = ("settle_outcomes", "copy_blocks", "adopt", "branch_step")
-
-
-@MANY
-@given(sizes=SIZES, seed=st.integers(0, 2**32), strided=st.booleans())
-def test_lookup_does_what_the_loop_does(sizes: Sizes, seed: int, strided: bool) -> None:
-    case = make_case("outcome_lookup", sizes, seed, strided=strided)
-    got = TWINS.outcome_lookup(*case.arguments)
-    assert tuple(t.tolist() for t in got) == device_loops.outcome_lookup(*case.arguments)
-    assert [t.dtype for t in got] == [torch.int64, torch.int64, torch.int32]
+IN_PLACE = ("settle_outcomes", "copy_blocks", "adopt", "branch_step", "take_drafts", "seal_record")
 
 
 @MANY
@@ -110,10 +107,6 @@ def test_swapping_twice_changes_nothing() -> None:
 
 
 PLANTED = [
-    (outcome_lookup, "outcome_lookup", "(keys >= 0) & ", ""),
-    (outcome_lookup, "outcome_lookup", ".amin(1)", ".amax(1)"),
-    (outcome_lookup, "outcome_lookup", "torch.where(hit, depth[slots], 0)", "depth[slots]"),
-    (outcome_lookup, "outcome_lookup", "torch.where(given, found, bonus.unsqueeze(1))", "found"),
     (outcome_settling, "settle_outcomes", "& (lengths <= max_length)", ""),
     (outcome_settling, "settle_outcomes", "(agrees | ~token)", "agrees"),
     (outcome_settling, "settle_outcomes", "(accepted == 0) & ", ""),
@@ -134,6 +127,31 @@ PLANTED = [
     (branch_tables, "adopt", "torch.where(branch >= 0, first, 0)", "first"),
     (branch_step, "branch_step", "positions < limit", "positions <= limit"),
     (branch_step, "branch_step", ".clamp_max(limit)", ""),
+    (step_records, "take_drafts", "(before == after) & ", ""),
+    (step_records, "take_drafts", " & (before & 1 == 0)", ""),
+    (step_records, "take_drafts", "(count <= branches) & ", ""),
+    (step_records, "take_drafts", "& (depth >= 0)", ""),
+    (step_records, "take_drafts", " & (depth <= num_drafts)", ""),
+    (step_records, "take_drafts", "(generation > 0) & ", ""),
+    (step_records, "take_drafts", "(of_generation == generation) & ", ""),
+    (step_records, "take_drafts", " & (of_round == round_)", ""),
+    (step_records, "take_drafts", "torch.where(there, body[:, :branches] >> 32, -1)", "(body[:, :branches] >> 32)"),
+    (step_records, "take_drafts", "tokens = body & _TOKEN", "tokens = body"),
+    (
+        step_records,
+        "take_drafts",
+        ".unflatten(1, (num_drafts, branches)).transpose(1, 2)",
+        ".unflatten(1, (branches, num_drafts))",
+    ),
+    (step_records, "take_drafts", "(drafts >= vocab_size)", "(drafts > vocab_size)"),
+    (step_records, "take_drafts", "count = torch.where(foreign, 0, count)", "pass"),
+    (step_records, "take_drafts", "bonus.clamp(0, vocab_size - 1)", "bonus"),
+    (step_records, "take_drafts", "torch.minimum(under_verification, verified)", "under_verification"),
+    (step_records, "take_drafts", "torch.where(has_outcome, count, under_verification)", "count"),
+    (step_records, "take_drafts", "round_ + has_outcome", "round_ + 1"),
+    (step_records, "seal_record", "2 * torch.arange", "torch.arange"),
+    (step_records, "seal_record", "rows * row_words", "rows"),
+    (step_records, "seal_record", ".sum(), head", ".sum(), 0"),
 ]
 
 

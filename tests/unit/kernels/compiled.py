@@ -50,10 +50,11 @@ class Compiled:
 
     def _compile(self, *arguments: Any, num_warps: int, **constants: Any) -> None:
         signature: dict[str, str] = {}
-        for name, value in zip(self._kernel.arg_names, arguments, strict=False):
+        for parameter, value in zip(self._kernel.params, arguments, strict=False):
+            name = parameter.name
             if isinstance(value, torch.Tensor):
                 signature[name] = "*" + TYPES[value.dtype]
-            elif value == 1:
+            elif value == 1 and not parameter.do_not_specialize:
                 constants[name] = 1
             else:
                 signature[name] = "i32" if abs(value) < 2**31 else "i64"

@@ -22,7 +22,6 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[3]
 MODULES = {
-    "outcome_lookup": "outcome_lookup",
     "settle_outcomes": "outcome_settling",
     "ranked_outcomes": "outcome_ranking",
     "fork": "branch_tables",
@@ -30,6 +29,8 @@ MODULES = {
     "adopt": "branch_tables",
     "branch_step": "branch_step",
     "add_noise": "position_noise",
+    "take_drafts": "step_records",
+    "seal_record": "step_records",
 }
 """Where the kernel of each operation is."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.unit.kernels.interpreted import ROOT
 
-KERNELS = {"_lookup", "_probabilities", "_ranks", "_fork", "_copy", "_adopt", "_step", "_noise", "_settle"}
+KERNELS = {"_probabilities", "_ranks", "_fork", "_copy", "_adopt", "_step", "_noise", "_settle", "_take", "_seal"}
 
 
 def compiled(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -23,7 +23,6 @@ SIZES = st.builds(
     block_size=st.sampled_from([1, 4, 16]),
 )
 LARGE = {
-    "outcome_lookup": Sizes(slots=3, rows=4, branches=64, drafts=16),
     "settle_outcomes": Sizes(slots=5, rows=7, branches=64, drafts=16, width=40),
     "ranked_outcomes": Sizes(rows=2, branches=64, drafts=16, candidates=64),
     "fork": Sizes(slots=2, rows=2, branches=3, width=2500, block_size=16),
@@ -31,6 +30,8 @@ LARGE = {
     "adopt": Sizes(slots=4, rows=4, branches=64, drafts=16, width=200, block_size=1),
     "branch_step": Sizes(rows=3, branches=64, width=40, block_size=16),
     "add_noise": Sizes(rows=2, branches=3, width=50, candidates=50),
+    "take_drafts": Sizes(slots=9, rows=7, branches=64, drafts=16),
+    "seal_record": Sizes(slots=300, rows=200, drafts=16),
 }
 """More than one program or tile wherever a kernel has several."""
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -59,16 +60,6 @@ def test_more_branches_than_outcomes(interpreted: Interpreted) -> None:
     assert disagreement(case, interpreted.operation("ranked_outcomes"), TWINS.ranked_outcomes) == ""
 
 
-def test_all_rows_miss(interpreted: Interpreted) -> None:
-    arguments = make_case("outcome_lookup", Sizes(), 1).copied()
-    arguments[0].fill_(-1)
-    arguments[5].fill_(-1)
-    branch, tokens, ready = interpreted.operation("outcome_lookup")(*arguments)
-    assert branch.tolist() == [-1] * 3
-    assert ready.tolist() == [0] * 3
-    assert torch.equal(tokens, arguments[6].unsqueeze(1).expand(-1, 3))
-
-
 def test_blocks_that_are_scattered_are_refused(interpreted: Interpreted) -> None:
     pages = torch.zeros(1, 4, 6, 6, 6)[..., ::2, ::3, ::2]
     with pytest.raises(RuntimeError, match="scattered over memory"):
@@ -76,10 +67,6 @@ def test_blocks_that_are_scattered_are_refused(interpreted: Interpreted) -> None
 
 
 PLANTED = [
-    ("outcome_lookup", "(keys >= 0) & ", ""),
-    ("outcome_lookup", "& (last == token)", ""),
-    ("outcome_lookup", "tl.min(tl.where(same, n, branches), 0)", "tl.max(tl.where(same, n, -1), 0)"),
-    ("outcome_lookup", "tl.where(j < given, found, token)", "found"),
     ("settle_outcomes", "+ k + 1) & (now <= max_length)", "+ k + 1)"),
     ("settle_outcomes", "(token >= 0) & (token < vocab_size)", "(token >= 0)"),
     ("settle_outcomes", "right & (k == 0) & (behind >= 0) & (behind < remembered)", "right & (k == 0) & (behind >= 0)"),
@@ -114,6 +101,40 @@ PLANTED = [
     ("add_noise", "tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)", "tl.arange(0, BLOCK)"),
     ("add_noise", "if tl.load(noisy + row * noisy_row):", "if row >= 0:"),
     ("add_noise", "u < 0.0625, series, direct", "u < 2.0, series, direct"),
+    ("take_drafts", "(sequence == tl.load(after + row * after_row)) & ", ""),
+    ("take_drafts", " & (sequence & 1 == 0)", ""),
+    ("take_drafts", "(count <= branches) & ", ""),
+    ("take_drafts", "(depth >= 0) & ", ""),
+    ("take_drafts", " & (depth <= num_drafts)", ""),
+    ("take_drafts", "(generation > 0) & ", ""),
+    ("take_drafts", "(of_generation == generation) & ", ""),
+    ("take_drafts", " & (of_round == round_)", ""),
+    ("take_drafts", "awaited & (n < count) & ", "awaited & "),
+    ("take_drafts", " & (k >= 0) & (keys", " & (keys"),
+    ("take_drafts", "(keys == (k << 32 | token))", "((keys & 0xFFFFFFFF) == token)"),
+    ("take_drafts", "(keys == (k << 32 | token))", "(keys >> 32 == k)"),
+    ("take_drafts", "tl.min(tl.where(same, n, branches), 0)", "tl.max(tl.where(same, n, -1), 0) % (branches + 1)"),
+    ("take_drafts", "(branches + j * branches + first)", "(branches + j + first * num_drafts)"),
+    ("take_drafts", "other=0) & 0xFFFFFFFF", "other=0)"),
+    ("take_drafts", "(found >= vocab_size)", "(found > vocab_size)"),
+    ("take_drafts", "given = tl.where(foreign, 0, given)", "given = given"),
+    (
+        "take_drafts",
+        "tl.minimum(tl.maximum(tl.load(bonus + row * bonus_row), 0), vocab_size - 1)",
+        "tl.load(bonus + row * bonus_row)",
+    ),
+    (
+        "take_drafts",
+        "tl.minimum(under_verification, tl.load(verified + row * verified_row).to(tl.int64))",
+        "under_verification",
+    ),
+    ("take_drafts", "tl.store(mine + state_word, round_ + 1, mask=k >= 0)", "tl.store(mine + state_word, round_ + 1)"),
+    ("take_drafts", "tl.store(mine + 2 * state_word, given, mask=k >= 0)", "tl.store(mine + 2 * state_word, given)"),
+    ("seal_record", "(2 * at + 1) * _ROW_WEIGHT", "(2 * at + 3) * _ROW_WEIGHT"),
+    ("seal_record", "(first + row < rows) & ", ""),
+    ("seal_record", " & (word < row_words)", ""),
+    ("seal_record", "total + head", "total"),
+    ("seal_record", "(first + row) * row_words + word", "row * row_words + word"),
 ]
 
 

@@ -9,7 +9,6 @@ import torch
 
 from tests.unit.drafting.checks import make_engine
 from tests.unit.drafting.fake_model import FakeModel
-from vllm_saguaro.algorithm.outcome_lookup import outcome_lookup
 from vllm_saguaro.device_messages import DeviceDraft, DeviceDrafts, DeviceOutcomes
 from vllm_saguaro.drafting.loop import DraftLoop
 from vllm_saguaro.messages import Proposals, Sampling, Stamp, Step, Table
@@ -21,7 +20,6 @@ SHAPE = MailboxShape(
     slots=4, branches=5, num_speculative_tokens=3, ring_bytes=1 << 14, support=40, vocab_size=40, device_steps=4
 )
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=0.8)
-lookup = outcome_lookup
 
 
 class HostChannel:

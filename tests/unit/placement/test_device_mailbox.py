@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.placement.device_sides import CPU, GREEDY, SAMPLED, SHAPE, HostChannel, SmallTarget, lookup, outcomes_of
+from tests.unit.placement.device_sides import CPU, GREEDY, SAMPLED, SHAPE, HostChannel, SmallTarget, outcomes_of
+from vllm_saguaro.kernels.operations import TWINS
 from vllm_saguaro.messages import Release, Stamp
 from vllm_saguaro.placement import device_mailbox
 from vllm_saguaro.placement.channel import LendingChannel
@@ -28,7 +29,7 @@ class Sides:
     def __init__(self, shape: MailboxShape = SHAPE, max_length: int = 64) -> None:
         self.channel = HostChannel(shape, max_length)
         lending: LendingChannel = self.channel
-        self.draft = MailboxDraft(lending, shape, CPU, lookup, LOG)
+        self.draft = MailboxDraft(lending, shape, CPU, TWINS, LOG)
         self.draft.wait_until_ready()
         self.target = SmallTarget(self.draft)
 
@@ -331,7 +332,7 @@ def test_a_first_life_whose_memory_is_out_of_reach_is_an_error(monkeypatch: pyte
     """At the start of the engine: what never worked is a wrong setting."""
     refuse_memory(monkeypatch)
     lending: LendingChannel = HostChannel()
-    draft = MailboxDraft(lending, SHAPE, CPU, lookup, LOG)
+    draft = MailboxDraft(lending, SHAPE, CPU, TWINS, LOG)
     with pytest.raises(RuntimeError, match="cannot register"):
         draft.wait_until_ready()
 
@@ -356,7 +357,7 @@ def test_memory_is_let_go_of_with_its_life() -> None:
 
 def test_a_shape_without_records_is_refused() -> None:
     with pytest.raises(ValueError, match="device_steps"):
-        MailboxDraft(HostChannel(), MailboxShape(1, 1, 1, 8, 1), CPU, lookup, LOG)
+        MailboxDraft(HostChannel(), MailboxShape(1, 1, 1, 8, 1), CPU, TWINS, LOG)
 
 
 # ---- C --------------------------------------------------------------------------------------------------------------
@@ -389,7 +390,7 @@ def test_q_of_sampled_drafts_is_what_they_were_drawn_from(sides: Sides) -> None:
         expected = torch.zeros(3, 40).scatter_(1, torch.from_numpy(q.tokens).long(), torch.from_numpy(q.probabilities))
         torch.testing.assert_close(found, expected)
         assert torch.equal(logits[[0, 2, 3]], torch.full((3, 3, 40), 5.0)), "rows of others are theirs"
-        sides.draft._state[1, 1] = 0  # as if this outcome had not been
+        sides.draft._step.state[1, 1] = 0  # as if this outcome had not been
 
 
 def test_there_may_be_fewer_slots_than_drafts() -> None:
@@ -425,7 +426,7 @@ def test_certain_drafts_are_certain(sides: Sides) -> None:
 def test_where_drafts_are_never_sampled_no_q_is_mapped_and_rows_are_certain() -> None:
     channel = HostChannel()
     lending: LendingChannel = channel
-    draft = MailboxDraft(lending, SHAPE, CPU, lookup, LOG, with_q=False)
+    draft = MailboxDraft(lending, SHAPE, CPU, TWINS, LOG, with_q=False)
     draft.wait_until_ready()
     target = SmallTarget(draft)
     target.admit(1, PROMPT)

@@ -7,7 +7,8 @@ import logging
 import pytest
 import torch
 
-from tests.unit.placement.device_sides import SAMPLED, SHAPE, HostChannel, SmallTarget, lookup, outcomes_of
+from tests.unit.placement.device_sides import SAMPLED, SHAPE, HostChannel, SmallTarget, outcomes_of
+from vllm_saguaro.kernels.operations import operations_for
 from vllm_saguaro.placement.device_mailbox import MailboxDraft
 from vllm_saguaro.placement.registered_memory import RegisteredMemory
 
@@ -32,7 +33,7 @@ def test_kernels_see_what_the_host_writes_and_the_host_sees_copies() -> None:
 
 def test_hits_lives_and_q_as_on_the_cpu() -> None:
     channel = HostChannel(max_length=200)
-    draft = MailboxDraft(channel, SHAPE, gpu(), lookup, logging.getLogger("test"))
+    draft = MailboxDraft(channel, SHAPE, gpu(), operations_for(gpu()), logging.getLogger("test"))
     draft.wait_until_ready()
     target = SmallTarget(draft, device=gpu())
     for life in range(3):
@@ -64,7 +65,7 @@ def test_hits_lives_and_q_as_on_the_cpu() -> None:
 
 def test_nothing_waits() -> None:
     channel = HostChannel()
-    draft = MailboxDraft(channel, SHAPE, gpu(), lookup, logging.getLogger("test"))
+    draft = MailboxDraft(channel, SHAPE, gpu(), operations_for(gpu()), logging.getLogger("test"))
     draft.wait_until_ready()
     outcomes = outcomes_of([(0, 0, 5, 7), (3, -1, 0, 0)], 0.8, gpu())
     logits = torch.zeros(SHAPE.slots, 3, 40, device=gpu())

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.unit.placement.device_sides import CPU, SmallTarget, lookup
+from tests.unit.placement.device_sides import CPU, SmallTarget
 from tests.unit.placement.parent import ROOT
 from tests.unit.placement.watching import until
 from vllm_saguaro import counters
 from vllm_saguaro.counters import CounterPage
+from vllm_saguaro.kernels.operations import TWINS
 from vllm_saguaro.messages import Stamp
 from vllm_saguaro.placement.device_mailbox import MailboxDraft
 from vllm_saguaro.placement.layout import MailboxShape
@@ -36,7 +37,7 @@ class Real:
         self.page = CounterPage()
         self.processes: list[ProcessChannel] = []
         self.channel = RestartingChannel(self._start, 9, self.page, LOG, CARE)
-        self.draft = MailboxDraft(self.channel, SHAPE, CPU, lookup, LOG)
+        self.draft = MailboxDraft(self.channel, SHAPE, CPU, TWINS, LOG)
         self.draft.wait_until_ready()
         self.target = SmallTarget(self.draft)
 
@@ -48,7 +49,7 @@ class Real:
 
     def has_table(self, slot: int) -> bool:
         """Whether the finished table of the round that the slot is in is there."""
-        generation, round_, _ = self.draft._state[slot].tolist()
+        generation, round_, _ = self.draft._step.state[slot].tolist()
         table = self.channel.read(slot)
         return table is not None and table.stamp == Stamp(slot, generation, round_) and len(table.drafts) == 3
 

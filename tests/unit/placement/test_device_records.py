@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.placement.device_sides import CPU, GREEDY, SHAPE, HostChannel, SmallTarget, lookup, outcomes_of
+from tests.unit.placement.device_sides import CPU, GREEDY, SHAPE, HostChannel, SmallTarget, outcomes_of
+from vllm_saguaro.kernels.operations import TWINS
 from vllm_saguaro.messages import Admit, Outcome, Release, Stamp, Step
 from vllm_saguaro.placement import records as records_module
 from vllm_saguaro.placement.device_mailbox import MailboxDraft
@@ -87,7 +88,7 @@ def drained(box: Mailbox) -> list[Step]:
 def test_what_the_device_writes_is_what_the_draft_side_reads() -> None:
     """The device's way of writing a record, by tensors, against this file's."""
     channel = HostChannel()
-    draft = MailboxDraft(channel, SHAPE, CPU, lookup, _log())
+    draft = MailboxDraft(channel, SHAPE, CPU, TWINS, _log())
     target = SmallTarget(draft)
     for slot in (3, 0, 1):
         target.admit(slot, [slot, *PROMPT])
@@ -438,7 +439,7 @@ def _log() -> Any:
 
 def test_lost_records_cost_their_requests_the_drafts_and_nobody_else() -> None:
     channel = HostChannel(max_length=400)
-    draft = MailboxDraft(channel, SHAPE, CPU, lookup, _log())
+    draft = MailboxDraft(channel, SHAPE, CPU, TWINS, _log())
     target = SmallTarget(draft)
     target.admit(0, PROMPT)
     target.admit(1, PROMPT[1:])
@@ -465,7 +466,7 @@ def test_lost_records_cost_their_requests_the_drafts_and_nobody_else() -> None:
 
 def test_records_are_of_the_rows_that_there_are() -> None:
     channel = HostChannel()
-    draft = MailboxDraft(channel, SHAPE, CPU, lookup, _log())
+    draft = MailboxDraft(channel, SHAPE, CPU, TWINS, _log())
     for slot in range(4):
         draft.admit(slot, f"r{slot}", PROMPT, GREEDY)
     draft.exchange(outcomes_of([(slot, 0, 1, 7) for slot in range(4)]))
@@ -475,5 +476,5 @@ def test_records_are_of_the_rows_that_there_are() -> None:
         [Stamp(slot, 1, 0) for slot in range(4)],
         [Stamp(2, 1, 1)],
     ]
-    assert torch.equal(draft._state[:, 1], torch.tensor([1, 1, 2, 1]))
+    assert torch.equal(draft._step.state[:, 1], torch.tensor([1, 1, 2, 1]))
     draft.close()

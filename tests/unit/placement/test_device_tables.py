@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.unit.placement.device_sides import lookup
+from vllm_saguaro.algorithm.outcome_lookup import outcome_lookup
+from vllm_saguaro.algorithm.step_records import tables_of
 from vllm_saguaro.messages import Proposals, Stamp, Table
-from vllm_saguaro.placement.device_tables import DeviceTables, TableReader
+from vllm_saguaro.placement.device_tables import TableCopies, TableReader
 from vllm_saguaro.placement.layout import CONTROL_WORDS, MailboxShape
 from vllm_saguaro.placement.mailbox import Mailbox
 
@@ -35,15 +37,30 @@ class Memory:
         self.reader = TableReader(torch.frombuffer(self.bytes, dtype=torch.int64)[: SHAPE.ring_at // 8], SHAPE)
 
 
-def read(reader: TableReader, stamp: Stamp = STAMP) -> DeviceTables:
-    one = [torch.tensor([word]) for word in (stamp.slot, stamp.generation, stamp.round)]
-    return reader.tables(*one)
+@dataclass
+class Tables:
+    """What is believed of the tables of some rows; see `tables_of`."""
+
+    version: Tensor
+    accepted_keys: Tensor
+    bonus_keys: Tensor
+    drafts: Tensor
+    depth: Tensor
 
 
-def contents(tables: DeviceTables) -> tuple[list[tuple[int, int]], list[list[int]]] | None:
+def read(reader: TableReader, *stamps: Stamp) -> Tables:
+    stamps = stamps or (STAMP,)
+    slots, generation, round_ = torch.tensor([[s.slot, s.generation, s.round] for s in stamps]).unbind(1)
+    found = reader.tables(slots)
+    believed = tables_of(
+        *(found.before, found.head, found.body, found.after), generation, round_, SHAPE.num_speculative_tokens
+    )
+    return Tables(found.before, *believed)
+
+
+def contents(tables: Tables) -> tuple[list[tuple[int, int]], list[list[int]]] | None:
     """Keys and drafts [depth][branch] of the only row, where it is the awaited table."""
-    if not tables.awaited[0]:
-        assert (tables.accepted_keys == -1).all()
+    if (tables.accepted_keys == -1).all():
         assert tables.depth.tolist() == [0]
         return None
     there = tables.accepted_keys[0] >= 0
@@ -114,7 +131,7 @@ def test_each_row_is_of_its_slot() -> None:
     memory = Memory()
     publish(memory.box, Stamp(0, 3, 1), seed=2)
     publish(memory.box, Stamp(1, 4, 9), seed=3)
-    tables = memory.reader.tables(torch.tensor([1, 0]), torch.tensor([4, 3]), torch.tensor([9, 1]))
+    tables = read(memory.reader, Stamp(1, 4, 9), Stamp(0, 3, 1))
     assert tables.bonus_keys.tolist() == [parts(STAMP, 3)[1], parts(STAMP, 2)[1]]
 
 
@@ -140,7 +157,7 @@ def test_what_comes_out_of_any_words_is_what_the_host_would_find_or_tokens_at_le
         memory.box._words[cell + word_at] = word
     table, tables = memory.box.read(SLOT), read(memory.reader)
     for k, token in [(accepted, bonus), *zip(*parts(STAMP, 1)[:2], strict=True)]:
-        branch, tokens, ready = lookup(
+        branch, tokens, ready = outcome_lookup(
             *(tables.accepted_keys, tables.bonus_keys, tables.drafts, tables.depth, torch.tensor([0])),
             *(torch.tensor([k], dtype=torch.int32), torch.tensor([token])),
         )
@@ -203,7 +220,7 @@ def stores_of(memory: Memory, tables: Sequence[tuple[Stamp, int]]) -> list[tuple
     return stores
 
 
-def consistent(tables: DeviceTables, q: tuple[Tensor, Tensor, Tensor] | None, branch: int) -> None:
+def consistent(tables: Tables, q: tuple[Tensor, Tensor, Tensor] | None, branch: int) -> None:
     """What was found is one of the tables that were written, and the q is that of the drafts that are there."""
     found = contents(tables)
     if found is None:
@@ -360,10 +377,10 @@ PLANTS = {
 def test_an_order_that_is_planted_wrong_is_found(plant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tables = TableReader.tables
 
-    def planted_tables(self: TableReader, *arguments: Tensor) -> DeviceTables:
+    def planted_tables(self: TableReader, *arguments: Tensor) -> TableCopies:
         PLANTS[plant](self)
         found = tables(self, *arguments)
-        Everything.version = int(found.version[0])
+        Everything.version = int(found.before[0])
         return found
 
     monkeypatch.setattr(TableReader, "tables", planted_tables)

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.unit.placement.device_sides import CPU, SAMPLED, SHAPE, HostChannel, lookup, outcomes_of
+from tests.unit.placement.device_sides import CPU, SAMPLED, SHAPE, HostChannel, outcomes_of
 from tests.v2.sync_guard import Synchronised, no_sync
 from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
+from vllm_saguaro.kernels.operations import TWINS
 from vllm_saguaro.placement.device_mailbox import MailboxDraft
 from vllm_saguaro.placement.registered_memory import RegisteredMemory
 
@@ -64,7 +65,7 @@ def exchanged(draft: MailboxDraft, outcomes: DeviceOutcomes) -> tuple[Enqueued, 
 
 def test_the_same_is_enqueued_whatever_is_found_and_nothing_is_read() -> None:
     channel = HostChannel()
-    draft = MailboxDraft(channel, SHAPE, CPU, lookup, logging.getLogger("test"))
+    draft = MailboxDraft(channel, SHAPE, CPU, TWINS, logging.getLogger("test"))
     draft.wait_until_ready()
     with Enqueued(), no_sync([]):
         draft.admit(0, "a", PROMPT, SAMPLED)
@@ -102,11 +103,11 @@ def test_a_copy_from_the_host_is_seen(step: str, monkeypatch: pytest.MonkeyPatch
     method = getattr(MailboxDraft, step)
 
     def copying(self: MailboxDraft, *told: Any) -> Any:
-        self._state[torch.arange(1), 1] = 0
+        self._step.state[torch.arange(1), 1] = 0
         return method(self, *told)
 
     monkeypatch.setattr(MailboxDraft, step, copying)
-    draft = MailboxDraft(HostChannel(), SHAPE, CPU, lookup, logging.getLogger("test"))
+    draft = MailboxDraft(HostChannel(), SHAPE, CPU, TWINS, logging.getLogger("test"))
     draft.wait_until_ready()
     with pytest.raises(Synchronised), no_sync([]):
         whole_step(draft)

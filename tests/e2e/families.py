@@ -1,7 +1,4 @@
-"""Small random models of other families, by configuration: each can be a target, and its own draft.
-
-None with latent attention (MLA): on a CPU plain vLLM 0.32 itself gives such a model another text in a batch than alone.
-"""
+"""Small random models of other families, by configuration: each can be a target, and its own draft."""
 
 from __future__ import annotations
 
@@ -66,12 +63,33 @@ def _experts() -> Any:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SHAPE, **_TWO_KV_HEADS, **_EXPERTS))
 
 
+def _latent() -> Any:
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    # Of 512 + 64 as in DeepSeek's own: vLLM's kernel for a CPU has no other size. And with their scaled RoPE: the other
+    # is `ops.rotary_embedding`, which vLLM 0.32 has turn the wrong rows of [tokens, heads, size] on a CPU.
+    latent = {
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 64,
+        "v_head_dim": 64,
+        "q_lora_rank": None,
+    }
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    scaled = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 256}
+    scaled |= {"beta_fast": 32, "beta_slow": 1, "mscale": 0.7, "mscale_all_dim": 0.7}
+    config = DeepseekV2Config(**_SHAPE, **latent, **experts, **groups, num_key_value_heads=2, rope_parameters=scaled)
+    return DeepseekV2ForCausalLM(config)
+
+
 FAMILIES: dict[str, Callable[[], Any]] = {
     "llama": _llama,
     "sliding": _sliding,
     "sliding and full": _sliding_and_full,
     "sliding with sinks": _sliding_with_sinks,
     "experts": _experts,
+    "latent": _latent,
 }
 
 

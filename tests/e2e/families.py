@@ -104,33 +104,85 @@ def make(family: str, folder: Path) -> Path:
     return folder
 
 
-def quantise(folder: Path, into: Path) -> Path:
-    """Write the Llama of `folder` with 8-bit weights and activations (W8A8, compressed-tensors), and return it."""
+def quantise(folder: Path, into: Path, kind: str = "int8") -> Path:
+    """Write the Llama of `folder` with quantised weights, and return it.
+
+    `kind`: "int8" and "fp8" have weights and activations of 8 bits (compressed-tensors, W8A8), "awq" weights of 4 bits.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, into)
+    write, settings = _KINDS[kind]
     weights: dict[str, torch.Tensor] = {}
     for name, weight in load_file(folder / "model.safetensors").items():
         if ".layers." not in name or not name.endswith("proj.weight"):
             weights[name] = weight
-            continue
-        scale = weight.abs().amax(dim=1, keepdim=True) / 127
-        weights[name] = (weight / scale).round().to(torch.int8)
-        weights[name.removesuffix("weight") + "weight_scale"] = scale
+        else:
+            stem = name.removesuffix("weight")
+            weights |= {stem + part: tensor for part, tensor in write(weight).items()}
     save_file(weights, into / "model.safetensors", metadata={"format": "pt"})
-    eight_bits = {"num_bits": 8, "type": "int", "symmetric": True}
+    config = json.loads((into / "config.json").read_text())
+    config["quantization_config"] = settings
+    (into / "config.json").write_text(json.dumps(config))
+    return into
+
+
+def _integers(weight: Any) -> dict[str, Any]:
+    import torch
+
+    scale = weight.abs().amax(dim=1, keepdim=True) / 127
+    return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
+
+
+def _floats(weight: Any) -> dict[str, Any]:
+    import torch
+
+    scale = weight.abs().amax(dim=1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+
+
+def _four_bits(weight: Any) -> dict[str, Any]:
+    """[out, in] as AWQ has it: eight columns a word, in its own order; a scale and a zero point for each group."""
+    import torch
+
+    groups = weight.T.unflatten(0, (-1, _GROUP))  # [in / 32, 32, out]
+    scale = groups.abs().amax(dim=1) / 7
+    whole = (groups / scale.unsqueeze(1)).round().to(torch.int64).flatten(0, 1) + 8
+    return {"qweight": _packed(whole), "qzeros": _packed(torch.full(scale.shape, 8)), "scales": scale.half()}
+
+
+def _packed(numbers: Any) -> Any:
+    """[rows, columns] of 0 .. 15 as [rows, columns / 8] int32."""
+    import torch
+
+    shifts = 4 * torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # column i of eight lies at nibble 0, 4, 1, 5, ..
+    words = (numbers.unflatten(1, (-1, 8)) << shifts).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def _eight_bits(kind: str, form: str) -> dict[str, Any]:
+    bits = {"num_bits": 8, "type": kind, "symmetric": True}
     group = {
         "targets": ["Linear"],
-        "weights": eight_bits | {"strategy": "channel", "dynamic": False},
-        "input_activations": eight_bits | {"strategy": "token", "dynamic": True},
+        "weights": bits | {"strategy": "channel", "dynamic": False},
+        "input_activations": bits | {"strategy": "token", "dynamic": True},
     }
-    config = json.loads((into / "config.json").read_text())
-    config["quantization_config"] = {
+    return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": form,
         "config_groups": {"group_0": group},
         "ignore": ["lm_head"],
     }
-    (into / "config.json").write_text(json.dumps(config))
-    return into
+
+
+_GROUP = 32
+"""Weights that have a scale in common, in AWQ."""
+_KINDS: dict[str, tuple[Callable[[Any], dict[str, Any]], dict[str, Any]]] = {
+    "int8": (_integers, _eight_bits("int", "int-quantized")),
+    "fp8": (_floats, _eight_bits("float", "float-quantized")),
+    "awq": (
+        _four_bits,
+        {"quant_method": "awq", "bits": 4, "group_size": _GROUP, "zero_point": True, "version": "gemm"},
+    ),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -134,3 +135,19 @@ def test_a_draft_in_an_actor_of_ray_is_read_alike(runs: tuple[V2Run, V2Run]) -> 
     assert ours["greedy"].tokens == runs[0]["greedy"].tokens
     assert ours["greedy"].metrics["vllm:saguaro_hits"] > 0
     assert ours["greedy"].accepted > 0
+
+
+@pytest.mark.long
+def test_two_engines_at_a_time_have_one_draft_of_a_pool(runs: tuple[V2Run, V2Run]) -> None:
+    pytest.importorskip("ray")
+    from tests.e2e.ray_nodes import ray_nodes
+
+    with ray_nodes({"num_cpus": 1}) as cluster:  # a second draft would have no core
+        pool = saguaro(placement="ray", branches=8, draft_pool="v2", ray_options={"address": cluster.address})
+        spec = {"options": OPTIONS | pool, "scripted": False, "async": True, "scenarios": [v2_plans.greedy("greedy")]}
+        with ThreadPoolExecutor(2) as both:
+            engines = list(both.map(lambda _: run_v2([spec])[0], range(2)))
+    for ours in engines:
+        assert ours["greedy"].tokens == runs[0]["greedy"].tokens
+        assert ours["greedy"].metrics["vllm:saguaro_hits"] > 0
+        assert ours["greedy"].accepted > 0

@@ -16,7 +16,7 @@ from vllm_saguaro.device_messages import DeviceDrafts, DeviceOutcomes
 from vllm_saguaro.drafting.device_engine import DeviceEngine
 from vllm_saguaro.kernels.operations import TWINS, Operations
 from vllm_saguaro.messages import Sampling
-from vllm_saguaro.placement.side_stream import InlineStream
+from vllm_saguaro.placement.side_stream import InlineStream, SideStream
 from vllm_saguaro.placement.stream import StreamDraft
 
 Outcome = tuple[int, int]
@@ -54,11 +54,12 @@ class World:
         drafts: int = 3,
         branches: int = 4,
         operations: Operations = TWINS,
+        stream: SideStream | None = None,
         make: Callable[..., DeviceEngine] = DeviceEngine,
         **options: Any,
     ) -> None:
         self.model, self.drafts = model, drafts
-        stream = InlineStream()
+        stream = stream or InlineStream()
         self.engine = make(model, operations, drafts, slots, branches, stream.mark, **{"seed": 11, **options})
         self.draft = StreamDraft(self.engine, stream)
         self.requests: dict[int, Request] = {}
@@ -74,10 +75,12 @@ class World:
         self.requests[slot] = request
         self.draft.admit(slot, request.name, list(text), sampling)
         assert self.draft.alive
+        self._quiet()
         return request
 
     def release(self, slot: int) -> None:
         self.draft.release(slot, self.requests.pop(slot).name)
+        self._quiet()
 
     def step(self, found: Mapping[int, Outcome | None]) -> Given:
         """One step of the target with these slots, in this order; None: the row gets no token."""
@@ -85,6 +88,7 @@ class World:
         expected = [self._expected(slot, outcome) for slot, outcome in found.items()]
         given = self.draft.exchange(outcomes)
         assert self.draft.alive
+        self._quiet()
         self._check_given(given, outcomes)
         rows = []
         for row, (slot, outcome) in enumerate(found.items()):
@@ -110,16 +114,22 @@ class World:
         bonus = [0 if o is None else o[1] for o in found.values()]
         lengths = [12345 if o is None else len(self.requests[slot].text) + o[0] + 1 for slot, o in found.items()]
         temperature = [self.requests[slot].sampling.temperature for slot in slots]
+        device = self.model.device
         return DeviceOutcomes(
-            slots=torch.tensor(slots, dtype=torch.int64),
-            accepted=torch.tensor(accepted, dtype=torch.int32),
-            verified=torch.tensor(verified, dtype=torch.int32),
-            bonus=torch.tensor(bonus, dtype=torch.int64),
-            lengths=torch.tensor(lengths, dtype=torch.int32),
-            temperature=torch.tensor(temperature, dtype=torch.float32),
+            slots=torch.tensor(slots, dtype=torch.int64, device=device),
+            accepted=torch.tensor(accepted, dtype=torch.int32, device=device),
+            verified=torch.tensor(verified, dtype=torch.int32, device=device),
+            bonus=torch.tensor(bonus, dtype=torch.int64, device=device),
+            lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+            temperature=torch.tensor(temperature, dtype=torch.float32, device=device),
             request_ids=[self.requests[slot].name for slot in slots],
             slots_on_host=np.array(slots, dtype=np.int64),
         )
+
+    def _quiet(self) -> None:
+        """Nothing is looked at while a stream is still at work on it."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
 
     # ---- what the draft has ------------------------------------------------------------------------------------
 

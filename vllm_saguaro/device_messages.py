@@ -49,9 +49,10 @@ class DeviceOutcomes:
 class DeviceDrafts:
     """What every row of a step has to verify next.
 
-    tokens [B, K] int64: every entry is a valid token id (the filler is the bonus token). A buffer that the caller may
-    overwrite, good until the next `exchange`.
+    tokens [B, K] int64: every entry is a valid token id (the filler is the bonus token).
     ready [B] int32: how many leading drafts are real, 0 to K; the others are filler, to be marked invalid.
+
+    Buffers, good until the next `exchange`; the caller may overwrite the tokens.
     """
 
     tokens: Tensor

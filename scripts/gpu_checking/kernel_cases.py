@@ -1,4 +1,4 @@
-"""Random arguments for each operation of the device's round, and what makes two implementations of one agree.
+"""Random arguments for each operation of the device, and what makes two implementations of one agree.
 
 A case holds what its operation is called with. The numbers are chosen so that ties, misses, padding, impossible
 outcomes, the ends of tables and blocks, and values that must not be looked at (NaN in the padding) are all common.
@@ -281,8 +281,38 @@ def _sealing(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     words = 8 + sizes.drafts
     record = _integers(-(2**62), 2**62, (3 + sizes.slots * words,), g)
     rows = min(sizes.rows, sizes.slots)
-    number, head = int(_integers(0, 2**40, (1,), g)), int(_integers(-(2**62), 2**62, (1,), g))
+    number, head = int(_integers(0, 2**20, (1,), g)), int(_integers(-(2**62), 2**62, (1,), g))
     return record, rows, words, number, head
+
+
+def _agreement(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    fed = _integers(0, sizes.drafts + 1, (sizes.rows,), g)  # drafts of each request
+    begins = torch.cat((torch.zeros(1, dtype=torch.int64), (fed + 1).cumsum(0)))
+    places = torch.cat([torch.arange(int(n) + 1) for n in fed] or [torch.zeros(0, dtype=torch.int64)])
+    drawn = _integers(-1, 2, places.shape, g)
+    ahead = torch.cat((torch.zeros(1, dtype=torch.int64), drawn))[:-1]
+    drafts = torch.where(torch.rand(places.shape, generator=g) < 0.8, ahead, _integers(-1, 2, places.shape, g))
+    return drawn, drafts, begins.to(torch.int32), places.to(torch.int32), sizes.drafts
+
+
+def _gathering(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    slots, rows = sizes.slots, min(sizes.rows, sizes.slots)
+    chosen = torch.randperm(slots, generator=g)[:rows].to(torch.int32)
+    counts = [_integers(0, sizes.drafts + 2, (rows,), g).to(torch.int32) for _ in range(2)]
+    newest, lengths = _integers(0, 2**40, (slots, 1), g), _integers(0, 2**31 - 1, (slots,), g).to(torch.int32)
+    return chosen, *counts, newest, lengths, torch.rand(slots, generator=g), torch.rand(slots, generator=g) < 0.3
+
+
+def _booking(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    slots, rows, depths, last = sizes.slots, min(sizes.rows, sizes.slots), sizes.drafts, 1000
+    chosen = torch.randperm(slots, generator=g)[:rows]
+    drafts = _integers(0, last + 1, (rows, depths), g)
+    strange = torch.rand(drafts.shape, generator=g) < 0.2
+    drafts = torch.where(strange, _integers(-(2**40), 2**40, drafts.shape, g), drafts)
+    accepted, depth = (_integers(least, depths + 1, (rows,), g).to(torch.int32) for least in (-1, 0))
+    most = torch.where(torch.rand(slots, generator=g) < 0.3, 0, _integers(1, depths + 1, (slots,), g)).to(torch.int32)
+    booked = torch.full((rows, depths), 9), torch.full((slots,), 9, dtype=torch.int32), _integers(0, 9, (4,), g)
+    return drafts, depth, chosen, accepted, most, last, *booked
 
 
 MAKERS: dict[str, Callable[[Sizes, torch.Generator], tuple[Any, ...]]] = {
@@ -295,6 +325,9 @@ MAKERS: dict[str, Callable[[Sizes, torch.Generator], tuple[Any, ...]]] = {
     "add_noise": _noise,
     "take_drafts": _taking,
     "seal_record": _sealing,
+    "agreed": _agreement,
+    "gather_outcomes": _gathering,
+    "book_drafts": _booking,
 }
 """What makes the arguments of each operation."""
 

@@ -15,11 +15,13 @@ import torch
 
 from scripts.gpu_checking.kernel_cases import MAKERS, Sizes, disagreement, make_case
 from vllm_saguaro.kernels import (
+    agreement,
     branch_step,
     branch_tables,
     outcome_ranking,
     outcome_settling,
     position_noise,
+    step_outcomes,
     step_records,
 )
 from vllm_saguaro.kernels.operations import TWINS
@@ -34,6 +36,9 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "add_noise": position_noise.add_noise,
     "take_drafts": step_records.take_drafts,
     "seal_record": step_records.seal_record,
+    "agreed": agreement.agreed,
+    "gather_outcomes": step_outcomes.gather_outcomes,
+    "book_drafts": step_outcomes.book_drafts,
 }
 
 SMALL = (Sizes(), Sizes(rows=1, branches=24, drafts=5, candidates=9, width=70, block_size=16), Sizes(rows=7, width=3))

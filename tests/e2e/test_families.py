@@ -50,18 +50,17 @@ def test_a_quantised_target_and_a_quantised_draft(kind: str, tmp_path: Path) -> 
     """Texts are mostly plain vLLM's where activations are rounded to 8 bits, and not compared in bfloat16.
 
     Both round by the shape of the batch, and a verify pass has another one: plain vLLM gives some texts of the model
-    with 8-bit integers otherwise alone than in a batch. FP8 and AWQ want 16-bit activations.
+    with 8-bit integers otherwise alone than in a batch. AWQ has 16-bit activations alone.
     """
     whole = make("llama", tmp_path / "whole")
     quantised = quantise(whole, tmp_path / "quantised", kind)
-    dtype, most = ("float32", 0.9 * K) if kind == "int8" else ("bfloat16", 0.8 * K)
+    coarse = kind == "awq"
+    dtype, most = ("bfloat16", 0.8 * K) if coarse else ("float32", 0.9 * K)
     for target, draft, least in ((quantised, whole, 0.0), (whole, quantised, 0.0), (quantised, quantised, most)):
         pair = run(target, draft, dtype)
-        if target == whole and kind == "int8":
-            assert_same_texts(pair.ours, pair.plain)
-        elif kind == "int8":
-            assert same_texts(pair.ours, pair.plain) >= 5
-        assert pair.ours.hit_rate() > (0.5 if least else 0.2)
+        if not coarse:
+            assert same_texts(pair.ours, pair.plain) >= (8 if target == whole else 5)
+        assert pair.ours.hit_rate() > (0.2 if coarse and not least else 0.5)
         assert pair.ours.acceptance > least
 
 

@@ -138,7 +138,7 @@ def test_a_draft_in_an_actor_of_ray_is_read_alike(runs: tuple[V2Run, V2Run]) -> 
 
 
 @pytest.mark.long
-def test_two_engines_at_a_time_have_one_draft_of_a_pool(runs: tuple[V2Run, V2Run]) -> None:
+def test_two_engines_have_one_draft_of_a_pool(runs: tuple[V2Run, V2Run]) -> None:
     pytest.importorskip("ray")
     from tests.e2e.ray_nodes import ray_nodes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 
 from vllm_saguaro.algorithm import (
+    agreement,
     branch_step,
     branch_tables,
     outcome_ranking,
     outcome_settling,
     position_noise,
+    step_outcomes,
     step_records,
 )
 
@@ -35,6 +38,9 @@ class Operations:
     add_noise: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     take_drafts: Callable[..., None]
     seal_record: Callable[[Tensor, int, int, int, int], None]
+    agreed: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    gather_outcomes: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]]
+    book_drafts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, Tensor, Tensor, Tensor], None]
 
 
 TWINS = Operations(
@@ -47,9 +53,13 @@ TWINS = Operations(
     add_noise=position_noise.add_noise,
     take_drafts=step_records.take_drafts,
     seal_record=step_records.seal_record,
+    agreed=agreement.agreed,
+    gather_outcomes=step_outcomes.gather_outcomes,
+    book_drafts=step_outcomes.book_drafts,
 )
 
 
+@functools.cache
 def operations_for(device: torch.device) -> Operations:
     """The operations for tensors on that device.
 
@@ -58,11 +68,13 @@ def operations_for(device: torch.device) -> Operations:
     if device.type != "cuda":
         return TWINS
     # Here, not above: a machine without a GPU may have no Triton, and needs none
+    from vllm_saguaro.kernels import agreement as agreeing
     from vllm_saguaro.kernels import branch_step as step
     from vllm_saguaro.kernels import branch_tables as tables
     from vllm_saguaro.kernels import outcome_ranking as ranking
     from vllm_saguaro.kernels import outcome_settling as settling
     from vllm_saguaro.kernels import position_noise as noise
+    from vllm_saguaro.kernels import step_outcomes as outcomes
     from vllm_saguaro.kernels import step_records as records
 
     return Operations(
@@ -75,4 +87,7 @@ def operations_for(device: torch.device) -> Operations:
         add_noise=noise.add_noise,
         take_drafts=records.take_drafts,
         seal_record=records.seal_record,
+        agreed=agreeing.agreed,
+        gather_outcomes=outcomes.gather_outcomes,
+        book_drafts=outcomes.book_drafts,
     )

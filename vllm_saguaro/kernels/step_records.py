@@ -36,7 +36,7 @@ def take_drafts(
     """Find each row's drafts, and write what is to be told of it: see the twin.
 
     Grid: one program (a warp) a row, each of another slot. It reads 8 N + 8 K bytes of the copies: the time of a
-    launch, some 3 us, where the twin is some seventy launches between the target's sampling and its next pass.
+    launch, some 3 us, where the twin is some eighty launches between the target's sampling and its next pass.
     """
     count, num_drafts = tokens.shape
     branches = body.shape[1] // (1 + num_drafts)
@@ -204,8 +204,8 @@ def _seal(  # type: ignore[no-untyped-def]
     record_word,
     rows,
     row_words,
-    number,
-    head,
+    number: tl.int64,  # else typed by its value, and compiled anew for another type
+    head: tl.int64,
     BLOCK_B: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):

@@ -73,7 +73,7 @@ class DeviceStep:
         cell = (1, CELL_HEADER), (1, self._shape.cell_words - CELL_HEADER)
         head, body = (torch.zeros(size, dtype=torch.int64, device=self._device) for size in cell)
         word, number = (torch.zeros(1, dtype=dtype, device=self._device) for dtype in (torch.int64, torch.int32))
-        outcomes = DeviceOutcomes(word, number - 1, number, word, number, number.float(), (), np.zeros(1))
+        outcomes = DeviceOutcomes(word, number - 1, number, word, number, number.float(), (), np.zeros(1, np.int64))
         self.take(TableCopies(word, head, body, word), outcomes)
         self._do.seal_record(self._record, 1, self._shape.row_words, 0, 0)
 

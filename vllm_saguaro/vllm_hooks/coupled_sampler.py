@@ -21,8 +21,8 @@ from vllm.v1.worker.gpu.sample.gumbel import gumbel_sample
 from vllm.v1.worker.gpu.sample.sampler import Sampler
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from vllm_saguaro.algorithm.agreement import agreed
 from vllm_saguaro.algorithm.position_noise import gumbel_of_all, stems
+from vllm_saguaro.kernels.operations import operations_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,6 +98,19 @@ class CoupledSampler(RejectionSampler):
         )
         steps = self.num_speculative_steps
         return processed, *agreed(drawn, verify_draft_sampled, cu_num_logits, expanded_local_pos, steps)
+
+
+def agreed(
+    drawn: Tensor, drafts: Tensor, begins: Tensor, places: Tensor, num_speculative_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """`algorithm.agreement.agreed`, by the operation of the tensors' device."""
+    return operations_for(drawn.device).agreed(drawn, drafts, begins, places, num_speculative_tokens)
+
+
+def warm_up(device: torch.device, num_speculative_tokens: int) -> None:
+    """Compile `agreed` where it is a kernel: now, not as requests wait."""
+    begins, row = torch.arange(2, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    agreed(row, row, begins, begins[:1], num_speculative_tokens)
 
 
 def noise_is_known(model_config: Any, device: torch.device) -> bool:

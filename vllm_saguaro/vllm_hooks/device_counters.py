@@ -6,46 +6,37 @@ steps behind, never in the way.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
 from vllm_saguaro import counters
+from vllm_saguaro.algorithm.step_outcomes import ABSENT, HIT, NOT_PREDICTED
 from vllm_saguaro.counters import CounterPage
 from vllm_saguaro.messages import Miss
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-_HIT, _NOT_PREDICTED, _ABSENT, _NO_OUTCOME = range(4)
 _COUNTED = (
-    (_HIT, counters.HITS),
-    (_NOT_PREDICTED, counters.MISSES[Miss.NOT_PREDICTED]),
-    (_ABSENT, counters.MISSES[Miss.ABSENT]),
+    (HIT, counters.HITS),
+    (NOT_PREDICTED, counters.MISSES[Miss.NOT_PREDICTED]),
+    (ABSENT, counters.MISSES[Miss.ABSENT]),
 )
 
 
 class DeviceCounters:
-    """Four counts [4] int64 on the device, and their copy on the host."""
+    """The counts that `algorithm.step_outcomes.book_drafts` adds to, and their copy on the host."""
 
-    def __init__(self, page: CounterPage, rows: int, device: torch.device) -> None:
-        """`rows`: of a step, at most."""
+    def __init__(self, page: CounterPage, device: torch.device) -> None:
+        """`page`: where the counts are shown."""
         self._page = page
-        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
-        self._ones = torch.ones(rows, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(4, dtype=torch.int64, device=device)
+        """[4] int64, on the device."""
         arrived = torch.zeros(4, dtype=torch.int64)
         self._arrived = arrived.pin_memory() if device.type == "cuda" else arrived
         self._seen: np.ndarray = np.zeros(4, dtype=np.int64)
         self._view = self._arrived.numpy()
 
-    def count(self, accepted: Tensor, ready: Tensor, most: Tensor) -> None:
-        """One step: `accepted`, `ready`, `most` [B] int32 (accepted -1: no outcome; most 0: the draft has it not)."""
-        kind = torch.where(most > 0, _NOT_PREDICTED, _ABSENT)
-        kind = torch.where(ready > 0, _HIT, kind)
-        kind = torch.where(accepted < 0, _NO_OUTCOME, kind)
-        self._counts.scatter_add_(0, kind, self._ones[: kind.shape[0]])
-        self._arrived.copy_(self._counts, non_blocking=True)
+    def counted(self) -> None:
+        """A step has been counted: its counts are to follow, and those that have arrived are shown."""
+        self._arrived.copy_(self.counts, non_blocking=True)
         self.publish()
 
     def drafted(self, drafts: int, branches: int | None) -> None:

@@ -62,7 +62,7 @@ class DeviceDraftWorker(_Worker):
         counting = None
         if self._leads:
             self._page = attach_page(self._options.get("counters"))
-            counting = DeviceCounters(self._page, runner.req_states.max_num_reqs, runner.device)
+            counting = DeviceCounters(self._page, runner.device)
             if config.trace is not None:
                 self._trace = WrittenTrace(TraceFile(config.trace), 1, self._page, logger)
         self._speculator = SaguaroSpeculator(

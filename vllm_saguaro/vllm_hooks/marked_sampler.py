@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
-from vllm_saguaro.vllm_hooks.coupled_sampler import CoupledSampler
+from vllm_saguaro.vllm_hooks.coupled_sampler import CoupledSampler, warm_up
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,4 +69,5 @@ def install(runner: GPUModelRunner, ready: Tensor, coupled: bool) -> None:
             )
         sampler.sampler.use_flashinfer = sampler.sampler.use_xpu_sampler = False
         sampler = CoupledSampler.of(sampler)
+        warm_up(ready.device, sampler.num_speculative_steps)
     runner.rejection_sampler = MarkedSampler(sampler, ready)

@@ -21,6 +21,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator, DraftModelSpeculator
 
 from vllm_saguaro.device_messages import DeviceDraft, DeviceOutcomes
+from vllm_saguaro.kernels.operations import operations_for
 from vllm_saguaro.messages import Noise, Sampling
 from vllm_saguaro.vllm_hooks.closing import Closing
 from vllm_saguaro.vllm_hooks.device_counters import DeviceCounters
@@ -62,6 +63,7 @@ class SaguaroSpeculator(BaseSpeculator):
         counters: DeviceCounters | None = None,
     ) -> None:
         """`longest`: tokens of a prompt that the draft may hold at most; `with_q`: drafts may be drawn from a q."""
+        self._do = operations_for(req_states.device)
         slots, device, vocab_size = req_states.max_num_reqs, req_states.device, req_states.vocab_size
         self.draft_logits = torch.zeros(slots, num_speculative_tokens, vocab_size, device=device) if with_q else None
         self.ready = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -71,8 +73,8 @@ class SaguaroSpeculator(BaseSpeculator):
         self._last_token = vocab_size - 1
         self._longest = longest
         self._counters = counters
+        self._counts = torch.zeros(4, dtype=torch.int64, device=device) if counters is None else counters.counts
         self._tokens = torch.zeros(slots, num_speculative_tokens, dtype=torch.int64, device=device)
-        self._none = torch.zeros(slots, dtype=torch.int32, device=device)
         # What is known of a slot's request, on the device: how many drafts it may have, and whether they are certain.
         self._most = torch.zeros(slots, dtype=torch.int32, device=device)
         self._certain = torch.zeros(slots, dtype=torch.bool, device=device)
@@ -94,7 +96,21 @@ class SaguaroSpeculator(BaseSpeculator):
 
     def attach(self, draft: DeviceDraft) -> None:
         """From now on the drafts come from here."""
+        self._warm_up()
         self._draft = draft
+
+    def _warm_up(self) -> None:
+        """A row that got no token, in the first slot, which is nobody's: kernels are compiled now, not in a step."""
+        count, device = len(self.ready), self.ready.device
+        slots, none = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))
+        newest = torch.zeros(count, 1, dtype=torch.int64, device=device)
+        lengths, temperature = (torch.zeros(count, dtype=t, device=device) for t in (torch.int32, torch.float32))
+        by_slot = newest, lengths, temperature, self._certain
+        where, accepted, *_ = self._do.gather_outcomes(slots, none, none, *by_slot)
+        tokens = self._tokens[:1]
+        self._do.book_drafts(
+            *(tokens, none, where, accepted, self._most, self._last_token), *(tokens, self.ready, self._counts)
+        )
 
     def begin_step(self, scheduler_output: SchedulerOutput) -> None:
         """Before the runner takes a step in: let go of those whose slots it is about to free."""
@@ -169,51 +185,41 @@ class SaguaroSpeculator(BaseSpeculator):
         tokens = self._tokens[:rows]
         if dummy_run:
             return tokens
-        slots = input_batch.idx_mapping.to(torch.int64)
-        bonus = last_sampled[slots, 0]
-        ready = None
+        by_slot = last_sampled, self._req_states.total_len.gpu, temperature, self._certain
+        gathered = self._do.gather_outcomes(input_batch.idx_mapping, num_sampled, num_rejected, *by_slot)
+        outcomes = DeviceOutcomes(*gathered, input_batch.req_ids, input_batch.idx_mapping_np)
+        booked = False
         if self._draft is not None and _gives_a_token(input_batch):
-            outcomes = DeviceOutcomes(
-                slots=slots,
-                accepted=num_sampled.to(torch.int32) - 1,
-                verified=(num_sampled + num_rejected).to(torch.int32) - 1,
-                bonus=bonus,
-                lengths=self._req_states.total_len.gpu[slots],
-                temperature=temperature[slots].masked_fill(self._certain[slots], 0.0),
-                request_ids=input_batch.req_ids,
-                slots_on_host=input_batch.idx_mapping_np,
-            )
-            ready = self._exchange(self._draft, outcomes, tokens)
-        if ready is None:
-            ready = self._none[:rows]
-            tokens.copy_(bonus.unsqueeze(-1).expand_as(tokens))
-        self.ready.index_copy_(0, slots, ready)
+            booked = self._exchange(self._draft, outcomes, tokens)
+        if not booked:
+            tokens.copy_(outcomes.bonus.unsqueeze(-1).expand_as(tokens))
+            self.ready.index_fill_(0, outcomes.slots, 0)
         if self.ranks is not None:
             self.ranks.share(tokens)
         return tokens
 
-    def _exchange(self, draft: DeviceDraft, outcomes: DeviceOutcomes, tokens: Tensor) -> Tensor | None:
-        """Write the drafts for these outcomes to `tokens` [B, K]; how many are real, [B] int32; None: the draft failed.
+    def _exchange(self, draft: DeviceDraft, outcomes: DeviceOutcomes, tokens: Tensor) -> bool:
+        """Write the drafts for these outcomes to `tokens` [B, K], and to `ready` how many are real; or the draft fails.
 
         Where some row has a temperature the q of all rows is written, too.
         """
-        most = self._most[outcomes.slots]
         try:
             drafts = draft.exchange(outcomes)
             if self.draft_logits is not None and self._sampled[outcomes.slots_on_host].any():
                 draft.logits_into(outcomes, drafts, self.draft_logits)
                 if self._counters is not None:
                     self._counters.drew(draft.sampling_c)
-            # Tokens index the embedding unchecked: whatever the draft side does, they must not leave it.
-            torch.clamp(drafts.tokens, 0, self._last_token, out=tokens)
-            ready = torch.minimum(drafts.ready, most).masked_fill(outcomes.accepted < 0, 0)
+            self._do.book_drafts(
+                *(drafts.tokens, drafts.ready, outcomes.slots, outcomes.accepted, self._most, self._last_token),
+                *(tokens, self.ready, self._counts),
+            )
         except Exception:
             self._give_up()
-            return None
+            return False
         if self._counters is not None:
-            self._counters.count(outcomes.accepted, ready, most)
+            self._counters.counted()
             self._counters.drafted(self._most_drafts, draft.branches)
-        return ready
+        return True
 
     def _give_up(self) -> None:
         """The draft has failed: requests go on without drafts, and nobody waits for its end.

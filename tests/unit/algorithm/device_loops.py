@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from torch import Tensor
@@ -205,3 +206,61 @@ def seal_record(record: Tensor, rows: int, row_words: int, number: int, head: in
         total += word * (2 * i + 1) * 0x2545F491
     signed = (total + 2**63) % 2**64 - 2**63
     record[0], record[1], record[2] = number, rows, signed
+
+
+def agreed(
+    drawn: Tensor, drafts: Tensor, begins: Tensor, places: Tensor, num_speculative_tokens: int
+) -> tuple[list[list[int]], list[int]]:
+    tokens, counts, bounds = [], [], begins.tolist()
+    for begin, end in itertools.pairwise(bounds):
+        says, fed = drawn[begin:end].tolist(), drafts[begin + 1 : end].tolist()
+        assert places[begin:end].tolist() == list(range(end - begin))
+        same = next((i for i, draft in enumerate(fed) if draft < 0 or draft != says[i]), len(fed))
+        tokens.append(says + [0] * (num_speculative_tokens + 1 - len(says)))
+        counts.append(1 + same)
+    return tokens, counts
+
+
+def gather_outcomes(
+    slots: Tensor,
+    num_sampled: Tensor,
+    num_rejected: Tensor,
+    last_sampled: Tensor,
+    total_length: Tensor,
+    temperature: Tensor,
+    certain: Tensor,
+) -> tuple[list[int], list[int], list[int], list[int], list[int], list[float]]:
+    sampled, rejected, where = num_sampled.tolist(), num_rejected.tolist(), slots.tolist()
+    return (
+        where,
+        [count - 1 for count in sampled],
+        [count + left - 1 for count, left in zip(sampled, rejected, strict=True)],
+        [int(last_sampled[slot, 0]) for slot in where],
+        [int(total_length[slot]) for slot in where],
+        [0.0 if certain[slot] else float(temperature[slot]) for slot in where],
+    )
+
+
+def book_drafts(
+    drafts: Tensor,
+    depth: Tensor,
+    slots: Tensor,
+    accepted: Tensor,
+    most: Tensor,
+    last_token: int,
+    tokens: Tensor,
+    ready: Tensor,
+    counts: Tensor,
+) -> None:
+    for row, slot in enumerate(slots.tolist()):
+        allowed, has_token = int(most[slot]), int(accepted[row]) >= 0
+        real = min(int(depth[row]), allowed) if has_token else 0
+        for j, draft in enumerate(drafts[row].tolist()):
+            tokens[row, j] = min(max(draft, 0), last_token)
+        ready[slot] = real
+        if not has_token:
+            counts[3] += 1
+        elif real:
+            counts[0] += 1
+        else:
+            counts[1 if allowed else 2] += 1

@@ -14,10 +14,12 @@ from torch import Tensor
 from scripts.gpu_checking.kernel_cases import MAKERS, Case, Sizes, disagreement, make_case
 from tests.unit.algorithm import device_loops
 from vllm_saguaro.algorithm import (
+    agreement,
     branch_step,
     branch_tables,
     outcome_ranking,
     outcome_settling,
+    step_outcomes,
     step_records,
 )
 from vllm_saguaro.algorithm.outcomes import Beliefs, outcome_log_probabilities, ranked, scores
@@ -34,7 +36,7 @@ SIZES = st.builds(
     block_size=st.sampled_from([1, 3, 4, 16]),
 )
 MANY = settings(max_examples=60, deadline=None)
-IN_PLACE = ("settle_outcomes", "copy_blocks", "adopt", "branch_step", "take_drafts", "seal_record")
+IN_PLACE = ("settle_outcomes", "copy_blocks", "adopt", "branch_step", "take_drafts", "seal_record", "book_drafts")
 
 
 @MANY
@@ -51,6 +53,13 @@ def test_fork_does_what_the_loop_does(sizes: Sizes, seed: int, strided: bool) ->
     tables, source, destination = (t.tolist() for t in got)
     assert (tables, source, destination) == device_loops.fork(*case.arguments)
     assert {t.dtype for t in got} == {torch.int32}
+
+
+@pytest.mark.parametrize("name", ["agreed", "gather_outcomes"])
+@MANY
+@given(sizes=SIZES, seed=st.integers(0, 2**32), strided=st.booleans())
+def test_what_is_given_is_what_the_loop_gives(name: str, sizes: Sizes, seed: int, strided: bool) -> None:
+    assert not _is_wrong(make_case(name, sizes, seed, strided=strided), getattr(TWINS, name))
 
 
 @pytest.mark.parametrize("name", IN_PLACE)
@@ -150,6 +159,17 @@ PLANTED = [
     (step_records, "take_drafts", "torch.where(has_outcome, count, under_verification)", "count"),
     (step_records, "take_drafts", "round_ + has_outcome", "round_ + 1"),
     (step_records, "seal_record", "2 * torch.arange", "torch.arange"),
+    (agreement, "agreed", " & (fed[:, 1:] >= 0)", ""),
+    (agreement, "agreed", ".cumprod(1, dtype=torch.int32)", ""),
+    (agreement, "agreed", "1 + same", "0 + same"),
+    (step_outcomes, "gather_outcomes", "num_sampled.to(torch.int32) - 1", "num_sampled.to(torch.int32)"),
+    (step_outcomes, "gather_outcomes", "(num_sampled + num_rejected)", "(num_sampled)"),
+    (step_outcomes, "gather_outcomes", ".masked_fill(certain[where], 0.0)", ""),
+    (step_outcomes, "book_drafts", ".masked_fill(accepted < 0, 0)", ""),
+    (step_outcomes, "book_drafts", "torch.minimum(depth, allowed)", "depth.clone()"),
+    (step_outcomes, "book_drafts", "torch.clamp(drafts, 0, last_token, out=tokens)", "tokens.copy_(drafts)"),
+    (step_outcomes, "book_drafts", "torch.where(accepted < 0, NO_OUTCOME, kind)", "kind"),
+    (step_outcomes, "book_drafts", "torch.where(real > 0, HIT, kind)", "kind"),
     (step_records, "seal_record", "rows * row_words", "rows"),
     (step_records, "seal_record", ".sum(), head", ".sum(), 0"),
 ]

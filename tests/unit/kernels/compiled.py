@@ -36,6 +36,7 @@ SIZES = (
     Sizes(rows=2, branches=24, drafts=4, candidates=64, width=64, block_size=16),
     Sizes(rows=2, branches=64, drafts=16, candidates=64, width=2000, block_size=16),
     Sizes(rows=1, branches=30, drafts=1, candidates=3, width=1, block_size=1),
+    Sizes(rows=1, branches=1, drafts=1, candidates=1, width=1, block_size=16),
 )
 
 
@@ -54,6 +55,8 @@ class Compiled:
             name = parameter.name
             if isinstance(value, torch.Tensor):
                 signature[name] = "*" + TYPES[value.dtype]
+            elif parameter.annotation_type:
+                signature[name] = parameter.annotation_type
             elif value == 1 and not parameter.do_not_specialize:
                 constants[name] = 1
             else:

@@ -31,6 +31,9 @@ MODULES = {
     "add_noise": "position_noise",
     "take_drafts": "step_records",
     "seal_record": "step_records",
+    "agreed": "agreement",
+    "gather_outcomes": "step_outcomes",
+    "book_drafts": "step_outcomes",
 }
 """Where the kernel of each operation is."""
 

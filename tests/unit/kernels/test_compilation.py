@@ -8,7 +8,11 @@ from pathlib import Path
 
 from tests.unit.kernels.interpreted import ROOT
 
-KERNELS = {"_probabilities", "_ranks", "_fork", "_copy", "_adopt", "_step", "_noise", "_settle", "_take", "_seal"}
+KERNELS = {"_probabilities", "_ranks", "_fork", "_copy", "_adopt", "_step", "_noise", "_settle", "_take", "_seal"} | {
+    "_agreed",
+    "_gather",
+    "_book",
+}
 
 
 def compiled(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -38,3 +42,12 @@ def test_a_kernel_that_would_not_compile_is_found(tmp_path: Path) -> None:
     done = compiled(tmp_path, str(planted))
     assert done.returncode != 0
     assert "power of 2" in done.stderr
+
+
+def test_numbers_that_change_from_step_to_step_compile_nothing_anew() -> None:
+    """Triton types a number by its value, and makes a constant of 1."""
+    from vllm_saguaro.kernels import step_records
+
+    changing = {p.name: (p.do_not_specialize, p.annotation_type) for p in step_records._seal.params}
+    assert changing["rows"] == (True, "")
+    assert changing["number"] == changing["head"] == (True, "i64")

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.placement.device_sides import CPU, GREEDY, SHAPE, HostChannel, SmallTarget, outcomes_of
+from vllm_saguaro.algorithm import step_records
 from vllm_saguaro.kernels.operations import TWINS
 from vllm_saguaro.messages import Admit, Outcome, Release, Stamp, Step
+from vllm_saguaro.placement import layout
 from vllm_saguaro.placement import records as records_module
 from vllm_saguaro.placement.device_mailbox import MailboxDraft
 from vllm_saguaro.placement.mailbox import Mailbox
@@ -478,3 +480,9 @@ def test_records_are_of_the_rows_that_there_are() -> None:
     ]
     assert torch.equal(draft._step.state[:, 1], torch.tensor([1, 1, 2, 1]))
     draft.close()
+
+
+def test_the_device_writes_what_the_layout_says() -> None:
+    """Its constants are the operations' own: those know nothing of a mailbox."""
+    assert (step_records.RECORD_HEADER, step_records.ROW_HEADER) == (layout.RECORD_HEADER, layout.ROW_HEADER)
+    assert weights(3).tolist() == [step_records.ROW_WEIGHT * odd for odd in (1, 3, 5)]

@@ -5,7 +5,6 @@ Tables, drafts and KV are looked at after each step, against the oracle of `Worl
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
@@ -93,5 +92,5 @@ def test_nothing_waits(captured: bool) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert world.draft.alive
-    assert np.isfinite(logits.cpu().numpy()).all()
+    assert not logits.isnan().any()
     world.draft.close()

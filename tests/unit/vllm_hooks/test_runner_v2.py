@@ -84,7 +84,7 @@ class Runner:
         self.page = CounterPage()
         self.last_sampled = torch.arange(SLOTS).view(-1, 1) + 1
         self.temperature = torch.zeros(SLOTS)
-        counted = DeviceCounters(self.page, SLOTS, self.states.device)
+        counted = DeviceCounters(self.page, self.states.device)
         self.speculator = SaguaroSpeculator(self.states, K, LONGEST, with_q, counted)
         if draft is not None:
             self.speculator.attach(draft)

@@ -80,7 +80,8 @@ def disagreement(case: Case, one: Operation, other: Operation, device: torch.dev
             return f"argument {place} is afterwards {a.cpu()}, not {b}"
     if case.operation == "ranked_outcomes":
         return _ranking_disagreement(case, tuple(t.cpu() for t in got))
-    for place, (a, b) in enumerate(zip(got or (), expected or (), strict=True)):
+    results = ((each,) if isinstance(each, Tensor) else each or () for each in (got, expected))
+    for place, (a, b) in enumerate(zip(*results, strict=True)):
         if a.dtype != b.dtype or not torch.equal(a.cpu(), b):
             return f"result {place} is {a.cpu()}, not {b}"
     return ""
@@ -243,6 +244,12 @@ def _noise(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     return logits, temperature, _integers(0, 2**32, (rows,), g), noisy
 
 
+def _copying(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    words = _integers(-(2**62), 2**62, (sizes.slots, sizes.width + 2), g)
+    view = words[:, 1] if sizes.branches % 2 else words[:, 1:-1]
+    return view, _integers(0, sizes.slots, (sizes.rows,), g)
+
+
 def _taking(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     slots, rows, branches, depths = sizes.slots, min(sizes.rows, sizes.slots), sizes.branches, sizes.drafts
     vocabulary = 1000
@@ -323,6 +330,7 @@ MAKERS: dict[str, Callable[[Sizes, torch.Generator], tuple[Any, ...]]] = {
     "adopt": _adoption,
     "branch_step": _steps,
     "add_noise": _noise,
+    "copy_rows": _copying,
     "take_drafts": _taking,
     "seal_record": _sealing,
     "agreed": _agreement,

@@ -53,6 +53,11 @@ def tables_of(
     )
 
 
+def copy_rows(source: Tensor, rows: Tensor) -> Tensor:
+    """Rows `rows` [B] int64 of `source` [S] or [S, W], copied: [B] or [B, W]. Of a view no word is read beside it."""
+    return source.index_select(0, rows)
+
+
 def take_drafts(
     before: Tensor,
     head: Tensor,

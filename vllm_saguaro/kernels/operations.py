@@ -36,6 +36,7 @@ class Operations:
     adopt: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     branch_step: Callable[[Tensor, Tensor, Tensor, int, int, Tensor, Tensor, Tensor], None]
     add_noise: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    copy_rows: Callable[[Tensor, Tensor], Tensor]
     take_drafts: Callable[..., None]
     seal_record: Callable[[Tensor, int, int, int, int], None]
     agreed: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -51,6 +52,7 @@ TWINS = Operations(
     adopt=branch_tables.adopt,
     branch_step=branch_step.branch_step,
     add_noise=position_noise.add_noise,
+    copy_rows=step_records.copy_rows,
     take_drafts=step_records.take_drafts,
     seal_record=step_records.seal_record,
     agreed=agreement.agreed,
@@ -85,6 +87,7 @@ def operations_for(device: torch.device) -> Operations:
         adopt=tables.adopt,
         branch_step=step.branch_step,
         add_noise=noise.add_noise,
+        copy_rows=records.copy_rows,
         take_drafts=records.take_drafts,
         seal_record=records.seal_record,
         agreed=agreeing.agreed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,8 +12,31 @@ from vllm_saguaro.algorithm import step_records as twin
 _ROW_HEADER = tl.constexpr(twin.ROW_HEADER)
 _RECORD_HEADER = tl.constexpr(twin.RECORD_HEADER)
 _ROW_WEIGHT = tl.constexpr(twin.ROW_WEIGHT)
-_ROWS = 64
-"""Rows of a tile."""
+_ROWS, _TILE = 64, 256
+"""Rows of a tile of a record; words of a tile that is copied."""
+
+
+def copy_rows(source: Tensor, rows: Tensor) -> Tensor:
+    """Rows of `source` [S] or [S, W] int64, copied: see the twin.
+
+    The source may lie in memory of the host that another process writes. So each word is read once, past all caches,
+    and a launch behind this one in the stream reads nothing before this one has. Grid: a program a row and tile.
+    """
+    count, width = rows.shape[0], source[0].numel()
+    copied = torch.empty((count, *source.shape[1:]), dtype=source.dtype, device=rows.device)
+    if count:
+        _copy_rows[(count, triton.cdiv(width, _TILE))](
+            source,
+            source.stride(0),
+            source.stride(1) if source.dim() > 1 else 1,
+            rows,
+            rows.stride(0),
+            copied,
+            width,
+            BLOCK=min(_TILE, triton.next_power_of_2(width)),
+            num_warps=1,
+        )
+    return copied
 
 
 def take_drafts(
@@ -97,6 +121,24 @@ def seal_record(record: Tensor, rows: int, row_words: int, number: int, head: in
         BLOCK_W=triton.next_power_of_2(row_words),
         num_warps=4,
     )
+
+
+@triton.jit
+def _copy_rows(  # type: ignore[no-untyped-def]
+    source,
+    source_row,
+    source_word,
+    rows,
+    rows_row,
+    copied,
+    width,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    word = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = word < width
+    at = source + tl.load(rows + row * rows_row).to(tl.int64) * source_row + word * source_word
+    tl.store(copied + row * width + word, tl.load(at, mask=inside, cache_modifier=".cv"), mask=inside)
 
 
 @triton.jit

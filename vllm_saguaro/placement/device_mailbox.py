@@ -37,12 +37,19 @@ from vllm_saguaro.placement.registered_memory import RegisteredMemory
 class _Life:
     """The mailbox of one life of the draft side, as the device reaches it."""
 
-    def __init__(self, memory: memoryview, shape: MailboxShape, device: torch.device, with_q: bool) -> None:
+    def __init__(
+        self,
+        memory: memoryview,
+        shape: MailboxShape,
+        device: torch.device,
+        operations: StepOperations,
+        with_q: bool,
+    ) -> None:
         self._registered = RegisteredMemory(memory[: shape.ring_at if with_q else shape.q_at], device)
         host = self._registered.host[shape.tables_bytes // 8 : shape.q_at // 8]
         self.newest = host[NEWEST : NEWEST + 1]
         self.records = host[DEVICE_WORDS:].view(shape.device_steps, shape.record_words)
-        self.reader = TableReader(self._registered.seen, shape)
+        self.reader = TableReader(self._registered.seen, shape, operations.copy_rows)
         self.number = 0
         """Of the newest record."""
         self.last_used: torch.cuda.Event | None = None
@@ -90,7 +97,7 @@ class MailboxDraft:
         if not shape.device_steps:
             raise ValueError("a mailbox without device_steps cannot take outcomes from a device: give 1 or more")
         self._channel, self._shape, self._device = channel, shape, device
-        self._log, self._with_q = log, with_q
+        self._do, self._log, self._with_q = operations, log, with_q
         self._step = DeviceStep(shape, device, operations)
         self._depths = torch.arange(shape.num_speculative_tokens, device=device)
         support = shape.support if with_q else 1
@@ -200,7 +207,7 @@ class MailboxDraft:
             self._epoch = 0
             return
         try:
-            self._life = _Life(memory, self._shape, self._device, self._with_q)
+            self._life = _Life(memory, self._shape, self._device, self._do, self._with_q)
         except RuntimeError:
             if not self._started:
                 raise

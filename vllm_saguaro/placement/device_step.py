@@ -24,6 +24,11 @@ class StepOperations(Protocol):
     """Of `Operations`, what a step needs."""
 
     @property
+    def copy_rows(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """`copy_rows` of `algorithm.step_records`, or its kernel."""
+        ...
+
+    @property
     def take_drafts(self) -> Callable[..., None]:
         """`take_drafts` of `algorithm.step_records`, or its kernel."""
         ...
@@ -74,6 +79,8 @@ class DeviceStep:
         head, body = (torch.zeros(size, dtype=torch.int64, device=self._device) for size in cell)
         word, number = (torch.zeros(1, dtype=dtype, device=self._device) for dtype in (torch.int64, torch.int32))
         outcomes = DeviceOutcomes(word, number - 1, number, word, number, number.float(), (), np.zeros(1, np.int64))
+        for rows in (word, head, body):
+            self._do.copy_rows(rows, outcomes.slots)
         self.take(TableCopies(word, head, body, word), outcomes)
         self._do.seal_record(self._record, 1, self._shape.row_words, 0, 0)
 

@@ -23,6 +23,7 @@ N = 48, K = 4; and 8 B (6 + K M) of q where drafts are sampled, another 134 KB w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,9 +51,12 @@ class TableCopies:
 class TableReader:
     """Reads tables and q of one life of the draft side."""
 
-    def __init__(self, words: Tensor, shape: MailboxShape) -> None:
-        """`words` int64: the mailbox as kernels reach it, up to its ring, or up to its q where nobody asks for q."""
-        self._shape = shape
+    def __init__(self, words: Tensor, shape: MailboxShape, copy_rows: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """`words` int64: the mailbox as kernels reach it, up to its ring, or up to its q where nobody asks for q.
+
+        `copy_rows`: that of `algorithm.step_records`, or its kernel.
+        """
+        self._shape, self._copy_rows = shape, copy_rows
         depths, branches, support = shape.num_speculative_tokens, shape.branches, shape.support
         cells = words[CONTROL_WORDS : shape.tables_bytes // 8].view(shape.slots, shape.cell_words)
         self._sequences = cells[:, _SEQUENCE]
@@ -65,10 +69,10 @@ class TableReader:
     def tables(self, slots: Tensor) -> TableCopies:
         """What lies there of the tables of `slots` [B] int64, read in an order that shows whether it is whole."""
         return TableCopies(
-            before=self._sequences.index_select(0, slots),
-            head=self._heads.index_select(0, slots),
-            body=self._bodies.index_select(0, slots),
-            after=self._sequences.index_select(0, slots),
+            before=self._copy_rows(self._sequences, slots),
+            head=self._copy_rows(self._heads, slots),
+            body=self._copy_rows(self._bodies, slots),
+            after=self._copy_rows(self._sequences, slots),
         )
 
     def proposals(self, slots: Tensor, stamps: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:

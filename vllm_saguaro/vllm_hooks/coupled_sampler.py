@@ -109,8 +109,9 @@ def agreed(
 
 def warm_up(device: torch.device, num_speculative_tokens: int) -> None:
     """Compile `agreed` where it is a kernel: now, not as requests wait."""
-    begins, row = torch.arange(2, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    agreed(row, row, begins, begins[:1], num_speculative_tokens)
+    begins, drawn = torch.arange(2, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    fed = torch.zeros(1, dtype=torch.int32, device=device)  # as the runner's input ids
+    agreed(drawn, fed, begins, begins[:1], num_speculative_tokens)
 
 
 def noise_is_known(model_config: Any, device: torch.device) -> bool:

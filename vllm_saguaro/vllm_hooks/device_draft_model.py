@@ -3,12 +3,14 @@
 Taken from inside vLLM 0.32 beside what `draft_model.py` takes: `AttentionGroup.build_metadata`,
 `build_metadata_for_cudagraph_capture`, `update_draft_decode_metadata` and the builders'
 `supports_draft_decode_metadata_update` (as `v1/worker/gpu/spec_decode/target_dependent_ar/speculator.py` uses them);
-`v1/worker/workspace.py`; `trtllm_workspace_buffer` of `v1/attention/backends/flashinfer.py`. What no GPU has run is
-listed in docs/gpu.md.
+`v1/worker/workspace.py`; `trtllm_workspace_buffer` of `v1/attention/backends/flashinfer.py`; `aux_stream` of
+`utils/torch_utils.py`, which `fused_moe/runner/shared_experts.py` may do without. What no GPU has run is listed in
+docs/gpu.md.
 
 While the target runs on its own stream these forwards share nothing with it that is written: weights, KV, metadata
-builders and their buffers are the draft's own, scratch comes from a lane of its own (`WORKSPACE_LANE`), and
-FlashInfer's one scratch buffer a process is exchanged for ours while we are at work.
+builders and their buffers are the draft's own, scratch comes from a lane of its own (`WORKSPACE_LANE`),
+FlashInfer's one scratch buffer a process is exchanged for ours while we are at work, and shared experts are computed in
+the draft's own stream, not in the one that vLLM has for them in a process (`leave_shared_stream`).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.forward_context import override_forward_context
+from vllm.utils import torch_utils
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker import workspace
 
@@ -56,6 +59,7 @@ class VllmDeviceModel(VllmDraftModel):
         self._starts: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._prepared: dict[int, dict[str, Any]] = {}
         self._flashinfer_scratch: Tensor | None = None
+        leave_shared_stream(self.model)
 
     @property
     def pages(self) -> Sequence[Tensor]:
@@ -172,6 +176,21 @@ class VllmDeviceModel(VllmDraftModel):
         finally:
             self._flashinfer_scratch = flashinfer.trtllm_workspace_buffer
             flashinfer.trtllm_workspace_buffer = target
+
+
+def leave_shared_stream(model: torch.nn.Module) -> None:
+    """Have a draft's shared experts run in its own stream, not in the one that vLLM has for all models of a process.
+
+    That is sound for one model alone: its memory is given back on the host when the host has enqueued what reads it,
+    and the next work of that stream waits for the model that asks, so not for what the other one has yet to read.
+    """
+    shared = torch_utils.aux_stream()
+    if shared is None:
+        return
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if value is shared:
+                setattr(module, name, None)
 
 
 def add_workspace_lane() -> None:

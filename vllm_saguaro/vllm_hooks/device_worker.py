@@ -84,6 +84,7 @@ class DeviceDraftWorker(_Worker):
         marked_sampler.install(self.model_runner, self._speculator.ready, coupled)
         if coupled:
             self._speculator.know_noise(self.model_runner.sampler.sampling_states.seeds.np)
+        self._speculator.warm_up()
         if not self._leads:
             return
         draft = self._open_draft()

@@ -96,10 +96,9 @@ class SaguaroSpeculator(BaseSpeculator):
 
     def attach(self, draft: DeviceDraft) -> None:
         """From now on the drafts come from here."""
-        self._warm_up()
         self._draft = draft
 
-    def _warm_up(self) -> None:
+    def warm_up(self) -> None:
         """A row that got no token, in the first slot, which is nobody's: kernels are compiled now, not in a step."""
         count, device = len(self.ready), self.ready.device
         slots, none = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.int64, torch.int32))

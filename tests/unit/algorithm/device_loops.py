@@ -264,3 +264,7 @@ def book_drafts(
             counts[0] += 1
         else:
             counts[1 if allowed else 2] += 1
+
+
+def copy_rows(source: Tensor, rows: Tensor) -> tuple[list[object]]:
+    return ([source[row].tolist() for row in rows.tolist()],)

@@ -55,7 +55,7 @@ def test_fork_does_what_the_loop_does(sizes: Sizes, seed: int, strided: bool) ->
     assert {t.dtype for t in got} == {torch.int32}
 
 
-@pytest.mark.parametrize("name", ["agreed", "gather_outcomes"])
+@pytest.mark.parametrize("name", ["agreed", "gather_outcomes", "copy_rows"])
 @MANY
 @given(sizes=SIZES, seed=st.integers(0, 2**32), strided=st.booleans())
 def test_what_is_given_is_what_the_loop_gives(name: str, sizes: Sizes, seed: int, strided: bool) -> None:
@@ -159,6 +159,7 @@ PLANTED = [
     (step_records, "take_drafts", "torch.where(has_outcome, count, under_verification)", "count"),
     (step_records, "take_drafts", "round_ + has_outcome", "round_ + 1"),
     (step_records, "seal_record", "2 * torch.arange", "torch.arange"),
+    (step_records, "copy_rows", "source.index_select(0, rows)", "source[: len(rows)]"),
     (agreement, "agreed", " & (fed[:, 1:] >= 0)", ""),
     (agreement, "agreed", ".cumprod(1, dtype=torch.int32)", ""),
     (agreement, "agreed", "1 + same", "0 + same"),
@@ -191,7 +192,8 @@ def _is_wrong(case: Case, operation: Callable[..., Any]) -> bool:
             return _ranking_is_wrong(case, operation) != ""
         if case.operation in IN_PLACE:
             return disagreement(case, operation, getattr(device_loops, case.operation)) != ""
-        got: tuple[Tensor, ...] = operation(*case.arguments)
+        got = operation(*case.arguments)
+        got = (got,) if isinstance(got, Tensor) else got
         return tuple(t.tolist() for t in got) != getattr(device_loops, case.operation)(*case.arguments)
     except (RuntimeError, IndexError):
         return True

@@ -62,6 +62,7 @@ class World:
         stream = stream or InlineStream()
         self.engine = make(model, operations, drafts, slots, branches, stream.mark, **{"seed": 11, **options})
         self.draft = StreamDraft(self.engine, stream)
+        self._quiet()
         self.requests: dict[int, Request] = {}
         self.hits = self.tables_seen = 0
         self._names = 0
@@ -191,6 +192,7 @@ class World:
             owned |= {*holding.main, *holding.private}
         assert len(owned) + ledger.num_free == self.model.num_blocks - 1, "a block was lost"
         self.model.wipe(set(range(1, self.model.num_blocks)) - owned)
+        self._quiet()
 
     def _check_kv(self, slot: int, request: Request) -> None:
         """The KV of the whole text is there, and of the drafts under verification."""

@@ -29,6 +29,7 @@ MODULES = {
     "adopt": "branch_tables",
     "branch_step": "branch_step",
     "add_noise": "position_noise",
+    "copy_rows": "step_records",
     "take_drafts": "step_records",
     "seal_record": "step_records",
     "agreed": "agreement",

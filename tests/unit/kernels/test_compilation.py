@@ -10,6 +10,7 @@ from tests.unit.kernels.interpreted import ROOT
 
 KERNELS = {"_probabilities", "_ranks", "_fork", "_copy", "_adopt", "_step", "_noise", "_settle", "_take", "_seal"} | {
     "_agreed",
+    "_copy_rows",
     "_gather",
     "_book",
 }

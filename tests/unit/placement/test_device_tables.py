@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_saguaro.algorithm.outcome_lookup import outcome_lookup
-from vllm_saguaro.algorithm.step_records import tables_of
+from vllm_saguaro.algorithm.step_records import copy_rows, tables_of
 from vllm_saguaro.messages import Proposals, Stamp, Table
 from vllm_saguaro.placement.device_tables import TableCopies, TableReader
 from vllm_saguaro.placement.layout import CONTROL_WORDS, MailboxShape
@@ -34,7 +34,9 @@ class Memory:
     def __init__(self) -> None:
         self.bytes = bytearray(SHAPE.total_bytes)
         self.box = Mailbox(memoryview(self.bytes), SHAPE)
-        self.reader = TableReader(torch.frombuffer(self.bytes, dtype=torch.int64)[: SHAPE.ring_at // 8], SHAPE)
+        self.reader = TableReader(
+            torch.frombuffer(self.bytes, dtype=torch.int64)[: SHAPE.ring_at // 8], SHAPE, copy_rows
+        )
 
 
 @dataclass

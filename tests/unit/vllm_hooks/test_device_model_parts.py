@@ -6,6 +6,7 @@ Against stand-ins for attention groups, model and FlashInfer's module.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.fused_moe.runner import shared_experts
+from vllm.utils import torch_utils
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.worker import workspace
 
 from vllm_saguaro.drafting.device_model import DecodeRows, Piece
 from vllm_saguaro.vllm_hooks import device_draft_model, draft_model
-from vllm_saguaro.vllm_hooks.device_draft_model import WORKSPACE_LANE, VllmDeviceModel
+from vllm_saguaro.vllm_hooks.device_draft_model import WORKSPACE_LANE, VllmDeviceModel, leave_shared_stream
 from vllm_saguaro.vllm_hooks.draft_model import DraftModelConfig, VllmDraftModel
 
 CONFIG = DraftModelConfig(model="draft", max_length=64, max_rows=4, kv_cache_bytes=0)
@@ -104,6 +107,27 @@ def test_attention_that_brings_its_metadata_up_to_date_goes_into_graphs() -> Non
 
 def test_on_a_cpu_any_attention_will_do_and_nothing_is_captured() -> None:
     assert not make([Group("a", backend="CPU_ATTN", updates=False)], on_cpu=True).captures
+
+
+# ---- streams --------------------------------------------------------------------------------------------------------
+
+
+def test_shared_experts_of_a_draft_stay_in_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's one stream for them is sound for one model at a time."""
+    shared, own = object(), object()
+    monkeypatch.setattr(torch_utils, "aux_stream", lambda: shared)
+    experts: Any = torch.nn.Module()
+    experts._stream, experts.another = shared, own
+    model = torch.nn.Sequential(torch.nn.Module(), experts)
+    leave_shared_stream(model)
+    assert experts._stream is None
+    assert experts.another is own
+
+
+def test_vllms_shared_experts_can_do_without_a_stream() -> None:
+    source = inspect.getsource(shared_experts.SharedExperts)
+    assert "self._stream = aux_stream()" in source
+    assert "and self._stream is not None" in source
 
 
 # ---- metadata -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -353,6 +354,28 @@ def test_memory_is_let_go_of_with_its_life() -> None:
     sides.channel.target_end.close()
     sides.channel.draft_end.close()
     sides.channel.memory.append(0)
+
+
+def test_kernels_are_compiled_before_a_request_is_there() -> None:
+    """On a GPU the first call of each takes a moment, which no request should wait for."""
+    called: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            called.append(name)
+            return getattr(TWINS, name)(*arguments)
+
+        return call
+
+    names = ("copy_rows", "take_drafts", "seal_record")
+    operations = dataclasses.replace(TWINS, **{name: noted(name) for name in names})
+    channel = HostChannel()
+    lending: LendingChannel = channel
+    draft = MailboxDraft(lending, SHAPE, CPU, operations, LOG)
+    draft.wait_until_ready()
+    assert set(called) == set(names)
+    assert not channel.take_in(), "nothing is told of it"
+    draft.close()
 
 
 def test_a_shape_without_records_is_refused() -> None:

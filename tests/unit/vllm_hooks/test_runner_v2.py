@@ -295,6 +295,15 @@ def test_dummy_runs_touch_nothing() -> None:
     assert runner.ready == [0, K, 0, 0]
 
 
+def test_warming_up_books_nothing() -> None:
+    runner = Runner(NotedDraft())
+    runner.speculator.warm_up()
+    assert runner.ready == [0] * SLOTS
+    runner.speculator._counters.publish()  # type: ignore[union-attr]
+    assert runner.page.value(counters.HITS) == 0
+    assert not any(runner.page.value(counter) for counter in counters.MISSES.values())
+
+
 def test_a_new_request_does_not_inherit_the_drafts_of_its_slot() -> None:
     runner = Runner(NotedDraft())
     runner.step({"a": (1, [5])})

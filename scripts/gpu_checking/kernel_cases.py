@@ -250,6 +250,11 @@ def _copying(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     return view, _integers(0, sizes.slots, (sizes.rows,), g)
 
 
+def _copying_branches(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
+    cells = _integers(-(2**62), 2**62, (sizes.slots, sizes.drafts, sizes.branches, sizes.candidates), g)
+    return cells, _integers(0, sizes.slots, (sizes.rows,), g), _integers(0, sizes.branches, (sizes.rows,), g)
+
+
 def _taking(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     slots, rows, branches, depths = sizes.slots, min(sizes.rows, sizes.slots), sizes.branches, sizes.drafts
     vocabulary = 1000
@@ -299,12 +304,12 @@ def _agreement(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     drawn = _integers(-1, 2, places.shape, g)
     ahead = torch.cat((torch.zeros(1, dtype=torch.int64), drawn))[:-1]
     drafts = torch.where(torch.rand(places.shape, generator=g) < 0.8, ahead, _integers(-1, 2, places.shape, g))
-    return drawn, drafts, begins.to(torch.int32), places.to(torch.int32), sizes.drafts
+    return drawn, drafts.to(torch.int32), begins.to(torch.int32), places.to(torch.int32), sizes.drafts
 
 
 def _gathering(sizes: Sizes, g: torch.Generator) -> tuple[Any, ...]:
     slots, rows = sizes.slots, min(sizes.rows, sizes.slots)
-    chosen = torch.randperm(slots, generator=g)[:rows].to(torch.int32)
+    chosen = torch.randperm(slots, generator=g)[:rows]
     counts = [_integers(0, sizes.drafts + 2, (rows,), g).to(torch.int32) for _ in range(2)]
     newest, lengths = _integers(0, 2**40, (slots, 1), g), _integers(0, 2**31 - 1, (slots,), g).to(torch.int32)
     return chosen, *counts, newest, lengths, torch.rand(slots, generator=g), torch.rand(slots, generator=g) < 0.3
@@ -331,6 +336,7 @@ MAKERS: dict[str, Callable[[Sizes, torch.Generator], tuple[Any, ...]]] = {
     "branch_step": _steps,
     "add_noise": _noise,
     "copy_rows": _copying,
+    "copy_branches": _copying_branches,
     "take_drafts": _taking,
     "seal_record": _sealing,
     "agreed": _agreement,

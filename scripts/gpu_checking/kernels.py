@@ -35,6 +35,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "branch_step": branch_step.branch_step,
     "add_noise": position_noise.add_noise,
     "copy_rows": step_records.copy_rows,
+    "copy_branches": step_records.copy_branches,
     "take_drafts": step_records.take_drafts,
     "seal_record": step_records.seal_record,
     "agreed": agreement.agreed,

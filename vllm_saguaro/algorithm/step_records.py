@@ -58,6 +58,11 @@ def copy_rows(source: Tensor, rows: Tensor) -> Tensor:
     return source.index_select(0, rows)
 
 
+def copy_branches(source: Tensor, cells: Tensor, branch: Tensor) -> Tensor:
+    """What `source` [C, K, N, M] has of one branch of each cell, copied: [B, K, M]; `cells`, `branch` [B] int64."""
+    return source[cells, :, branch]
+
+
 def take_drafts(
     before: Tensor,
     head: Tensor,

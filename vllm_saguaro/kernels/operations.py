@@ -37,6 +37,7 @@ class Operations:
     branch_step: Callable[[Tensor, Tensor, Tensor, int, int, Tensor, Tensor, Tensor], None]
     add_noise: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     copy_rows: Callable[[Tensor, Tensor], Tensor]
+    copy_branches: Callable[[Tensor, Tensor, Tensor], Tensor]
     take_drafts: Callable[..., None]
     seal_record: Callable[[Tensor, int, int, int, int], None]
     agreed: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -53,6 +54,7 @@ TWINS = Operations(
     branch_step=branch_step.branch_step,
     add_noise=position_noise.add_noise,
     copy_rows=step_records.copy_rows,
+    copy_branches=step_records.copy_branches,
     take_drafts=step_records.take_drafts,
     seal_record=step_records.seal_record,
     agreed=agreement.agreed,
@@ -88,6 +90,7 @@ def operations_for(device: torch.device) -> Operations:
         branch_step=step.branch_step,
         add_noise=noise.add_noise,
         copy_rows=records.copy_rows,
+        copy_branches=records.copy_branches,
         take_drafts=records.take_drafts,
         seal_record=records.seal_record,
         agreed=agreeing.agreed,

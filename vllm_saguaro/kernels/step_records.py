@@ -19,8 +19,8 @@ _ROWS, _TILE = 64, 256
 def copy_rows(source: Tensor, rows: Tensor) -> Tensor:
     """Rows of `source` [S] or [S, W] int64, copied: see the twin.
 
-    The source may lie in memory of the host that another process writes. So each word is read once, past all caches,
-    and a launch behind this one in the stream reads nothing before this one has. Grid: a program a row and tile.
+    The source may lie in memory of the host that another process writes. So it is read past all caches, and a launch
+    behind this one in the stream reads nothing before this one has. Grid: a program a row and tile.
     """
     count, width = rows.shape[0], source[0].numel()
     copied = torch.empty((count, *source.shape[1:]), dtype=source.dtype, device=rows.device)
@@ -34,6 +34,30 @@ def copy_rows(source: Tensor, rows: Tensor) -> Tensor:
             copied,
             width,
             BLOCK=min(_TILE, triton.next_power_of_2(width)),
+            num_warps=1,
+        )
+    return copied
+
+
+def copy_branches(source: Tensor, cells: Tensor, branch: Tensor) -> Tensor:
+    """What `source` [C, K, N, M] int64 has of one branch of each cell, copied: see the twin.
+
+    It is read as `copy_rows` reads. Grid: a program a cell and depth.
+    """
+    count, depths, width = cells.shape[0], source.shape[1], source.shape[3]
+    copied = torch.empty(count, depths, width, dtype=source.dtype, device=cells.device)
+    if count:
+        _copy_branches[(count, depths)](
+            source,
+            *source.stride(),
+            cells,
+            cells.stride(0),
+            branch,
+            branch.stride(0),
+            copied,
+            depths,
+            width,
+            BLOCK=triton.next_power_of_2(width),
             num_warps=1,
         )
     return copied
@@ -139,6 +163,32 @@ def _copy_rows(  # type: ignore[no-untyped-def]
     inside = word < width
     at = source + tl.load(rows + row * rows_row).to(tl.int64) * source_row + word * source_word
     tl.store(copied + row * width + word, tl.load(at, mask=inside, cache_modifier=".cv"), mask=inside)
+
+
+@triton.jit
+def _copy_branches(  # type: ignore[no-untyped-def]
+    source,
+    source_cell,
+    source_depth,
+    source_branch,
+    source_word,
+    cells,
+    cells_row,
+    branch,
+    branch_row,
+    copied,
+    depths,
+    width,
+    BLOCK: tl.constexpr,
+):
+    row, depth = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    cell = tl.load(cells + row * cells_row).to(tl.int64)
+    n = tl.load(branch + row * branch_row).to(tl.int64)
+    word = tl.arange(0, BLOCK)
+    inside = word < width
+    at = source + cell * source_cell + depth * source_depth + n * source_branch + word * source_word
+    found = tl.load(at, mask=inside, cache_modifier=".cv")
+    tl.store(copied + (row * depths + depth) * width + word, found, mask=inside)
 
 
 @triton.jit

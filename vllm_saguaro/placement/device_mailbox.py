@@ -49,7 +49,7 @@ class _Life:
         host = self._registered.host[shape.tables_bytes // 8 : shape.q_at // 8]
         self.newest = host[NEWEST : NEWEST + 1]
         self.records = host[DEVICE_WORDS:].view(shape.device_steps, shape.record_words)
-        self.reader = TableReader(self._registered.seen, shape, operations.copy_rows)
+        self.reader = TableReader(self._registered.seen, shape, operations)
         self.number = 0
         """Of the newest record."""
         self.last_used: torch.cuda.Event | None = None
@@ -134,7 +134,8 @@ class MailboxDraft:
         """Return once the draft has loaded. Raises `DraftFailed` when it cannot, or is closed meanwhile."""
         self._channel.wait_until_ready()
         self._notice_lives()
-        self._step.compile()
+        if self._life is not None:
+            self._step.compile(self._life.reader, self._with_q)
         self._started = True
 
     # ---- what the host knows -----------------------------------------------------------------------------------

@@ -15,18 +15,13 @@ import torch
 from torch import Tensor
 
 from vllm_saguaro.device_messages import DeviceOutcomes
-from vllm_saguaro.placement.device_tables import TableCopies
-from vllm_saguaro.placement.layout import CELL_HEADER, RECORD_HEADER, MailboxShape
+from vllm_saguaro.placement.device_tables import CopyOperations, TableCopies, TableReader
+from vllm_saguaro.placement.layout import RECORD_HEADER, MailboxShape
 from vllm_saguaro.placement.records import DRAFTS, NUMBER, head_weight
 
 
-class StepOperations(Protocol):
+class StepOperations(CopyOperations, Protocol):
     """Of `Operations`, what a step needs."""
-
-    @property
-    def copy_rows(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """`copy_rows` of `algorithm.step_records`, or its kernel."""
-        ...
 
     @property
     def take_drafts(self) -> Callable[..., None]:
@@ -73,16 +68,14 @@ class DeviceStep:
         self.resident_bytes = sum(tensor.nbytes for tensor in own)
         """Device memory held for good."""
 
-    def compile(self) -> None:
-        """Take a step of one row that gets no token, and of no life: kernels are compiled now, not as requests wait."""
-        cell = (1, CELL_HEADER), (1, self._shape.cell_words - CELL_HEADER)
-        head, body = (torch.zeros(size, dtype=torch.int64, device=self._device) for size in cell)
+    def compile(self, reader: TableReader, with_q: bool) -> None:
+        """Take a step of a row that gets no token, and send nothing: kernels are compiled now, not as requests wait."""
         word, number = (torch.zeros(1, dtype=dtype, device=self._device) for dtype in (torch.int64, torch.int32))
         outcomes = DeviceOutcomes(word, number - 1, number, word, number, number.float(), (), np.zeros(1, np.int64))
-        for rows in (word, head, body):
-            self._do.copy_rows(rows, outcomes.slots)
-        self.take(TableCopies(word, head, body, word), outcomes)
+        self.take(reader.tables(word), outcomes)
         self._do.seal_record(self._record, 1, self._shape.row_words, 0, 0)
+        if with_q:
+            reader.proposals(word, self._stamps[:1], self._branch[:1])
 
     def take(self, found: TableCopies, outcomes: DeviceOutcomes) -> None:
         """Find the drafts of a step in copies of its tables, and write the rows of its record."""

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,31 +49,42 @@ class TableCopies:
     after: Tensor
 
 
+class CopyOperations(Protocol):
+    """Of `Operations`, what reads words that another process writes."""
+
+    @property
+    def copy_rows(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """`copy_rows` of `algorithm.step_records`, or its kernel."""
+        ...
+
+    @property
+    def copy_branches(self) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """`copy_branches` of `algorithm.step_records`, or its kernel."""
+        ...
+
+
 class TableReader:
     """Reads tables and q of one life of the draft side."""
 
-    def __init__(self, words: Tensor, shape: MailboxShape, copy_rows: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """`words` int64: the mailbox as kernels reach it, up to its ring, or up to its q where nobody asks for q.
-
-        `copy_rows`: that of `algorithm.step_records`, or its kernel.
-        """
-        self._shape, self._copy_rows = shape, copy_rows
+    def __init__(self, words: Tensor, shape: MailboxShape, operations: CopyOperations) -> None:
+        """`words` int64: the mailbox as kernels reach it, up to its ring, or up to its q where nobody asks for q."""
+        self._shape, self._do = shape, operations
         depths, branches, support = shape.num_speculative_tokens, shape.branches, shape.support
         cells = words[CONTROL_WORDS : shape.tables_bytes // 8].view(shape.slots, shape.cell_words)
         self._sequences = cells[:, _SEQUENCE]
         self._heads = cells[:, :CELL_HEADER]
         self._bodies = cells[:, CELL_HEADER:]
-        q = words[shape.q_at // 8 : shape.ring_at // 8].view(-1, 2, shape.q_words)  # no slots where it is left out
-        self._q_stamps = q[..., :Q_HEADER]
-        self._q = q[..., Q_HEADER:].unflatten(-1, (depths, branches, support))
+        q = words[shape.q_at // 8 : shape.ring_at // 8].view(-1, shape.q_words)  # no rows where it is left out
+        self._q_stamps = q[:, :Q_HEADER]
+        self._q = q[:, Q_HEADER:].unflatten(1, (depths, branches, support))
 
     def tables(self, slots: Tensor) -> TableCopies:
         """What lies there of the tables of `slots` [B] int64, read in an order that shows whether it is whole."""
         return TableCopies(
-            before=self._copy_rows(self._sequences, slots),
-            head=self._copy_rows(self._heads, slots),
-            body=self._copy_rows(self._bodies, slots),
-            after=self._copy_rows(self._sequences, slots),
+            before=self._do.copy_rows(self._sequences, slots),
+            head=self._do.copy_rows(self._heads, slots),
+            body=self._do.copy_rows(self._bodies, slots),
+            after=self._do.copy_rows(self._sequences, slots),
         )
 
     def proposals(self, slots: Tensor, stamps: Tensor, branch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,10 +93,10 @@ class TableReader:
         tokens [B, K, M] int64 and probabilities [B, K, M] float32 of the candidates, as they lie there; and there [B]
         bool: whether they are of this very table, up to its depth at least.
         """
-        parity = stamps[:, 1] & 1
-        before = self._q_stamps[slots, parity]
-        raw = self._q[slots, parity, :, branch]
-        after = self._q_stamps[slots, parity]
+        cells = 2 * slots + (stamps[:, 1] & 1)
+        before = self._do.copy_rows(self._q_stamps, cells)
+        raw = self._do.copy_branches(self._q, cells, branch)
+        after = self._do.copy_rows(self._q_stamps, cells)
         there = ((before == stamps) & (after == stamps)).all(1)
         halves = raw.contiguous().view(torch.int32).unflatten(-1, (2, self._shape.support))
         return halves[..., 0, :].to(torch.int64), halves[..., 1, :].view(torch.float32), there

@@ -204,6 +204,9 @@ class SaguaroSpeculator(BaseSpeculator):
         """
         try:
             drafts = draft.exchange(outcomes)
+            # A kernel would leave rows that it is not given as they were.
+            assert drafts.tokens.shape == tokens.shape
+            assert drafts.ready.shape == outcomes.slots.shape
             if self.draft_logits is not None and self._sampled[outcomes.slots_on_host].any():
                 draft.logits_into(outcomes, drafts, self.draft_logits)
                 if self._counters is not None:

@@ -268,3 +268,7 @@ def book_drafts(
 
 def copy_rows(source: Tensor, rows: Tensor) -> tuple[list[object]]:
     return ([source[row].tolist() for row in rows.tolist()],)
+
+
+def copy_branches(source: Tensor, cells: Tensor, branch: Tensor) -> tuple[list[object]]:
+    return ([source[cell, :, n].tolist() for cell, n in zip(cells.tolist(), branch.tolist(), strict=True)],)

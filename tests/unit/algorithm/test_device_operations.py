@@ -55,7 +55,7 @@ def test_fork_does_what_the_loop_does(sizes: Sizes, seed: int, strided: bool) ->
     assert {t.dtype for t in got} == {torch.int32}
 
 
-@pytest.mark.parametrize("name", ["agreed", "gather_outcomes", "copy_rows"])
+@pytest.mark.parametrize("name", ["agreed", "gather_outcomes", "copy_rows", "copy_branches"])
 @MANY
 @given(sizes=SIZES, seed=st.integers(0, 2**32), strided=st.booleans())
 def test_what_is_given_is_what_the_loop_gives(name: str, sizes: Sizes, seed: int, strided: bool) -> None:
@@ -159,6 +159,7 @@ PLANTED = [
     (step_records, "take_drafts", "torch.where(has_outcome, count, under_verification)", "count"),
     (step_records, "take_drafts", "round_ + has_outcome", "round_ + 1"),
     (step_records, "seal_record", "2 * torch.arange", "torch.arange"),
+    (step_records, "copy_branches", "source[cells, :, branch]", "source[cells, :, 0]"),
     (step_records, "copy_rows", "source.index_select(0, rows)", "source[: len(rows)]"),
     (agreement, "agreed", " & (fed[:, 1:] >= 0)", ""),
     (agreement, "agreed", ".cumprod(1, dtype=torch.int32)", ""),

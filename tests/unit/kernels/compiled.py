@@ -1,6 +1,6 @@
 """Compiles every kernel for a GPU of the Hopper generation, as its launcher calls it; no GPU is needed for that.
 
-    python compiled.py [SOURCE]      one JSON object: the size of each kernel's machine code
+    python compiled.py [SOURCE]      one JSON object: the size of each kernel's machine code, and which read past caches
 
 SOURCE: another file in the place of `branch_step.py`. Of the numbers that a launch would be specialised for, those that
 are 1 become constants, as they do in Triton.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ SIZES = (
 class Compiled:
     """Stands in a kernel's place: a launch compiles it."""
 
-    def __init__(self, kernel: Any, sizes: dict[str, int]) -> None:
-        self._kernel, self._sizes = kernel, sizes
+    def __init__(self, kernel: Any, sizes: dict[str, int], past_caches: set[str]) -> None:
+        self._kernel, self._sizes, self._past_caches = kernel, sizes, past_caches
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self._compile
@@ -65,21 +66,24 @@ class Compiled:
         source = ASTSource(fn=self._kernel, signature=signature, constexprs=constants)
         found = triton.compile(source, target=TARGET, options={"num_warps": num_warps})
         self._sizes[self._kernel.__name__] = len(found.asm["cubin"])
+        loads = re.findall(r"ld\.global\S*", found.asm["ptx"])
+        if any(".cv" in load for load in loads):
+            self._past_caches.add(self._kernel.__name__)
 
 
 def main() -> None:
-    sizes: dict[str, int] = {}
+    sizes, past_caches = dict[str, int](), set[str]()
     modules = {name: importlib.import_module(f"vllm_saguaro.kernels.{name}") for name in set(MODULES.values())}
     if len(sys.argv) > 1:
         modules["branch_step"] = _module("branch_step", Path(sys.argv[1]))
     for module in modules.values():
         for name, value in list(vars(module).items()):
             if isinstance(value, JITFunction):
-                setattr(module, name, Compiled(value, sizes))
+                setattr(module, name, Compiled(value, sizes, past_caches))
     for name in MAKERS:
         for seed, size in enumerate(SIZES):
             getattr(modules[MODULES[name]], name)(*make_case(name, size, seed, strided=seed == 1).arguments)
-    print(json.dumps(sizes))
+    print(json.dumps({"sizes": sizes, "past caches": sorted(past_caches)}))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ MODULES = {
     "branch_step": "branch_step",
     "add_noise": "position_noise",
     "copy_rows": "step_records",
+    "copy_branches": "step_records",
     "take_drafts": "step_records",
     "seal_record": "step_records",
     "agreed": "agreement",

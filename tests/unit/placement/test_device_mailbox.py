@@ -367,7 +367,7 @@ def test_kernels_are_compiled_before_a_request_is_there() -> None:
 
         return call
 
-    names = ("copy_rows", "take_drafts", "seal_record")
+    names = ("copy_rows", "copy_branches", "take_drafts", "seal_record")
     operations = dataclasses.replace(TWINS, **{name: noted(name) for name in names})
     channel = HostChannel()
     lending: LendingChannel = channel

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_saguaro.algorithm.outcome_lookup import outcome_lookup
-from vllm_saguaro.algorithm.step_records import copy_rows, tables_of
+from vllm_saguaro.algorithm.step_records import tables_of
+from vllm_saguaro.kernels.operations import TWINS
 from vllm_saguaro.messages import Proposals, Stamp, Table
 from vllm_saguaro.placement.device_tables import TableCopies, TableReader
 from vllm_saguaro.placement.layout import CONTROL_WORDS, MailboxShape
@@ -34,9 +35,7 @@ class Memory:
     def __init__(self) -> None:
         self.bytes = bytearray(SHAPE.total_bytes)
         self.box = Mailbox(memoryview(self.bytes), SHAPE)
-        self.reader = TableReader(
-            torch.frombuffer(self.bytes, dtype=torch.int64)[: SHAPE.ring_at // 8], SHAPE, copy_rows
-        )
+        self.reader = TableReader(torch.frombuffer(self.bytes, dtype=torch.int64)[: SHAPE.ring_at // 8], SHAPE, TWINS)
 
 
 @dataclass
@@ -340,9 +339,9 @@ def _q_looked_at_once(reader: TableReader) -> None:
     stamps, kept = reader._q_stamps, list[Tensor]()
 
     class Stamps:
-        def __getitem__(self, index: Any) -> Tensor:
+        def index_select(self, *arguments: Any) -> Tensor:
             if not kept:
-                kept.append(stamps[index])
+                kept.append(stamps.index_select(*arguments))
             return kept[0]
 
     reader._q_stamps = Stamps()  # type: ignore[assignment]
@@ -358,8 +357,8 @@ def _q_without_version(reader: TableReader) -> None:
     stamps = reader._q_stamps
 
     class Stamps:
-        def __getitem__(self, index: Any) -> Tensor:
-            found = stamps[index].clone()
+        def index_select(self, *arguments: Any) -> Tensor:
+            found = stamps.index_select(*arguments).clone()
             found[:, 2] = Everything.version
             return found
 

@@ -124,6 +124,13 @@ def test_shared_experts_of_a_draft_stay_in_its_own_stream(monkeypatch: pytest.Mo
     assert experts.another is own
 
 
+def test_a_draft_that_is_loaded_has_left_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[torch.nn.Module] = []
+    monkeypatch.setattr(device_draft_model, "leave_shared_stream", left.append)
+    model = make([Group("a")])
+    assert left == [model.model]
+
+
 def test_vllms_shared_experts_can_do_without_a_stream() -> None:
     source = inspect.getsource(shared_experts.SharedExperts)
     assert "self._stream = aux_stream()" in source

@@ -113,6 +113,7 @@ def happened(monkeypatch: pytest.MonkeyPatch) -> Happened:
     monkeypatch.setattr(device_worker.marked_sampler, "install", lambda *_: found.append("sampler"))
     monkeypatch.setattr(device_worker.coupled_sampler, "noise_is_known", lambda model, device: True)
     monkeypatch.setattr(device_worker.runner_v2, "install", lambda runner, ours: found.append("speculator"))
+    monkeypatch.setattr(device_worker.SaguaroSpeculator, "warm_up", lambda self: found.append("warm"))
     return found
 
 
@@ -131,7 +132,7 @@ def test_from_the_start_to_the_end(happened: Happened) -> None:
     worker.shutdown()
     worker.shutdown()
     assert happened == [
-        *("runner", "speculator", "target", "sampler", "draft", "cache", "capture"),
+        *("runner", "speculator", "target", "sampler", "warm", "draft", "cache", "capture"),
         *("who leaves", "forward", "who came"),
         *("draft ends", "worker ends", "worker ends"),
     ]
@@ -171,7 +172,7 @@ def test_on_a_gpu_the_target_goes_first_where_the_draft_shares_it(
     worker.shutdown()
     stream, begin, end = (["stream that goes first"], ["("], [")"]) if placement == "stream" else ([], [], [])
     assert happened == [
-        *("seams", *stream, "runner", "speculator", "target", "sampler", "draft"),
+        *("seams", *stream, "runner", "speculator", "target", "sampler", "warm", "draft"),
         *(*begin, "measured", *end, "cache"),
         *(*begin, "target's graphs", "capture", *end),
         *("who leaves", "forward", "who came", "draft ends", "worker ends"),
@@ -249,7 +250,7 @@ def test_another_rank_than_the_first_has_no_draft_and_no_q(happened: Happened, m
     assert worker._speculator.draft_logits is None
     worker.execute_model(SimpleNamespace(finished_req_ids=set(), preempted_req_ids=None, scheduled_new_reqs=[]))
     worker.shutdown()
-    assert happened == ["runner", "speculator", "target", "sampler", "forward", "worker ends"]
+    assert happened == ["runner", "speculator", "target", "sampler", "warm", "forward", "worker ends"]
 
 
 def test_a_worker_that_ends_before_it_began(happened: Happened) -> None:

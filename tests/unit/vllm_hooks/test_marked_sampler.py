@@ -9,6 +9,7 @@ import pytest
 import torch
 from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler
 
+from vllm_saguaro.vllm_hooks import marked_sampler
 from vllm_saguaro.vllm_hooks.coupled_sampler import CoupledSampler
 from vllm_saguaro.vllm_hooks.marked_sampler import MarkedSampler, install
 
@@ -86,7 +87,9 @@ def test_only_vllms_own_sampler_is_wrapped(sampler: Any, coupled: bool, words: s
         install(runner, READY, coupled)
 
 
-def test_coupled_drafts_have_a_sampler_that_decides_first() -> None:
+def test_coupled_drafts_have_a_sampler_that_decides_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[tuple[torch.device, int]] = []
+    monkeypatch.setattr(marked_sampler, "warm_up", lambda *told: warmed.append(told))
     own = RejectionSampler.__new__(RejectionSampler)
     own.num_speculative_steps = 3
     own.sampler = fused = SimpleNamespace(use_flashinfer=True, use_xpu_sampler=True)
@@ -100,5 +103,6 @@ def test_coupled_drafts_have_a_sampler_that_decides_first() -> None:
         install(runner, READY, coupled)
         assert type(runner.rejection_sampler._sampler) is inside
         assert runner.rejection_sampler.num_speculative_steps == 3
+    assert warmed == [(READY.device, 3)], "before a request waits for it"
     assert not fused.use_flashinfer, "one rule for all tokens"
     assert not fused.use_xpu_sampler

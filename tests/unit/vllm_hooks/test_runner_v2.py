@@ -297,11 +297,29 @@ def test_dummy_runs_touch_nothing() -> None:
 
 def test_warming_up_books_nothing() -> None:
     runner = Runner(NotedDraft())
+    runner.speculator.ready.fill_(2)
     runner.speculator.warm_up()
-    assert runner.ready == [0] * SLOTS
-    runner.speculator._counters.publish()  # type: ignore[union-attr]
+    assert runner.ready == [0] + [2] * (SLOTS - 1), "the first slot is nobody's yet"
+    counted = runner.speculator._counters
+    assert counted is not None
+    counted.counted()
     assert runner.page.value(counters.HITS) == 0
     assert not any(runner.page.value(counter) for counter in counters.MISSES.values())
+    counted.counts += 1
+    counted.counted()
+    assert runner.page.value(counters.HITS) == 1, "it would have been seen"
+
+
+def test_drafts_of_another_shape_are_a_failed_draft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel would leave the rows that it is not given as they were."""
+    runner = Runner(NotedDraft())
+    runner.step({"a": (1, [5]), "b": (2, [6])})
+    one = DeviceDrafts(torch.zeros(1, K, dtype=torch.int64), torch.full((1,), K, dtype=torch.int32))
+    monkeypatch.setattr(NotedDraft, "exchange", lambda self, outcomes: one)
+    assert runner.propose([1, 2], [1, 1]).tolist() == [[2] * K, [3] * K]
+    assert runner.ready[1:3] == [0, 0]
+    runner.speculator.close()
+    assert runner.page.value(counters.DRAFT_LEFT_OFF) == 1
 
 
 def test_a_new_request_does_not_inherit_the_drafts_of_its_slot() -> None:

@@ -144,7 +144,11 @@ def process() -> Process:
         plans.with_events("draft stopped", (8, "stop_draft")),
         plans.with_events("draft back", (0, "continue_draft")),
     ]
-    killed = [plans.with_events("draft killed", (8, "kill_draft")), plans.with_events("without a draft")]
+    # On a busy machine a killed process may take seconds until it has ended: so much is waited for.
+    killed = [
+        plans.with_events("draft killed", (8, "kill_draft"), (12, "await_left_off")),
+        plans.with_events("without a draft"),
+    ]
     with (
         names_in_shared_memory() as names,
         engines(

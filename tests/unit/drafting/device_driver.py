@@ -115,7 +115,7 @@ class World:
         bonus = [0 if o is None else o[1] for o in found.values()]
         lengths = [12345 if o is None else len(self.requests[slot].text) + o[0] + 1 for slot, o in found.items()]
         temperature = [self.requests[slot].sampling.temperature for slot in slots]
-        device = self.model.device
+        device = self.engine.model.device
         return DeviceOutcomes(
             slots=torch.tensor(slots, dtype=torch.int64, device=device),
             accepted=torch.tensor(accepted, dtype=torch.int32, device=device),
@@ -129,8 +129,9 @@ class World:
 
     def _quiet(self) -> None:
         """Nothing is looked at while a stream is still at work on it."""
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+        device = self.engine.model.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     # ---- what the draft has ------------------------------------------------------------------------------------
 

@@ -39,7 +39,7 @@ def stream() -> V2Run:
 
 @pytest.fixture(scope="module")
 def process() -> V2Run:
-    return run("process", v2_plans.drawn("told sharper", SAMPLES, plant="process: told sharper"))
+    return run("process", v2_plans.drawn("told sharper", TOLD_SAMPLES, plant="process: told sharper"))
 
 
 def assert_right(found: V2Run) -> None:

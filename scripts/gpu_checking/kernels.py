@@ -8,40 +8,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from scripts.gpu_checking.kernel_cases import MAKERS, Sizes, disagreement, make_case
-from vllm_saguaro.kernels import (
-    agreement,
-    branch_step,
-    branch_tables,
-    outcome_ranking,
-    outcome_settling,
-    position_noise,
-    step_outcomes,
-    step_records,
-)
-from vllm_saguaro.kernels.operations import TWINS
+from vllm_saguaro.kernels.operations import TWINS, triton_kernels
 
-KERNELS: dict[str, Callable[..., Any]] = {
-    "settle_outcomes": outcome_settling.settle_outcomes,
-    "ranked_outcomes": outcome_ranking.ranked_outcomes,
-    "fork": branch_tables.fork,
-    "copy_blocks": branch_tables.copy_blocks,
-    "adopt": branch_tables.adopt,
-    "branch_step": branch_step.branch_step,
-    "add_noise": position_noise.add_noise,
-    "copy_rows": step_records.copy_rows,
-    "copy_branches": step_records.copy_branches,
-    "take_drafts": step_records.take_drafts,
-    "seal_record": step_records.seal_record,
-    "agreed": agreement.agreed,
-    "gather_outcomes": step_outcomes.gather_outcomes,
-    "book_drafts": step_outcomes.book_drafts,
-}
+KERNELS = triton_kernels()
 
 SMALL = (Sizes(), Sizes(rows=1, branches=24, drafts=5, candidates=9, width=70, block_size=16), Sizes(rows=7, width=3))
 SERVING = Sizes(slots=64, rows=16, branches=24, drafts=4, candidates=64, width=256, block_size=16)
@@ -63,7 +37,7 @@ def check(device: torch.device, seeds: int) -> dict[str, Any]:
             for size in sizes:
                 case = make_case(name, size, seed, strided=seed % 2 == 1)
                 cases += 1
-                if found := disagreement(case, KERNELS[name], getattr(TWINS, name), device):
+                if found := disagreement(case, getattr(KERNELS, name), getattr(TWINS, name), device):
                     wrong.append(f"{name}, seed {seed}, {size}: {found[:300]}")
     times = {name: microseconds(name, device) for name in MAKERS} if device.type == "cuda" else {}
     return {"cases": cases, "disagreements": wrong[:20], "microseconds": times}
@@ -78,7 +52,7 @@ def microseconds(name: str, device: torch.device, launches: int = 50) -> float:
         arguments: tuple[Any, ...] = (pages, order[:count], order[count:])
     else:
         arguments = make_case(name, SERVING, 0).copied(device)
-    operation, stream = KERNELS[name], torch.cuda.Stream(device)
+    operation, stream = getattr(KERNELS, name), torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         operation(*arguments)
         stream.synchronize()

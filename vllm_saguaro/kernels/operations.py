@@ -69,8 +69,11 @@ def operations_for(device: torch.device) -> Operations:
 
     Raises ImportError on a GPU where Triton is missing.
     """
-    if device.type != "cuda":
-        return TWINS
+    return triton_kernels() if device.type == "cuda" else TWINS
+
+
+def triton_kernels() -> Operations:
+    """The operations as Triton kernels, whatever the device. Raises ImportError where Triton is missing."""
     # Here, not above: a machine without a GPU may have no Triton, and needs none
     from vllm_saguaro.kernels import agreement as agreeing
     from vllm_saguaro.kernels import branch_step as step

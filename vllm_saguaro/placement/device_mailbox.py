@@ -236,17 +236,16 @@ class MailboxDraft:
         if self._texts:
             for slot in outcomes.slots_on_host.tolist():
                 self._texts.pop(slot, None)
-        life, rows = self._life, len(outcomes.slots)
+        life = self._life
         if life is None:
             bonus = outcomes.bonus.clamp(0, self._shape.vocab_size - 1)
             self._given = None
             tokens = bonus.unsqueeze(1).repeat(1, self._shape.num_speculative_tokens)
             return DeviceDrafts(tokens, torch.zeros_like(outcomes.accepted))
         self._release_unheard()
-        self._step.take(life.reader.tables(outcomes.slots), outcomes)
+        given = self._step.take(life.reader.tables(outcomes.slots), outcomes)
         life.number += 1
-        self._step.send_record(rows, life.number, life.records, life.newest)
-        given = self._step.given(rows)
+        self._step.send_record(len(outcomes.slots), life.number, life.records, life.newest)
         self._given = _Given(outcomes, life.reader, given)
         return DeviceDrafts(given.tokens, given.ready)
 

@@ -72,22 +72,30 @@ class DeviceStep:
         """Take a step of a row that gets no token, and send nothing: kernels are compiled now, not as requests wait."""
         word, number = (torch.zeros(1, dtype=dtype, device=self._device) for dtype in (torch.int64, torch.int32))
         outcomes = DeviceOutcomes(word, number - 1, number, word, number, number.float(), (), np.zeros(1, np.int64))
-        self.take(reader.tables(word), outcomes)
+        given = self.take(reader.tables(word), outcomes)
         self._do.seal_record(self._record, 1, self._shape.row_words, 0, 0)
         if with_q:
-            reader.proposals(word, self._stamps[:1], self._branch[:1])
+            reader.proposals(word, given.stamps, given.branch)
 
-    def take(self, found: TableCopies, outcomes: DeviceOutcomes) -> None:
+    def take(self, found: TableCopies, outcomes: DeviceOutcomes) -> GivenRows:
         """Find the drafts of a step in copies of its tables, and write the rows of its record."""
         rows = len(outcomes.slots)
-        given = self.given(rows)
+        told = self._record[RECORD_HEADER : RECORD_HEADER + rows * self._shape.row_words].view(rows, -1)
+        given = GivenRows(
+            stamps=self._stamps[:rows],
+            branch=self._branch[:rows],
+            tokens=self._tokens[:rows],
+            ready=self._ready[:rows],
+            recorded=told[:, DRAFTS:],
+        )
         self._do.take_drafts(
             *(found.before, found.head, found.body, found.after),
             self.state,
             *(outcomes.slots, outcomes.accepted, outcomes.verified, outcomes.bonus, outcomes.lengths),
             self._shape.vocab_size,
-            *(self._rows(rows), given.stamps, given.branch, given.tokens, given.ready),
+            *(told, given.stamps, given.branch, given.tokens, given.ready),
         )
+        return given
 
     def send_record(self, rows: int, number: int, records: Tensor, newest: Tensor) -> None:
         """Copy the record of a step to the place of its number in `records`, and then the number to `newest`."""
@@ -96,17 +104,3 @@ class DeviceStep:
         record = self._record[: RECORD_HEADER + rows * words]
         records[number % self._shape.device_steps, : len(record)].copy_(record, non_blocking=True)
         newest.copy_(record[NUMBER : NUMBER + 1], non_blocking=True)
-
-    def given(self, rows: int) -> GivenRows:
-        """What the last step of so many rows was given."""
-        return GivenRows(
-            stamps=self._stamps[:rows],
-            branch=self._branch[:rows],
-            tokens=self._tokens[:rows],
-            ready=self._ready[:rows],
-            recorded=self._rows(rows)[:, DRAFTS:],
-        )
-
-    def _rows(self, rows: int) -> Tensor:
-        """The rows of the record [B, 8 + K]."""
-        return self._record[RECORD_HEADER : RECORD_HEADER + rows * self._shape.row_words].view(rows, -1)

@@ -20,24 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vllm_saguaro.kernels.operations import TWINS
+
 ROOT = Path(__file__).resolve().parents[3]
-MODULES = {
-    "settle_outcomes": "outcome_settling",
-    "ranked_outcomes": "outcome_ranking",
-    "fork": "branch_tables",
-    "copy_blocks": "branch_tables",
-    "adopt": "branch_tables",
-    "branch_step": "branch_step",
-    "add_noise": "position_noise",
-    "copy_rows": "step_records",
-    "copy_branches": "step_records",
-    "take_drafts": "step_records",
-    "seal_record": "step_records",
-    "agreed": "agreement",
-    "gather_outcomes": "step_outcomes",
-    "book_drafts": "step_outcomes",
-}
-"""Where the kernel of each operation is."""
+MODULES = {name: getattr(TWINS, name).__module__.rpartition(".")[2] for name in TWINS.__dataclass_fields__}
+"""Where the kernel of each operation is: in a file that is called as its twin's."""
 
 
 class Interpreted:

@@ -8,12 +8,9 @@ from pathlib import Path
 
 from tests.unit.kernels.interpreted import ROOT
 
-KERNELS = {"_probabilities", "_ranks", "_fork", "_copy", "_adopt", "_step", "_noise", "_settle", "_take", "_seal"} | {
-    "_agreed",
-    "_copy_rows",
-    "_copy_branches",
-    "_gather",
-    "_book",
+KERNELS = {
+    *("_probabilities", "_ranks", "_fork", "_copy", "_adopt", "_step", "_noise", "_settle", "_take", "_seal"),
+    *("_agreed", "_copy_rows", "_copy_branches", "_gather", "_book"),
 }
 
 
